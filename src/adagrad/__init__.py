@@ -1,0 +1,17 @@
+"""The AdaGrad optimizer, exact and as fast as memory, for NumPy arrays and PyTorch tensors, dense and row-sparse."""
+
+from adagrad import lr_scheduler
+from adagrad.adagrad import AdaGrad
+from adagrad.group_adagrad import GroupAdaGrad
+from adagrad.optimizer import Optimizer, create, register
+from adagrad.row_sparse import RowSparse
+
+__all__ = [
+    "AdaGrad",
+    "GroupAdaGrad",
+    "Optimizer",
+    "RowSparse",
+    "create",
+    "lr_scheduler",
+    "register",
+]

@@ -1,0 +1,137 @@
+"""AdaGrad."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from adagrad import checks, kernels
+from adagrad.arrays import computing_format, operand
+from adagrad.optimizer import Index, Optimizer, as_lists, register
+from adagrad.rule import Array, Rule, history_shape, is_torch
+
+
+@register
+class AdaGrad(Optimizer):
+    r"""AdaGrad: a step size for each element, that falls with the gradients seen there.
+
+    .. math::
+
+        g &= \mathrm{clip}(\mathtt{rescale\_grad} \cdot g,\ \pm\mathtt{clip\_gradient}) + \mathtt{wd} \cdot w \\
+        h &= h + g^2 \\
+        w &= w - \mathtt{lr} \cdot g / (\sqrt{h} + \epsilon)
+
+    with weight :math:`w`, gradient :math:`g` and history :math:`h`. The operations are rounded one by one, in this
+    order, in float64 for float64 weights and in float32 for all others; the history is kept in that precision.
+
+    Parameters
+    ----------
+    learning_rate : float, default 0.01
+        Initial learning rate; overwrites the ``base_lr`` of a given ``lr_scheduler``, unless it is None.
+    epsilon : float, default 1e-6
+        Added to the root, against a division by 0. Finite, >= 0.
+    use_fused_step : bool, default True
+        Whether to use the kernels. If False, or for gradients that are not row-sparse, :meth:`step` is called.
+    initial_accumulator_value : float, default 0.0
+        What histories start from. Finite, >= 0.
+    **kwargs
+        rescale_grad, param_idx2name, wd, clip_gradient, lr_scheduler, sym, begin_num_update, multi_precision,
+        param_dict, aggregate_num: see :class:`~adagrad.Optimizer`.
+
+    References
+    ----------
+    Duchi, Hazan, Singer: Adaptive Subgradient Methods for Online Learning and Stochastic Optimization.
+    JMLR 12, 2011, figure 1 (diagonal case).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from adagrad import AdaGrad
+    >>> weight, gradient = np.ones(3, np.float32), np.array([1.0, -2.0, 0.0], np.float32)
+    >>> optimizer = AdaGrad(learning_rate=0.5)
+    >>> state = optimizer.create_state(0, weight)
+    >>> optimizer.update(0, weight, gradient, state)
+    >>> weight
+    array([0.5000005, 1.4999998, 1.       ], dtype=float32)
+    """
+
+    row_wise = False
+    """Whether the history is one value for each row."""
+
+    def __init__(
+        self,
+        learning_rate: float | None = 0.01,
+        epsilon: float = 1e-6,
+        use_fused_step: bool = True,
+        *,
+        initial_accumulator_value: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        self.epsilon = checks.non_negative("epsilon", epsilon)
+        self.initial_accumulator_value = checks.non_negative("initial_accumulator_value", initial_accumulator_value)
+
+    def create_state(self, index: Index, weight: Array) -> Array:
+        """The history at its start: ``initial_accumulator_value`` everywhere, in the shape of the weight.
+
+        float64 for a float64 weight, else float32; a torch tensor on its device for a torch weight, else NumPy.
+        """
+        w = operand("weight", weight)
+        if self.row_wise and not w.shape:
+            raise ValueError("weight: shape (): row-wise history needs rows: one dimension or more")
+        shape, value = history_shape(w.shape, row_wise=self.row_wise), self.initial_accumulator_value
+        dtype = computing_format(w.format)
+        if is_torch(weight):
+            return weight.detach().new_full(shape, value, dtype=operand("", weight.new_empty(0).double()).array.dtype
+                                            if dtype == "float64" else weight.new_empty(0).float().dtype)  # fmt: skip
+        if w.array.flags.c_contiguous or self.row_wise:
+            # Zeros come from the system untouched: the rows of a large table cost memory when they are first used.
+            return np.zeros(shape, dtype) if value == 0 else np.full(shape, value, dtype)
+        return np.full_like(w.array, value, dtype=dtype)
+
+    def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        """Update each weight once: dense gradients in one launch of a kernel, or by array expressions.
+
+        The kernel is used when ``use_fused_step`` is on, the expressions of :mod:`adagrad.rule` when it is off; the
+        results are the same, bit for bit. Parameters and errors as in :meth:`~adagrad.Optimizer.update`.
+        """
+        indices, weights, grads, states = as_lists(indices, weights, grads, states)
+        plan = kernels.plan(weights, grads, states, self.rule(), fused=self.use_fused_step)
+        plan.run(*self._advance(indices))
+
+    def fused_step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        """Update each weight once: those with row-sparse gradients by the row kernels, the others by :meth:`step`.
+
+        Parameters and errors as in :meth:`~adagrad.Optimizer.update`.
+        """
+        indices, weights, grads, states = as_lists(indices, weights, grads, states)
+        sparse = [i for i, grad in enumerate(grads) if kernels.is_row_sparse(grad)]
+        if not sparse:
+            self.step(indices, weights, grads, states)
+            return
+        # Everything is checked before anything changes: the whole list here, the dense part again in step.
+        plan = kernels.plan(weights, grads, states, self.rule(), fused=True)
+        lrs, wds = self._advance(indices)
+        dense = sorted(set(range(len(indices))).difference(sparse))
+        if dense:
+            with self._counted(indices, lrs, wds):
+                self.step(*([values[i] for i in dense] for values in (indices, weights, grads, states)))
+        plan.run(lrs, wds, only=set(sparse))
+
+    def update_multi_precision(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        """The same as :meth:`~adagrad.Optimizer.update`: the kernels know master copies, nothing is copied."""
+        self.update(indices, weights, grads, states)
+
+    def rule(self) -> Rule:
+        """The rule's options and scalars as they are now; checked, since attributes may have been set meanwhile."""
+        return Rule(
+            rescale_grad=checks.finite("rescale_grad", self.rescale_grad),
+            clip_gradient=checks.positive_or_none("clip_gradient", self.clip_gradient),
+            epsilon=checks.non_negative("epsilon", self.epsilon),
+            row_wise=self.row_wise,
+        )
+
+    def config(self) -> dict[str, Any]:
+        own = {"epsilon": self.epsilon, "initial_accumulator_value": self.initial_accumulator_value}
+        return super().config() | own

@@ -1,0 +1,140 @@
+"""What a call may be given: arrays of NumPy and torch, seen as memory of a known element format."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adagrad.checks import describe
+from adagrad.rule import Array, is_torch
+
+FORMATS = ("float32", "float64", "float16", "bfloat16")
+LOW_PRECISION = ("float16", "bfloat16")
+
+
+def computing_format(name: str) -> str:
+    """The format that the rule computes in, and keeps histories in, for weights of format ``name``."""
+    return "float64" if name == "float64" else "float32"
+
+
+class Operand(NamedTuple):
+    """An array of a call: what the caller gave, and for the CPU its memory as a NumPy array of plain numbers."""
+
+    name: str
+    array: Array
+    format: str
+    device: str
+    memory: np.ndarray | None
+    """float32 or float64, or the bit patterns of float16 and bfloat16 as uint16; None on other devices."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a kernel can address it: C-contiguous, aligned, in the processor's byte order."""
+        memory = self.memory
+        return (
+            memory is not None and memory.flags.c_contiguous and memory.flags.aligned and bool(memory.dtype.isnative)
+        )
+
+
+def operand(name: str, array: Any) -> Operand:
+    """See ``array`` as an operand.
+
+    Raises TypeError for what is not a NumPy array or a torch tensor, or has a dtype that is not a float of 16 (IEEE or
+    bfloat16), 32 or 64 bits.
+    """
+    if is_torch(array):
+        return _tensor(name, array)
+    if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+        kind = f"{type(array).__module__}.{type(array).__qualname__}"
+        raise TypeError(f"{name}={describe(array)}: must be a NumPy array or a torch tensor, not {kind}")
+    array = np.asarray(array)
+    format_name = array.dtype.newbyteorder("=").name
+    if format_name not in FORMATS:
+        raise TypeError(f"{name}: dtype {array.dtype}: must be float16, bfloat16, float32 or float64")
+    memory = array
+    if format_name in LOW_PRECISION:
+        memory = array.view(np.dtype(np.uint16).newbyteorder(array.dtype.byteorder))
+    return Operand(name, array, format_name, "cpu", memory)
+
+
+def _tensor(name: str, tensor: Any) -> Operand:
+    torch = sys.modules["torch"]
+    format_name = str(tensor.dtype).removeprefix("torch.")
+    if format_name not in FORMATS:
+        raise TypeError(f"{name}: dtype {tensor.dtype}: must be float16, bfloat16, float32 or float64")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: layout {tensor.layout}: must be a dense (strided) tensor here")
+    tensor = tensor.detach()
+    if tensor.device.type != "cpu":
+        return Operand(name, tensor, format_name, str(tensor.device), None)
+    memory = (tensor.view(torch.uint16) if format_name in LOW_PRECISION else tensor).numpy()
+    return Operand(name, tensor, format_name, "cpu", memory)
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def bounds(memory: np.ndarray) -> tuple[int, int]:
+    """The addresses of the first byte of ``memory`` and of the byte after the last."""
+    start = memory.__array_interface__["data"][0]
+    if memory.size == 0:
+        return start, start
+    spans = [(size - 1) * stride for size, stride in zip(memory.shape, memory.strides, strict=True)]
+    low = sum(span for span in spans if span < 0)
+    high = sum(span for span in spans if span > 0)
+    return start + low, start + high + memory.itemsize
+
+
+def overlaps_itself(memory: np.ndarray) -> bool:
+    """Whether two elements of ``memory`` share a byte."""
+    if memory.size < 2 or memory.flags.c_contiguous:
+        return False
+    reach = memory.itemsize  # bytes spanned by the dimensions of smaller stride
+    for stride, size in sorted((abs(s), n) for n, s in zip(memory.shape, memory.strides, strict=True) if n > 1):
+        if stride < reach:
+            break
+        reach += stride * (size - 1)
+    else:
+        return False
+    offsets = np.zeros(1, np.int64)
+    for size, stride in zip(memory.shape, memory.strides, strict=True):
+        offsets = (offsets[:, None] + stride * np.arange(size)).ravel()
+    return bool((np.diff(np.sort(offsets)) < memory.itemsize).any())
+
+
+def refuse_shared_memory(written: list[Operand], read: list[Operand]) -> None:
+    """ValueError where an array that the call writes to shares a byte with any other array of the call."""
+    spans = [(*bounds(o.memory), True, o) for o in written if o.memory is not None]
+    spans += [(*bounds(o.memory), False, o) for o in read if o.memory is not None]
+    spans = sorted((s for s in spans if s[0] < s[1]), key=lambda span: span[:2])
+    open_spans: list[tuple[int, int, bool, Operand]] = []
+    for span in spans:
+        open_spans = [other for other in open_spans if other[1] > span[0]]
+        for other in open_spans:
+            if (span[2] or other[2]) and _share_a_byte(span[3], other[3]):
+                first, second = sorted((other[3].name, span[3].name), reverse=True)
+                raise ValueError(f"{first}: shares memory with {second}: what a call writes to must stand alone")
+        open_spans.append(span)
+
+
+def _share_a_byte(first: Operand, second: Operand) -> bool:
+    if first.memory is None or second.memory is None:
+        return False
+    if first.memory.flags.c_contiguous and second.memory.flags.c_contiguous:
+        return True  # their bounds overlap, and they fill them
+    try:
+        return bool(np.shares_memory(first.memory, second.memory, max_work=1_000_000))
+    except np.exceptions.TooHardError if hasattr(np, "exceptions") else np.TooHardError:  # type: ignore[attr-defined]
+        return True  # too intricate to tell apart: refused rather than risked
+
+
+def row_length(shape: tuple[int, ...]) -> int:
+    """The number of elements in a row of a weight of ``shape``."""
+    return math.prod(shape[1:])

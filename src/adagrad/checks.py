@@ -1,0 +1,62 @@
+"""Argument checks. A message names the argument, its value and the rule it broke."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+
+def describe(value: object) -> str:
+    """``value`` as a message shows it: its repr, cut to a line."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def real(name: str, value: Any) -> float:
+    """``value`` as a float; TypeError unless it is a real number (a bool is not)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}={describe(value)}: must be a number, not {type(value).__name__}")
+    return float(value)
+
+
+def finite(name: str, value: Any) -> float:
+    """``value`` as a finite float of any sign."""
+    number = real(name, value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name}={value!r}: must be finite")
+    return number
+
+
+def non_negative(name: str, value: Any) -> float:
+    """``value`` as a finite float >= 0."""
+    number = real(name, value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name}={value!r}: must be {'>= 0' if number < 0 else 'finite and >= 0'}")
+    return number
+
+
+def positive_or_none(name: str, value: Any) -> float | None:
+    """``value`` as a finite float > 0, or None."""
+    if value is None:
+        return None
+    number = real(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}={value!r}: must be None or {'> 0' if number <= 0 else 'finite and > 0'}")
+    return number
+
+
+def integer(name: str, value: Any, minimum: int) -> int:
+    """``value`` as an int >= ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}={describe(value)}: must be an integer, not {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name}={value!r}: must be >= {minimum}")
+    return int(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """``value`` as a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={describe(value)}: must be True or False, not {type(value).__name__}")
+    return value

@@ -1,0 +1,142 @@
+"""Dense updates on the CPU: any number of weights in one launch, through a table of addresses.
+
+Row ``i`` of ``table`` holds, for one weight, the addresses of weight, gradient, history and master copy (0 for none),
+the number of elements and, where the history is row-wise, the length of a row, else 0; ``hyper`` holds its lr, coupled and decoupled weight decay. Everything
+that the table names is C-contiguous and aligned; see :mod:`adagrad.kernels` for what makes it so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from adagrad.kernels.cpu_rule import descend, effective_gradient
+from adagrad.kernels.formats import TOKENS, load, master_or, pointer, store
+from adagrad.kernels.numba_jit import jit, workers
+from adagrad.rule import LANES
+
+WEIGHT, GRAD, HISTORY, MASTER, SIZE, ROW = range(6)
+COLUMNS = 6
+"""Columns of the address table."""
+
+ALIGN = 16
+"""Elements: where workers part, so that no two write to one cache line of a float32 array."""
+
+
+@jit(helper=True)
+def elements(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, hyper: Any, scalars: Any, one: Any) -> None:
+    """Element-wise: every element from ``start`` to ``stop`` has its own history value."""
+    rescale, clip, inside, outside = one(scalars[0]), one(scalars[1]), one(scalars[2]), one(scalars[3])
+    lr, decay, shrink = one(hyper[0]), one(hyper[1]), one(hyper[2])
+    source = master_or(w, m)
+    for i in range(start, stop):
+        weight = load(source, i)
+        grad = effective_gradient(load(g, i), weight, decay, rescale, clip)
+        history = load(h, i) + grad * grad
+        weight = descend(weight, grad, history, lr, shrink, inside, outside)
+        store(h, i, history)
+        if m is not None:
+            store(m, i, weight)
+        store(w, i, weight)
+
+
+@jit(helper=True)
+def _square_mean(w: Any, g: Any, start: int, length: int, decay: Any, rescale: Any, clip: Any, lanes: Any) -> Any:
+    """Mean of the squared effective gradient over one row, in the order of :func:`adagrad.rule.mean_square`."""
+    lanes[:] = 0
+    whole = length - length % LANES
+    for block in range(0, whole, LANES):
+        for lane in range(LANES):
+            i = start + block + lane
+            grad = effective_gradient(load(g, i), load(w, i), decay, rescale, clip)
+            lanes[lane] += grad * grad
+    for lane in range(length - whole):
+        i = start + whole + lane
+        grad = effective_gradient(load(g, i), load(w, i), decay, rescale, clip)
+        lanes[lane] += grad * grad
+    half = LANES // 2
+    while half > 0:
+        for lane in range(half):
+            lanes[lane] += lanes[lane + half]
+        half //= 2
+    return lanes[0] / lanes.dtype.type(length)
+
+
+@jit(helper=True)
+def row(w: Any, g: Any, h: Any, m: Any, start: int, length: int, r: int, hyper: Any, scalars: Any, lanes: Any) -> None:
+    """Row-wise: the ``length`` elements from ``start`` on share the history value ``h[r]``."""
+    one = lanes.dtype.type
+    rescale, clip, inside, outside = one(scalars[0]), one(scalars[1]), one(scalars[2]), one(scalars[3])
+    lr, decay, shrink = one(hyper[0]), one(hyper[1]), one(hyper[2])
+    source = master_or(w, m)
+    history = load(h, r) + _square_mean(source, g, start, length, decay, rescale, clip, lanes)
+    for i in range(start, start + length):
+        weight = load(source, i)
+        grad = effective_gradient(load(g, i), weight, decay, rescale, clip)
+        weight = descend(weight, grad, history, lr, shrink, inside, outside)
+        if m is not None:
+            store(m, i, weight)
+        store(w, i, weight)
+    store(h, r, history)
+
+
+@jit(helper=True)
+def _border(element: int, size: int, unit: int) -> int:
+    """Where a worker's share ends within a weight: whole cache lines, or whole rows."""
+    return max(element, 0) // unit * unit if element < size else size
+
+
+@jit(helper=True)
+def _share(table: Any, hyper: Any, scalars: Any, tw: Any, tg: Any, th: Any, tm: Any, first: int, last: int) -> None:
+    """Update the elements ``first`` to ``last`` of all weights laid end to end."""
+    lanes = np.empty(LANES, th.dtype)
+    begin = 0
+    for i in range(table.shape[0]):
+        size, length = table[i, SIZE], table[i, ROW]
+        if begin >= last:
+            break
+        unit = length if length else ALIGN
+        start, stop = _border(first - begin, size, unit), _border(last - begin, size, unit)
+        begin += size
+        if start >= stop:
+            continue
+        w, g = pointer(table[i, WEIGHT], tw), pointer(table[i, GRAD], tg)
+        h, m = pointer(table[i, HISTORY], th), pointer(table[i, MASTER], tm)
+        if length == 0:
+            elements(w, g, h, m, start, stop, hyper[i], scalars, lanes.dtype.type)
+        else:
+            for r in range(start // length, stop // length):
+                row(w, g, h, m, r * length, length, r, hyper[i], scalars, lanes)
+
+
+@jit
+def serial(table: Any, hyper: Any, scalars: Any, tw: Any, tg: Any, th: Any, tm: Any, total: int) -> None:
+    _share(table, hyper, scalars, tw, tg, th, tm, 0, total)
+
+
+@jit(parallel=True)
+def parallel(
+    table: Any, hyper: Any, scalars: Any, tw: Any, tg: Any, th: Any, tm: Any, total: int, workers: int
+) -> None:
+    for k in numba.prange(workers):
+        _share(table, hyper, scalars, tw, tg, th, tm, total * k // workers, total * (k + 1) // workers)
+
+
+SMALL = 32_768
+"""Elements below which starting the threads costs more than they save."""
+
+
+def launch(table: Any, hyper: Any, scalars: Any, formats: tuple[str, str, str, str | None], threads: int) -> None:
+    """Update the weights of ``table``, all of one combination of formats (weight, gradient, history, master)."""
+    tw, tg, th, tm = (None if name is None else TOKENS[name] for name in formats)
+    total = int(table[:, SIZE].sum())
+    if total < SMALL or threads < 2:
+        serial(table, hyper, scalars, tw, tg, th, tm, total)
+        return
+    with workers(threads) as count:
+        if count < 2:
+            serial(table, hyper, scalars, tw, tg, th, tm, total)
+        else:
+            parallel(table, hyper, scalars, tw, tg, th, tm, total, count)

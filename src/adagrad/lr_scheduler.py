@@ -1,0 +1,264 @@
+"""Learning-rate schedules: pure functions of the number of updates.
+
+Names, arguments and values are those of ``mxnet.lr_scheduler`` (2.0). MXNet's schedules change themselves when they
+are called; these do not, so that a schedule can be shared, called out of order and saved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from adagrad import checks
+
+
+class LRScheduler:
+    """Base class: a warm-up, then whatever :meth:`after_warmup` of the subclass says.
+
+    A subclass may also override ``__call__`` alone, as in MXNet.
+
+    Parameters
+    ----------
+    base_lr : float, default 0.01
+        The initial learning rate, reached at the end of the warm-up.
+    warmup_steps : int, default 0
+        Number of updates that the warm-up takes.
+    warmup_begin_lr : float, default 0
+        The learning rate that the warm-up starts from, at most ``base_lr``.
+    warmup_mode : {'linear', 'constant'}, default 'linear'
+        Whether the warm-up rises in a line to ``base_lr`` or stays at ``warmup_begin_lr``.
+    """
+
+    def __init__(
+        self,
+        base_lr: float = 0.01,
+        warmup_steps: int = 0,
+        warmup_begin_lr: float = 0.0,
+        warmup_mode: str = "linear",
+    ) -> None:
+        self.base_lr = checks.non_negative("base_lr", base_lr)
+        self.warmup_steps = checks.integer("warmup_steps", warmup_steps, 0)
+        self.warmup_begin_lr = checks.non_negative("warmup_begin_lr", warmup_begin_lr)
+        if self.warmup_begin_lr > self.base_lr:
+            raise ValueError(f"warmup_begin_lr={warmup_begin_lr!r}: must be <= base_lr={base_lr!r}")
+        if warmup_mode not in ("linear", "constant"):
+            raise ValueError(f"warmup_mode={warmup_mode!r}: must be 'linear' or 'constant'")
+        self.warmup_mode = warmup_mode
+
+    def __call__(self, num_update: int) -> float:
+        """The learning rate at update ``num_update``, the largest number of updates that any weight has had."""
+        if num_update < self.warmup_steps:
+            return self.get_warmup_lr(num_update)
+        return self.after_warmup(num_update)
+
+    def get_warmup_lr(self, num_update: int) -> float:
+        """The learning rate within the warm-up."""
+        if self.warmup_mode == "constant":
+            return self.warmup_begin_lr
+        rise = (self.warmup_final_lr - self.warmup_begin_lr) * num_update / self.warmup_steps
+        return self.warmup_begin_lr + rise
+
+    @property
+    def warmup_final_lr(self) -> float:
+        """Where the warm-up ends: ``base_lr``."""
+        return self.base_lr
+
+    def after_warmup(self, num_update: int) -> float:
+        """The learning rate at update ``num_update >= warmup_steps``."""
+        raise NotImplementedError(f"{type(self).__name__} must define after_warmup or __call__")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config().items())})"
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments that make this schedule."""
+        return {name: getattr(self, name) for name in ("base_lr", "warmup_steps", "warmup_begin_lr", "warmup_mode")}
+
+
+class FactorScheduler(LRScheduler):
+    """Multiply by ``factor`` once every ``step`` updates: after update ``step``, ``2 * step``, ...
+
+    Parameters
+    ----------
+    step : int
+        Number of updates between two multiplications, >= 1.
+    factor : float, default 1
+        In (0, 1].
+    stop_factor_lr : float, default 1e-8
+        The learning rate does not fall below this.
+    base_lr, warmup_steps, warmup_begin_lr, warmup_mode
+        See :class:`LRScheduler`.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        factor: float = 1.0,
+        stop_factor_lr: float = 1e-8,
+        base_lr: float = 0.01,
+        warmup_steps: int = 0,
+        warmup_begin_lr: float = 0.0,
+        warmup_mode: str = "linear",
+    ) -> None:
+        super().__init__(base_lr, warmup_steps, warmup_begin_lr, warmup_mode)
+        self.step = checks.integer("step", step, 1)
+        self.factor = _factor(factor)
+        self.stop_factor_lr = checks.non_negative("stop_factor_lr", stop_factor_lr)
+
+    def after_warmup(self, num_update: int) -> float:
+        lr = self.base_lr
+        # Repeated multiplication, not a power: it rounds as MXNet's does.
+        for _ in range((num_update - 1) // self.step):
+            lower = max(lr * self.factor, self.stop_factor_lr)
+            if lower == lr:
+                break
+            lr = lower
+        return lr
+
+    def config(self) -> dict[str, Any]:
+        own = {"step": self.step, "factor": self.factor, "stop_factor_lr": self.stop_factor_lr}
+        return own | super().config()
+
+
+class MultiFactorScheduler(LRScheduler):
+    """Multiply by ``factor`` after each of the updates listed in ``step``.
+
+    Parameters
+    ----------
+    step : sequence of int
+        Strictly increasing, each >= 1.
+    factor : float, default 1
+        In (0, 1].
+    base_lr, warmup_steps, warmup_begin_lr, warmup_mode
+        See :class:`LRScheduler`.
+    """
+
+    def __init__(
+        self,
+        step: Sequence[int],
+        factor: float = 1.0,
+        base_lr: float = 0.01,
+        warmup_steps: int = 0,
+        warmup_begin_lr: float = 0.0,
+        warmup_mode: str = "linear",
+    ) -> None:
+        super().__init__(base_lr, warmup_steps, warmup_begin_lr, warmup_mode)
+        if isinstance(step, (str, bytes)) or not isinstance(step, Sequence):
+            raise TypeError(f"step={checks.describe(step)}: must be a list of integers, not {type(step).__name__}")
+        self.step = [checks.integer(f"step[{i}]", each, 1) for i, each in enumerate(step)]
+        if not self.step or any(b <= a for a, b in zip(self.step, self.step[1:], strict=False)):
+            raise ValueError(f"step={checks.describe(step)}: must be a non-empty, strictly increasing list")
+        self.factor = _factor(factor)
+
+    def after_warmup(self, num_update: int) -> float:
+        lr = self.base_lr
+        for each in self.step:
+            if num_update <= each:
+                break
+            lr *= self.factor
+        return lr
+
+    def config(self) -> dict[str, Any]:
+        return {"step": self.step, "factor": self.factor} | super().config()
+
+
+class _ToFinal(LRScheduler):
+    """From ``base_lr`` down to ``final_lr`` at ``max_update``; it stays there."""
+
+    def __init__(
+        self,
+        max_update: int,
+        base_lr: float,
+        final_lr: float,
+        warmup_steps: int,
+        warmup_begin_lr: float,
+        warmup_mode: str,
+    ) -> None:
+        super().__init__(base_lr, warmup_steps, warmup_begin_lr, warmup_mode)
+        self.max_update = checks.integer("max_update", max_update, 1)
+        if self.warmup_steps >= self.max_update:
+            raise ValueError(f"warmup_steps={warmup_steps!r}: must be < max_update={max_update!r}")
+        self.final_lr = checks.non_negative("final_lr", final_lr)
+
+    def after_warmup(self, num_update: int) -> float:
+        if num_update >= self.max_update:
+            return self.final_lr
+        progress = (num_update - self.warmup_steps) / (self.max_update - self.warmup_steps)
+        return self.final_lr + (self.base_lr - self.final_lr) * self.remaining(progress)
+
+    def remaining(self, progress: float) -> float:
+        """The part of the way still to go, 1 at the start and 0 at the end."""
+        raise NotImplementedError
+
+    def config(self) -> dict[str, Any]:
+        return {"max_update": self.max_update, "final_lr": self.final_lr} | super().config()
+
+
+class PolyScheduler(_ToFinal):
+    """``final_lr + (base_lr - final_lr) * (1 - progress) ** pwr``; ``final_lr`` from ``max_update`` on.
+
+    Parameters
+    ----------
+    max_update : int
+        The update at which ``final_lr`` is reached; the progress runs from the end of the warm-up to here.
+    base_lr : float, default 0.01
+    pwr : float, default 2
+    final_lr : float, default 0
+    warmup_steps, warmup_begin_lr, warmup_mode
+        See :class:`LRScheduler`.
+    """
+
+    def __init__(
+        self,
+        max_update: int,
+        base_lr: float = 0.01,
+        pwr: float = 2,
+        final_lr: float = 0.0,
+        warmup_steps: int = 0,
+        warmup_begin_lr: float = 0.0,
+        warmup_mode: str = "linear",
+    ) -> None:
+        super().__init__(max_update, base_lr, final_lr, warmup_steps, warmup_begin_lr, warmup_mode)
+        self.pwr = checks.non_negative("pwr", pwr)
+
+    def remaining(self, progress: float) -> float:
+        return (1.0 - progress) ** self.pwr
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {"pwr": self.pwr}
+
+
+class CosineScheduler(_ToFinal):
+    """``final_lr + (base_lr - final_lr) * (1 + cos(pi * progress)) / 2``; ``final_lr`` from ``max_update`` on.
+
+    Parameters
+    ----------
+    max_update : int
+        The update at which ``final_lr`` is reached; the progress runs from the end of the warm-up to here.
+    base_lr : float, default 0.01
+    final_lr : float, default 0
+    warmup_steps, warmup_begin_lr, warmup_mode
+        See :class:`LRScheduler`.
+    """
+
+    def __init__(
+        self,
+        max_update: int,
+        base_lr: float = 0.01,
+        final_lr: float = 0.0,
+        warmup_steps: int = 0,
+        warmup_begin_lr: float = 0.0,
+        warmup_mode: str = "linear",
+    ) -> None:
+        super().__init__(max_update, base_lr, final_lr, warmup_steps, warmup_begin_lr, warmup_mode)
+
+    def remaining(self, progress: float) -> float:
+        return (1 + math.cos(math.pi * progress)) / 2
+
+
+def _factor(factor: Any) -> float:
+    value = checks.non_negative("factor", factor)
+    if not 0 < value <= 1:
+        raise ValueError(f"factor={factor!r}: must be in (0, 1]")
+    return value

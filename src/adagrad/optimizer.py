@@ -1,0 +1,383 @@
+"""The optimizer base class: hyper-parameters, per-weight lr and wd, update counts, the registry."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, TypeVar
+
+from adagrad import checks
+from adagrad.arrays import LOW_PRECISION, operand
+from adagrad.lr_scheduler import LRScheduler
+from adagrad.rule import Array, cast, is_torch
+
+Index = int | str
+O = TypeVar("O", bound="type[Optimizer]")  # noqa: E741
+
+
+class Optimizer:
+    """Base class of optimizers, with the API of ``mxnet.optimizer.Optimizer`` (2.0).
+
+    A subclass defines :meth:`create_state`, :meth:`step` and, if it has kernels, :meth:`fused_step`.
+
+    Parameters
+    ----------
+    rescale_grad : float, default 1.0
+        Gradients are multiplied by it first; often ``1 / batch_size``. Finite, of any sign.
+    param_idx2name : dict of int to str, optional
+        Names of the indices that multipliers may be given by.
+    wd : float, default 0.0
+        Weight decay: ``wd * weight`` is added to the gradient. Finite, >= 0.
+    clip_gradient : float, optional
+        Gradients are clipped to ``[-clip_gradient, clip_gradient]``, before weight decay is added. Finite, > 0.
+    learning_rate : float, optional
+        If given, it overwrites the ``base_lr`` of ``lr_scheduler``. If None: the scheduler's, or 0.01 without one.
+    lr_scheduler : callable, optional
+        The learning rate as a function of ``num_update``; see :mod:`adagrad.lr_scheduler`.
+    sym : object, optional
+        Whatever has ``attr_dict()`` and ``list_arguments()``: ``__lr_mult__`` and ``__wd_mult__`` of its arguments
+        become multipliers.
+    begin_num_update : int, default 0
+        The count that every weight starts from.
+    multi_precision : bool, default False
+        Whether float16 and bfloat16 weights get a float32 master copy that the rule acts on.
+    param_dict : mapping of index to object, optional
+        Objects with ``lr_mult`` and ``wd_mult``, asked at every step; they come before all other multipliers.
+    aggregate_num : int or numpy.inf, optional
+        How many weights :class:`~adagrad.Updater` hands to one step; 1 by default. The results are the same.
+    use_fused_step : bool, optional
+        Whether :meth:`update` calls :meth:`fused_step`, else :meth:`step`; by default False here.
+
+    Attributes
+    ----------
+    learning_rate : float
+        The learning rate now.
+    num_update : int
+        The largest number of updates of any weight.
+    """
+
+    opt_registry: ClassVar[dict[str, type[Optimizer]]] = {}
+
+    def __init__(
+        self,
+        rescale_grad: float = 1.0,
+        param_idx2name: Mapping[int, str] | None = None,
+        wd: float = 0.0,
+        clip_gradient: float | None = None,
+        learning_rate: float | None = None,
+        lr_scheduler: Callable[[int], float] | None = None,
+        sym: Any = None,
+        begin_num_update: int = 0,
+        multi_precision: bool = False,
+        param_dict: Mapping[Index, Any] | None = None,
+        aggregate_num: float | None = None,
+        use_fused_step: bool | None = None,
+    ) -> None:
+        self.rescale_grad = checks.finite("rescale_grad", rescale_grad)
+        self.wd = checks.non_negative("wd", wd)
+        self.clip_gradient = checks.positive_or_none("clip_gradient", clip_gradient)
+        self.begin_num_update = checks.integer("begin_num_update", begin_num_update, 0)
+        self.multi_precision = checks.boolean("multi_precision", multi_precision)
+        self.use_fused_step = use_fused_step is not None and checks.boolean("use_fused_step", use_fused_step)
+        self.aggregate_num = _aggregate_num(aggregate_num)
+        for name, value in (("param_idx2name", param_idx2name), ("param_dict", param_dict)):
+            if value is not None and not isinstance(value, Mapping):
+                raise TypeError(f"{name}={checks.describe(value)}: must be a dict, not {type(value).__name__}")
+        self.idx2name = dict(param_idx2name or {})
+        self.param_dict = param_dict if param_dict is not None else {}
+        self.sym_info = () if sym is None else (sym.attr_dict(), sym.list_arguments())
+
+        if learning_rate is not None:
+            learning_rate = checks.non_negative("learning_rate", learning_rate)
+        if lr_scheduler is not None and not callable(lr_scheduler):
+            raise TypeError(f"lr_scheduler={checks.describe(lr_scheduler)}: must be callable with num_update")
+        self.lr_scheduler = lr_scheduler
+        self.lr: float | None = learning_rate
+        if lr_scheduler is None:
+            self.lr = 0.01 if learning_rate is None else learning_rate
+        elif learning_rate is not None:
+            self._overwrite_base_lr(lr_scheduler, learning_rate)
+
+        self.num_update = self.begin_num_update
+        self._index_update_count: dict[Index, int] = {}
+        self._resolved: dict[Index, tuple[float, float]] = {}
+        self.lr_mult: dict[Index, float] = {}
+        self.wd_mult: dict[Index, float] = {}
+        self.set_lr_mult({})
+        self.set_wd_mult({})
+
+    @staticmethod
+    def _overwrite_base_lr(scheduler: Any, learning_rate: float) -> None:
+        before = getattr(scheduler, "base_lr", None)
+        if before == learning_rate:
+            return
+        if isinstance(scheduler, LRScheduler) and scheduler.warmup_begin_lr > learning_rate:
+            raise ValueError(
+                f"learning_rate={learning_rate!r}: overwrites the scheduler's base_lr, which must be >= its "
+                f"warmup_begin_lr={scheduler.warmup_begin_lr!r}; pass learning_rate=None to keep base_lr={before!r}"
+            )
+        warnings.warn(
+            f"learning_rate={learning_rate!r} overwrites the scheduler's base_lr={before!r}; "
+            "pass learning_rate=None to keep the scheduler's",
+            UserWarning,
+            stacklevel=4,
+        )
+        scheduler.base_lr = learning_rate
+
+    # -------------------------------------------------------------------------------------------------- the registry
+
+    @staticmethod
+    def register(klass: O) -> O:
+        """Class decorator: make ``klass`` known to :meth:`create_optimizer` by its name in lower case."""
+        if not isinstance(klass, type):
+            raise TypeError(f"klass={checks.describe(klass)}: must be a class")
+        name = klass.__name__.lower()
+        known = Optimizer.opt_registry.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (klass.__module__, klass.__qualname__):
+            warnings.warn(
+                f"optimizer {klass.__module__}.{klass.__qualname__} replaces {known.__module__}.{known.__qualname__}",
+                UserWarning,
+                stacklevel=2,
+            )
+        Optimizer.opt_registry[name] = klass
+        return klass
+
+    @staticmethod
+    def create_optimizer(name: str, **kwargs: Any) -> Optimizer:
+        """The registered optimizer ``name``, in any case, made with ``kwargs``; ValueError for an unknown name."""
+        if not isinstance(name, str):
+            raise TypeError(f"name={checks.describe(name)}: must be a string, not {type(name).__name__}")
+        klass = Optimizer.opt_registry.get(name.lower())
+        if klass is None:
+            known = ", ".join(sorted(Optimizer.opt_registry))
+            raise ValueError(f"name={name!r}: no such optimizer; registered: {known}")
+        return klass(**kwargs)
+
+    # --------------------------------------------------------------------------------------- learning rates and decays
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate now: the scheduler's at ``num_update``, or the one that was set."""
+        return self._lr_at(self.num_update)
+
+    def _lr_at(self, num_update: int) -> float:
+        if self.lr_scheduler is not None:
+            return self.lr_scheduler(num_update)
+        return 0.01 if self.lr is None else self.lr
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Set the learning rate; raises UserWarning, as MXNet does, when a scheduler decides on it."""
+        if self.lr_scheduler is not None:
+            raise UserWarning(f"lr={lr!r}: the optimizer has a learning-rate scheduler, which decides on it")
+        self.lr = checks.non_negative("lr", lr)
+
+    def set_lr_mult(self, args_lr_mult: Mapping[Index, float]) -> None:
+        """Set multipliers of the learning rate, by index or name, anew; those of ``sym`` stay unless named."""
+        self.lr_mult = self._multipliers("args_lr_mult", "__lr_mult__", args_lr_mult)
+
+    def set_wd_mult(self, args_wd_mult: Mapping[Index, float]) -> None:
+        """Set multipliers of the weight decay, by index or name, anew; those of ``sym`` stay unless named."""
+        self.wd_mult = self._multipliers("args_wd_mult", "__wd_mult__", args_wd_mult)
+
+    def _multipliers(self, argument: str, attribute: str, given: Mapping[Index, float]) -> dict[Index, float]:
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{argument}={checks.describe(given)}: must be a dict, not {type(given).__name__}")
+        found: dict[Index, float] = {}
+        if self.sym_info:
+            attributes, names = self.sym_info
+            for name in names:
+                if attribute in attributes.get(name, {}):
+                    found[name] = checks.non_negative(f"{attribute} of {name}", float(attributes[name][attribute]))
+        for index, value in given.items():
+            found[index] = checks.non_negative(f"{argument}[{index!r}]", value)
+        return found
+
+    def _multiplier(self, index: Index, attribute: str, multipliers: Mapping[Index, float]) -> float:
+        """MXNet's order: the parameter's own, else the index's, else its name's."""
+        if index in self.param_dict:
+            return float(getattr(self.param_dict[index], attribute))
+        if index in multipliers:
+            return multipliers[index]
+        if index in self.idx2name:
+            return multipliers.get(self.idx2name[index], 1.0)  # type: ignore[index]
+        return 1.0
+
+    def _get_lr(self, index: Index) -> float:
+        """The learning rate of the weight ``index`` now."""
+        if index in self._resolved:
+            return self._resolved[index][0]
+        return self.learning_rate * self._multiplier(index, "lr_mult", self.lr_mult)
+
+    def _get_wd(self, index: Index) -> float:
+        """The weight decay of the weight ``index``."""
+        return self.wd * self._multiplier(index, "wd_mult", self.wd_mult)
+
+    def _get_lrs(self, indices: Sequence[Index]) -> list[float]:
+        return [self._get_lr(index) for index in indices]
+
+    def _get_wds(self, indices: Sequence[Index]) -> list[float]:
+        return [self._get_wd(index) for index in indices]
+
+    # ----------------------------------------------------------------------------------------------------- the counts
+
+    def _update_count(self, index: Index | Sequence[Index]) -> None:
+        """Count an update of the weight ``index``, or of each of several; for ``step`` methods of subclasses."""
+        for each in index if isinstance(index, (list, tuple)) else (index,):
+            if each not in self._resolved:
+                count = self._index_update_count.get(each, self.begin_num_update) + 1
+                self._index_update_count[each] = count
+                self.num_update = max(self.num_update, count)
+
+    def _advance(self, indices: Sequence[Index]) -> tuple[list[float], list[float]]:
+        """Count an update of each index, in order, and resolve its lr and wd at that moment; all or nothing."""
+        if self._resolved:
+            pairs = [self._resolved[index] for index in indices]
+            return [lr for lr, _ in pairs], [wd for _, wd in pairs]
+        counts, begin = self._index_update_count, self.begin_num_update
+        if self.lr_scheduler is None and not (self.param_dict or self.lr_mult or self.wd_mult):
+            lr, wd = checks.non_negative("lr", self.learning_rate), checks.non_negative("wd", self.wd)
+            lrs, wds = [lr] * len(indices), [wd] * len(indices)
+            new = {index: counts.get(index, begin) + 1 for index in indices}
+            reached = max(new.values(), default=0)
+        else:
+            new, lrs, reached = {}, [], self.num_update
+            base = None
+            for index in indices:
+                new[index] = counts.get(index, begin) + 1
+                if base is None or new[index] > reached:
+                    reached = max(reached, new[index])
+                    base = self._lr_at(reached)
+                lr = base * self._multiplier(index, "lr_mult", self.lr_mult)
+                lrs.append(checks.non_negative(f"lr of index {index!r}", lr))
+            wds = [checks.non_negative(f"wd of index {index!r}", self._get_wd(index)) for index in indices]
+        counts.update(new)
+        self.num_update = max(self.num_update, reached)
+        return lrs, wds
+
+    @contextmanager
+    def _counted(self, indices: Sequence[Index], lrs: Sequence[float], wds: Sequence[float]) -> Iterator[None]:
+        """Within: the indices are already counted and their lr and wd resolved, whatever a called ``step`` asks for."""
+        self._resolved = {index: (lr, wd) for index, lr, wd in zip(indices, lrs, wds, strict=True)}
+        try:
+            yield
+        finally:
+            self._resolved = {}
+
+    # ------------------------------------------------------------------------------------------------------- the steps
+
+    def create_state(self, index: Index, weight: Array) -> Any:
+        """The state of ``weight`` at its start; None here."""
+        return None
+
+    def create_state_multi_precision(self, index: Index, weight: Array) -> Any:
+        """The state with, for a float16 or bfloat16 weight under ``multi_precision``, a float32 master copy before it."""
+        w = operand("weight", weight)
+        if not (self.multi_precision and w.format in LOW_PRECISION):
+            return self.create_state(index, weight)
+        master = weight.detach().float() if is_torch(weight) else w.array.astype("float32")
+        return master, self.create_state(index, master)
+
+    def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        """One update of each weight by array expressions."""
+        raise NotImplementedError(f"{type(self).__name__} must define step")
+
+    def fused_step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        """One update of each weight by kernels."""
+        raise NotImplementedError(f"{type(self).__name__} must define fused_step")
+
+    def update(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        """Update weights: :meth:`fused_step` with everything if ``use_fused_step``, else :meth:`step` with everything.
+
+        Parameters
+        ----------
+        indices : int or str, or a list of them
+            What tells the weights apart for counts and multipliers; each at most once in a call.
+        weights : array, or a list of arrays
+            Updated in place.
+        grads : array or RowSparse, or a list of them
+            Never written to.
+        states : what :meth:`create_state` returned, or a list of it
+            Updated in place.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            Naming the argument, its value and the rule it broke; then nothing has changed.
+        """
+        indices, weights, grads, states = as_lists(indices, weights, grads, states)
+        if self.use_fused_step:
+            self.fused_step(indices, weights, grads, states)
+        else:
+            self.step(indices, weights, grads, states)
+
+    def update_multi_precision(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        """The same, where states may hold master copies: :meth:`update` gets the master copy in the weight's place.
+
+        For subclasses that know nothing of low precision; the low-precision weight is the master copy's rounding.
+        """
+        indices, weights, grads, states = as_lists(indices, weights, grads, states)
+        low = [
+            self.multi_precision and operand(f"weights[{i}]", weight).format in LOW_PRECISION
+            for i, weight in enumerate(weights)
+        ]
+        masters = [state[0] if is_low else w for is_low, w, state in zip(low, weights, states, strict=True)]
+        full = [cast(g, m) if is_low else g for is_low, g, m in zip(low, grads, masters, strict=True)]
+        inner = [state[1] if is_low else state for is_low, state in zip(low, states, strict=True)]
+        self.update(indices, masters, full, inner)
+        for is_low, weight, master in zip(low, weights, masters, strict=True):
+            if is_low:
+                weight[...] = cast(master, weight)
+
+    # ----------------------------------------------------------------------------------------------------- checkpoints
+
+    def config(self) -> dict[str, Any]:
+        """Hyper-parameters and counts as plain data, for checkpoints; ``param_dict`` and ``sym`` are not in it."""
+        scheduler = self.lr_scheduler
+        saved = type(scheduler).__module__ == LRScheduler.__module__ and isinstance(scheduler, LRScheduler)
+        return {
+            "class": type(self).__name__,
+            "rescale_grad": self.rescale_grad,
+            "wd": self.wd,
+            "clip_gradient": self.clip_gradient,
+            "lr": self.lr,
+            "lr_scheduler": [type(scheduler).__name__, scheduler.config()] if saved else None,  # type: ignore[union-attr]
+            "begin_num_update": self.begin_num_update,
+            "num_update": self.num_update,
+            "index_update_count": dict(self._index_update_count),
+            "lr_mult": dict(self.lr_mult),
+            "wd_mult": dict(self.wd_mult),
+            "idx2name": dict(self.idx2name),
+            "multi_precision": self.multi_precision,
+        }
+
+
+def _aggregate_num(value: Any) -> float:
+    if value is None:
+        return 1
+    if isinstance(value, float) and value == math.inf:
+        return math.inf
+    return checks.integer("aggregate_num", value, 1)
+
+
+def as_lists(indices: Any, weights: Any, grads: Any, states: Any) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+    """The arguments of an update as lists of one length, single ones wrapped; indices are hashable and distinct."""
+    if not isinstance(indices, (list, tuple)):
+        indices, weights, grads, states = [indices], [weights], [grads], [states]
+    for name, values in (("weights", weights), ("grads", grads), ("states", states)):
+        if not isinstance(values, (list, tuple)):
+            raise TypeError(f"{name}={checks.describe(values)}: must be a list, like indices")
+        if len(values) != len(indices):
+            raise ValueError(f"{name}: {len(values)} entries: must be {len(indices)}, as many as indices")
+    try:
+        distinct = len(set(indices)) == len(indices)
+    except TypeError:
+        raise TypeError(f"indices={checks.describe(indices)}: must be integers or strings") from None
+    if not distinct:
+        raise ValueError(f"indices={checks.describe(indices)}: must be distinct within one call")
+    return list(indices), list(weights), list(grads), list(states)
+
+
+register = Optimizer.register
+create = Optimizer.create_optimizer

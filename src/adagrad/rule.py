@@ -1,0 +1,183 @@
+"""The AdaGrad rule as whole-array expressions: the statement of the maths, and the oracle of the kernels.
+
+The rule (Duchi, Hazan, Singer, JMLR 12, 2011, section 1.3 and figure 1, diagonal case)::
+
+    grad    = clip(grad * rescale_grad, -clip_gradient, clip_gradient) + wd * weight
+    history = history + grad * grad
+    weight  = weight - lr * (grad / (sqrt(history) + epsilon))
+
+Each operation is rounded to the computing dtype (float64 for float64 weights, else float32), in exactly this
+order. Scalars are computed in double and rounded once. ``clip`` is skipped when ``clip_gradient`` is None, the
+``wd`` term when ``wd`` is 0; a NaN passes through ``clip``.
+
+Two options place the constants where other frameworks have them: ``epsilon_inside`` divides by
+``sqrt(history + epsilon)``; ``decoupled_decay`` leaves ``wd * weight`` out of the gradient and adds it to the
+quotient, so that it is multiplied by ``lr`` but not adapted. ``row_wise`` keeps one history value for each row:
+``history + mean(grad * grad)``, where column ``j`` of the flattened row adds into lane ``j mod 16``, the lanes combine
+by halves and one division by the row's length ends it: a fixed order that vectorises.
+
+The functions take NumPy arrays or torch tensors on any device; temporaries are as large as the arrays.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Array: TypeAlias = Any
+"""A NumPy array or a torch tensor."""
+
+LANES = 16
+"""Partial sums of a row's mean of squares."""
+
+CHUNK = 128
+"""Occurrences of one row that are summed one after the other before their sum joins the row's total."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What is common to all weights of a call: the rule's options and its scalars except ``lr`` and ``wd``."""
+
+    rescale_grad: float = 1.0
+    clip_gradient: float | None = None
+    epsilon: float = 1e-6
+    epsilon_inside: bool = False
+    decoupled_decay: bool = False
+    row_wise: bool = False
+
+
+def is_torch(array: object) -> bool:
+    """Whether ``array`` is a torch tensor, found out without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def update(weight: Array, grad: Array, history: Array, lr: Any, wd: Any, rule: Rule) -> tuple[Array, Array]:
+    """The new weight and history, all three arrays in the computing dtype; nothing is written to.
+
+    Shapes: ``weight`` and ``grad`` alike, ``history`` too, or ``(n, 1, ...)`` when ``rule.row_wise``.
+    """
+    grad = effective_gradient(grad, weight, wd, rule)
+    history = history + (mean_square(grad) if rule.row_wise else grad * grad)
+    step = grad / denominator(history, rule)
+    if wd != 0 and rule.decoupled_decay:
+        step = step + _scalar(wd, grad) * weight
+    return weight - _scalar(lr, grad) * step, history
+
+
+def effective_gradient(grad: Array, weight: Array, wd: Any, rule: Rule) -> Array:
+    """The gradient that enters the history: rescaled, clipped and, with coupled decay, with ``wd * weight`` added."""
+    grad = grad * _scalar(rule.rescale_grad, grad)
+    if rule.clip_gradient is not None:
+        bound = _scalar(rule.clip_gradient, grad)
+        grad = grad.clamp(-bound, bound) if is_torch(grad) else np.clip(grad, -bound, bound)
+    if wd != 0 and not rule.decoupled_decay:
+        grad = grad + _scalar(wd, grad) * weight
+    return grad
+
+
+def denominator(history: Array, rule: Rule) -> Array:
+    """What the gradient is divided by: ``sqrt(history) + epsilon`` or ``sqrt(history + epsilon)``."""
+    epsilon = _scalar(rule.epsilon, history)
+    sqrt = history.__class__.sqrt if is_torch(history) else np.sqrt
+    return sqrt(history + epsilon) if rule.epsilon_inside else sqrt(history) + epsilon
+
+
+def mean_square(grad: Array) -> Array:
+    """Mean of ``grad * grad`` over each row, shape ``(n, 1, ...)``, in the fixed order of the module's text."""
+    square = (grad * grad).reshape(grad.shape[0], math.prod(grad.shape[1:]))
+    length = square.shape[1]
+    lanes = square.new_zeros(len(square), LANES) if is_torch(grad) else np.zeros((len(square), LANES), grad.dtype)
+    for start in range(0, length, LANES):
+        part = square[:, start : start + LANES]
+        lanes[:, : part.shape[1]] = lanes[:, : part.shape[1]] + part
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return (lanes / _scalar(max(length, 1), grad)).reshape(history_shape(grad.shape, row_wise=True))
+
+
+def history_shape(shape: tuple[int, ...], *, row_wise: bool) -> tuple[int, ...]:
+    """The history's shape for a weight's: the same, or one value a row."""
+    return (shape[0], *(1 for _ in shape[1:])) if row_wise else tuple(shape)
+
+
+def sum_duplicates(indices: Array, values: Array) -> tuple[Array, Array]:
+    """The distinct rows, ascending, and the sum of the values of each.
+
+    A row's occurrences are added in their order, in chunks of ``CHUNK`` counted from the first; the chunks' sums are
+    added in order. So a row's sum depends on that row's values alone. ``values`` has the computing dtype.
+    """
+    ids = indices.cpu().numpy() if is_torch(indices) else np.asarray(indices)
+    order = np.argsort(ids, kind="stable")
+    ids = ids[order]
+    starts = np.flatnonzero(np.diff(ids, prepend=ids[:1] - 1))
+    counts = np.diff(starts, append=len(ids))
+    chunks = -(-counts // CHUNK)
+    first = np.cumsum(chunks) - chunks
+    which = np.arange(chunks.sum()) - np.repeat(first, chunks)
+    begin = np.repeat(starts, chunks) + CHUNK * which
+    length = np.minimum(np.repeat(counts, chunks) - CHUNK * which, CHUNK)
+
+    sums = _take(values, order[begin])
+    for k in range(1, int(length.max(initial=0))):
+        longer = np.flatnonzero(length > k)
+        _put(sums, longer, _take(sums, longer) + _take(values, order[begin[longer] + k]))
+    total = _take(sums, first)
+    for k in range(1, int(chunks.max(initial=0))):
+        more = np.flatnonzero(chunks > k)
+        _put(total, more, _take(total, more) + _take(sums, first[more] + k))
+    return _positions(ids[starts], values), total
+
+
+def step(weight: Array, grad: Array, history: Array, master: Array | None, lr: Any, wd: Any, rule: Rule) -> None:
+    """One dense update in place. ``master``, if there is one, is what the rule acts on; ``weight`` is its rounding."""
+    with np.errstate(all="ignore"):
+        current = cast(weight if master is None else master, history)
+        new, accumulated = update(current, cast(grad, history), cast(history, history), lr, wd, rule)
+        history[...] = accumulated
+        if master is not None:
+            master[...] = new
+        weight[...] = cast(new, weight)
+
+
+def step_rows(
+    weight: Array, indices: Array, values: Array, history: Array, master: Array | None, lr: Any, wd: Any, rule: Rule
+) -> None:
+    """One row-sparse update in place: the rows in ``indices`` and no others, decay included, duplicates summed."""
+    with np.errstate(all="ignore"):
+        rows, grad = sum_duplicates(indices, cast(values, history))
+        current = cast((weight if master is None else master)[rows], history)
+        new, accumulated = update(current, grad, cast(history[rows], history), lr, wd, rule)
+        history[rows] = accumulated
+        if master is not None:
+            master[rows] = new
+        weight[rows] = cast(new, weight)
+
+
+def cast(array: Array, like: Array) -> Array:
+    """``array`` in the dtype of ``like``; for NumPy in the native byte order."""
+    if is_torch(array):
+        return array.to(like.dtype)
+    return array.astype(like.dtype.newbyteorder("="), copy=False)
+
+
+def _scalar(value: Any, like: Array) -> Any:
+    """``value`` rounded once to the dtype of ``like``; torch's operators do so by themselves."""
+    return value if is_torch(like) else like.dtype.type(value)
+
+
+def _positions(index: np.ndarray, like: Array) -> Array:
+    return sys.modules["torch"].as_tensor(index, device=like.device) if is_torch(like) else index
+
+
+def _take(array: Array, index: np.ndarray) -> Array:
+    return array[_positions(index, array)]
+
+
+def _put(array: Array, index: np.ndarray, values: Array) -> None:
+    array[_positions(index, array)] = values
