@@ -5,13 +5,16 @@ from adagrad.adagrad import AdaGrad
 from adagrad.group_adagrad import GroupAdaGrad
 from adagrad.optimizer import Optimizer, create, register
 from adagrad.row_sparse import RowSparse
+from adagrad.updater import Updater, get_updater
 
 __all__ = [
     "AdaGrad",
     "GroupAdaGrad",
     "Optimizer",
     "RowSparse",
+    "Updater",
     "create",
+    "get_updater",
     "lr_scheduler",
     "register",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -83,8 +85,7 @@ class AdaGrad(Optimizer):
         shape, value = history_shape(w.shape, row_wise=self.row_wise), self.initial_accumulator_value
         dtype = computing_format(w.format)
         if is_torch(weight):
-            return weight.detach().new_full(shape, value, dtype=operand("", weight.new_empty(0).double()).array.dtype
-                                            if dtype == "float64" else weight.new_empty(0).float().dtype)  # fmt: skip
+            return weight.detach().new_full(shape, value, dtype=getattr(sys.modules["torch"], dtype))
         if w.array.flags.c_contiguous or self.row_wise:
             # Zeros come from the system untouched: the rows of a large table cost memory when they are first used.
             return np.zeros(shape, dtype) if value == 0 else np.full(shape, value, dtype)
@@ -132,6 +133,9 @@ class AdaGrad(Optimizer):
             row_wise=self.row_wise,
         )
 
-    def config(self) -> dict[str, Any]:
-        own = {"epsilon": self.epsilon, "initial_accumulator_value": self.initial_accumulator_value}
-        return super().config() | own
+    def check(self, weights: Any, grads: Any, states: Any) -> None:
+        kernels.plan(list(weights), list(grads), list(states), self.rule(), fused=self.use_fused_step)
+
+    def _saved(self) -> dict[str, Callable[[str, Any], Any]]:
+        own = {"epsilon": checks.non_negative, "initial_accumulator_value": checks.non_negative}
+        return super()._saved() | own

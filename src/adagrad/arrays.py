@@ -14,6 +14,9 @@ from adagrad.rule import Array, is_torch
 FORMATS = ("float32", "float64", "float16", "bfloat16")
 LOW_PRECISION = ("float16", "bfloat16")
 
+WORK: Any = 1_000_000
+"""How many candidate solutions may be tried to tell two interleaved arrays apart."""
+
 
 def computing_format(name: str) -> str:
     """The format that the rule computes in, and keeps histories in, for weights of format ``name``."""
@@ -130,8 +133,8 @@ def _share_a_byte(first: Operand, second: Operand) -> bool:
     if first.memory.flags.c_contiguous and second.memory.flags.c_contiguous:
         return True  # their bounds overlap, and they fill them
     try:
-        return bool(np.shares_memory(first.memory, second.memory, max_work=1_000_000))
-    except np.exceptions.TooHardError if hasattr(np, "exceptions") else np.TooHardError:  # type: ignore[attr-defined]
+        return bool(np.shares_memory(first.memory, second.memory, max_work=WORK))
+    except RuntimeError:  # numpy's TooHardError
         return True  # too intricate to tell apart: refused rather than risked
 
 

@@ -45,6 +45,7 @@ class LRScheduler:
         if warmup_mode not in ("linear", "constant"):
             raise ValueError(f"warmup_mode={warmup_mode!r}: must be 'linear' or 'constant'")
         self.warmup_mode = warmup_mode
+        self._warmup_final_lr: float | None = None
 
     def __call__(self, num_update: int) -> float:
         """The learning rate at update ``num_update``, the largest number of updates that any weight has had."""
@@ -61,8 +62,12 @@ class LRScheduler:
 
     @property
     def warmup_final_lr(self) -> float:
-        """Where the warm-up ends: ``base_lr``."""
-        return self.base_lr
+        """Where the warm-up ends: ``base_lr``, unless it was set apart, as in some of MXNet's state files."""
+        return self.base_lr if self._warmup_final_lr is None else self._warmup_final_lr
+
+    @warmup_final_lr.setter
+    def warmup_final_lr(self, value: float) -> None:
+        self._warmup_final_lr = checks.non_negative("warmup_final_lr", value)
 
     def after_warmup(self, num_update: int) -> float:
         """The learning rate at update ``num_update >= warmup_steps``."""
@@ -72,8 +77,11 @@ class LRScheduler:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config().items())})"
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments that make this schedule."""
-        return {name: getattr(self, name) for name in ("base_lr", "warmup_steps", "warmup_begin_lr", "warmup_mode")}
+        """The constructor's arguments that make this schedule, and ``warmup_final_lr`` where it was set apart."""
+        names = ["base_lr", "warmup_steps", "warmup_begin_lr", "warmup_mode"]
+        if self._warmup_final_lr is not None:
+            names.append("warmup_final_lr")
+        return {name: getattr(self, name) for name in names}
 
 
 class FactorScheduler(LRScheduler):
@@ -223,7 +231,7 @@ class PolyScheduler(_ToFinal):
         self.pwr = checks.non_negative("pwr", pwr)
 
     def remaining(self, progress: float) -> float:
-        return (1.0 - progress) ** self.pwr
+        return math.pow(1.0 - progress, self.pwr)
 
     def config(self) -> dict[str, Any]:
         return super().config() | {"pwr": self.pwr}
@@ -262,3 +270,22 @@ def _factor(factor: Any) -> float:
     if not 0 < value <= 1:
         raise ValueError(f"factor={factor!r}: must be in (0, 1]")
     return value
+
+
+def from_config(name: Any, config: Any) -> LRScheduler:
+    """The schedule whose class name and :meth:`LRScheduler.config` these are; ValueError for what is neither."""
+    classes = {c.__name__: c for c in (FactorScheduler, MultiFactorScheduler, PolyScheduler, CosineScheduler)}
+    if name not in classes or not isinstance(config, dict):
+        raise ValueError(f"lr_scheduler={name!r}: must be one of {', '.join(classes)}")
+    arguments = dict(config)
+    # A warm-up that ends elsewhere: base_lr may then lie below where it begins, so it is set afterwards, as it was.
+    final = arguments.pop("warmup_final_lr", None)
+    base = arguments.get("base_lr")
+    try:
+        schedule = classes[name](**(arguments if final is None else arguments | {"base_lr": final}))
+        if final is not None:
+            schedule.warmup_final_lr = final
+            schedule.base_lr = checks.non_negative("base_lr", base)
+    except TypeError as error:
+        raise ValueError(f"lr_scheduler {name}: {error}") from error
+    return schedule

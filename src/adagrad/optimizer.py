@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
-from adagrad import checks
+from adagrad import checks, lr_scheduler
 from adagrad.arrays import LOW_PRECISION, operand
 from adagrad.lr_scheduler import LRScheduler
 from adagrad.rule import Array, cast, is_torch
@@ -201,7 +201,7 @@ class Optimizer:
         if index in multipliers:
             return multipliers[index]
         if index in self.idx2name:
-            return multipliers.get(self.idx2name[index], 1.0)  # type: ignore[index]
+            return multipliers.get(self.idx2name[index], 1.0)
         return 1.0
 
     def _get_lr(self, index: Index) -> float:
@@ -272,7 +272,7 @@ class Optimizer:
         return None
 
     def create_state_multi_precision(self, index: Index, weight: Array) -> Any:
-        """The state with, for a float16 or bfloat16 weight under ``multi_precision``, a float32 master copy before it."""
+        """The state; for a float16 or bfloat16 weight under ``multi_precision`` after a float32 master copy."""
         w = operand("weight", weight)
         if not (self.multi_precision and w.format in LOW_PRECISION):
             return self.create_state(index, weight)
@@ -330,27 +330,67 @@ class Optimizer:
             if is_low:
                 weight[...] = cast(master, weight)
 
+    def check(self, weights: Any, grads: Any, states: Any) -> None:
+        """Raise what an update with these lists would raise; for callers that split a list over several updates."""
+
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
     def config(self) -> dict[str, Any]:
-        """Hyper-parameters and counts as plain data, for checkpoints; ``param_dict`` and ``sym`` are not in it."""
-        scheduler = self.lr_scheduler
-        saved = type(scheduler).__module__ == LRScheduler.__module__ and isinstance(scheduler, LRScheduler)
+        """Hyper-parameters and counts as plain data, for checkpoints.
+
+        A scheduler of one's own, ``param_dict`` and ``sym`` are not in it, nor what changes no result
+        (``aggregate_num``, ``use_fused_step``).
+        """
+        scheduler: Any = self.lr_scheduler
+        if scheduler is not None:
+            ours = type(scheduler).__module__ == LRScheduler.__module__
+            scheduler = [type(scheduler).__name__, scheduler.config()] if ours else "custom"
         return {
             "class": type(self).__name__,
-            "rescale_grad": self.rescale_grad,
-            "wd": self.wd,
-            "clip_gradient": self.clip_gradient,
             "lr": self.lr,
-            "lr_scheduler": [type(scheduler).__name__, scheduler.config()] if saved else None,  # type: ignore[union-attr]
-            "begin_num_update": self.begin_num_update,
+            "lr_scheduler": scheduler,
             "num_update": self.num_update,
             "index_update_count": dict(self._index_update_count),
-            "lr_mult": dict(self.lr_mult),
-            "wd_mult": dict(self.wd_mult),
-            "idx2name": dict(self.idx2name),
-            "multi_precision": self.multi_precision,
+            **{name: getattr(self, name) for name in self._saved()},
+            **{name: dict(getattr(self, name)) for name in ("lr_mult", "wd_mult", "idx2name")},
         }
+
+    def _saved(self) -> dict[str, Callable[[str, Any], Any]]:
+        """Attributes that checkpoints hold, and what checks them."""
+        return {
+            "rescale_grad": checks.finite,
+            "wd": checks.non_negative,
+            "clip_gradient": checks.positive_or_none,
+            "begin_num_update": lambda name, value: checks.integer(name, value, 0),
+            "multi_precision": checks.boolean,
+        }
+
+    def set_config(self, config: Mapping[str, Any]) -> None:
+        """Take over what :meth:`config` of an optimizer of the same class gave.
+
+        A scheduler of one's own stays. ValueError for what does not fit; then nothing has changed.
+        """
+        if config.get("class") != type(self).__name__:
+            raise ValueError(f"optimizer {config.get('class')!r}: must be {type(self).__name__!r}, like the one here")
+        try:
+            new = {name: check(name, config[name]) for name, check in self._saved().items() if name in config}
+            new["lr"] = None if config["lr"] is None else checks.non_negative("lr", config["lr"])
+            new["num_update"] = checks.integer("num_update", config["num_update"], 0)
+            counts = config["index_update_count"]
+            new["_index_update_count"] = {k: checks.integer(f"count of {k!r}", v, 0) for k, v in counts.items()}
+            for name in ("lr_mult", "wd_mult"):
+                new[name] = {k: checks.non_negative(f"{name}[{k!r}]", v) for k, v in config[name].items()}
+            new["idx2name"] = dict(config["idx2name"])
+            schedule = config["lr_scheduler"]
+            own = self.lr_scheduler if type(self.lr_scheduler).__module__ != LRScheduler.__module__ else None
+            if schedule == "custom" or (schedule is None and own is not None):
+                new["lr_scheduler"] = self.lr_scheduler
+            else:
+                new["lr_scheduler"] = None if schedule is None else lr_scheduler.from_config(*schedule)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"optimizer {type(self).__name__}: its saved hyper-parameters: {error!r}") from error
+        for name, value in new.items():
+            setattr(self, name, value)
 
 
 def _aggregate_num(value: Any) -> float:

@@ -84,8 +84,8 @@ def plan(
 
         found = ndarray_table.table(weights, grads, states)
         if found is not None:
-            table, (weight, grad, history) = found
-            result.add(None, _dense_launch(table, (weight, grad, history, None), rule, threads, (weights, grads, states)))
+            table, formats = found
+            result.add(None, _dense_launch(table, (*formats, None), rule, threads, (weights, grads, states)))
             return result
 
     updates = [
@@ -188,7 +188,8 @@ def _refuse_shared(updates: list[Update]) -> None:
 
 
 def _host_indices(indices: Array) -> np.ndarray:
-    return indices.numpy() if is_torch(indices) else indices
+    memory: np.ndarray = indices.numpy() if is_torch(indices) else indices
+    return memory
 
 
 # ----------------------------------------------------------------------------------------------------------- grouping
@@ -289,7 +290,9 @@ def _add_rows(result: Plan, i: int, u: Update, rule: Rule, *, fused: bool, threa
         result.add([i], _rows_launch(u, keys, shift, rule, threads))
 
 
-def _rows_launch(u: Update, keys: np.ndarray, shift: int, rule: Rule, threads: int | None) -> Callable[[Any, Any], None]:
+def _rows_launch(
+    u: Update, keys: np.ndarray, shift: int, rule: Rule, threads: int | None
+) -> Callable[[Any, Any], None]:
     from adagrad.kernels import cpu_rows
     from adagrad.kernels.cpu_rule import scalars
     from adagrad.kernels.numba_jit import max_workers
@@ -312,7 +315,7 @@ def _rows_launch(u: Update, keys: np.ndarray, shift: int, rule: Rule, threads: i
             gathered = [m if m is None else m[rows] for m in memories[:3]]
             plain = [m if m is None else np.ascontiguousarray(m, m.dtype.newbyteorder("=")) for m in
                      [*gathered, memories[3]]]
-            buffers = [m if m is None else np.require(m, requirements="CA") for m in plain]
+            buffers = [m if m is None else np.require(m, requirements=["C", "A"]) for m in plain]
         else:
             buffers = memories
         base = np.array([0 if m is None else m.__array_interface__["data"][0] for m in buffers])

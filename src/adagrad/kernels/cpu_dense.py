@@ -1,8 +1,9 @@
 """Dense updates on the CPU: any number of weights in one launch, through a table of addresses.
 
 Row ``i`` of ``table`` holds, for one weight, the addresses of weight, gradient, history and master copy (0 for none),
-the number of elements and, where the history is row-wise, the length of a row, else 0; ``hyper`` holds its lr, coupled and decoupled weight decay. Everything
-that the table names is C-contiguous and aligned; see :mod:`adagrad.kernels` for what makes it so.
+the number of elements and, where the history is row-wise, the length of a row, else 0; ``hyper`` holds its lr,
+coupled and decoupled weight decay. Everything that the table names is C-contiguous and aligned; see
+:mod:`adagrad.kernels` for what makes it so.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def _share(table: Any, hyper: Any, scalars: Any, tw: Any, tg: Any, th: Any, tm: 
                 row(w, g, h, m, r * length, length, r, hyper[i], scalars, lanes)
 
 
-@jit
+@jit()
 def serial(table: Any, hyper: Any, scalars: Any, tw: Any, tg: Any, th: Any, tm: Any, total: int) -> None:
     _share(table, hyper, scalars, tw, tg, th, tm, 0, total)
 

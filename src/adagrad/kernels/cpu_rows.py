@@ -30,7 +30,7 @@ SMALL = 16_384
 
 
 @jit(helper=True)
-def _ask(address: int, size: int) -> None:
+def _ask(address: Any, size: int) -> None:
     for offset in range(0, size, LINE):
         prefetch(address + offset)
 
@@ -50,7 +50,7 @@ def _sum_chunk(keys: Any, first: int, last: int, mask: Any, base: int, stride: i
 
 
 @jit(helper=True)
-def _apply(row_id: int, base: Any, stride: Any, g: Any, tw: Any, th: Any, tm: Any, length: int, row_wise: bool,
+def _apply(row_id: Any, base: Any, stride: Any, g: Any, tw: Any, th: Any, tm: Any, length: int, row_wise: bool,
            hyper: Any, scalars: Any, lanes: Any) -> None:  # fmt: skip
     w = pointer(base[WEIGHT] + row_id * stride[WEIGHT], tw)
     h = pointer(base[HISTORY] + row_id * stride[HISTORY], th)
@@ -110,7 +110,7 @@ def _share(keys: Any, first: int, last: int, shift: int, base: Any, stride: Any,
         i = end
 
 
-@jit
+@jit()
 def long_runs(keys: Any, shift: int) -> Any:
     """The runs of more than ``LONG`` keys: first key, end, and the number of chunks in the long runs before."""
     n = len(keys)
@@ -132,7 +132,7 @@ def long_runs(keys: Any, shift: int) -> Any:
     return found[:count], chunks
 
 
-@jit
+@jit()
 def serial(keys: Any, shift: int, base: Any, stride: Any, tw: Any, tv: Any, th: Any, tm: Any, length: int,
            row_wise: bool, hyper: Any, scalars: Any) -> None:  # fmt: skip
     none, no_sums = np.empty((0, 3), np.int64), np.empty((0, 0), th.dtype)

@@ -27,8 +27,7 @@ TOKENS = {
 """The token of each element format."""
 
 
-@intrinsic
-def pointer(typing: Any, address: Any, token: Any) -> Any:
+def _pointer_code(typing: Any, address: Any, token: Any) -> Any:
     """A pointer to elements of the token's dtype at ``address``; None stays None."""
     if isinstance(token, types.NoneType):
         return types.none(address, token), lambda context, builder, sig, args: context.get_dummy_value()
@@ -39,8 +38,10 @@ def pointer(typing: Any, address: Any, token: Any) -> Any:
     return types.CPointer(token.dtype)(address, token), generate
 
 
-@intrinsic
-def prefetch(typing: Any, address: Any) -> Any:
+pointer: Any = intrinsic(_pointer_code)
+
+
+def _prefetch_code(typing: Any, address: Any) -> Any:
     """Ask for the cache line at ``address``, to be written soon."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -54,6 +55,9 @@ def prefetch(typing: Any, address: Any) -> Any:
     return types.void(types.int64), generate
 
 
+prefetch: Any = intrinsic(_prefetch_code)
+
+
 def _native_half() -> bool:
     """Whether the processor that Numba compiles for converts float16 by an instruction."""
     if numba.config.CPU_NAME or numba.config.CPU_FEATURES:
@@ -64,36 +68,44 @@ def _native_half() -> bool:
     return bool(llvm.get_host_cpu_features().get("f16c", False))
 
 
-@intrinsic
-def _half_to_float(typing: Any, bits: Any) -> Any:
+def _half_to_float_code(typing: Any, bits: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
 
     return types.float32(types.uint16), generate
 
 
-@intrinsic
-def _float_to_half(typing: Any, value: Any) -> Any:
+_half_to_float: Any = intrinsic(_half_to_float_code)
+
+
+def _float_to_half_code(typing: Any, value: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
 
     return types.uint16(types.float32), generate
 
 
-@intrinsic
-def _float_bits(typing: Any, value: Any) -> Any:
+_float_to_half: Any = intrinsic(_float_to_half_code)
+
+
+def _float_bits_code(typing: Any, value: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.IntType(32))
 
     return types.uint32(types.float32), generate
 
 
-@intrinsic
-def _bits_float(typing: Any, bits: Any) -> Any:
+_float_bits: Any = intrinsic(_float_bits_code)
+
+
+def _bits_float_code(typing: Any, bits: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())
 
     return types.float32(types.uint32), generate
+
+
+_bits_float: Any = intrinsic(_bits_float_code)
 
 
 @jit(helper=True)

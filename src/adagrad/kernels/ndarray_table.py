@@ -32,22 +32,22 @@ _ints = np.empty(0, np.int32)
 
 
 @jit(helper=True)
-def _word(address: int, offset: int) -> int:
+def _word(address: Any, offset: int) -> Any:
     return np.int64(pointer(address + offset, _words)[0])
 
 
 @jit(helper=True)
-def _int(address: int, offset: int) -> int:
+def _int(address: Any, offset: int) -> Any:
     return np.int64(pointer(address + offset, _ints)[0])
 
 
 @jit(helper=True)
-def _item(list_id: int, i: int) -> int:
+def _item(list_id: int, i: int) -> Any:
     return _word(_word(list_id, LIST_ITEMS), 8 * i)
 
 
 @jit(helper=True)
-def _is_plain(array: int, kind: Any, descr: int, flags: int) -> bool:
+def _is_plain(array: Any, kind: int, descr: int, flags: int) -> Any:
     if _word(array, TYPE) != kind or _word(array, DESCR) != descr:
         return False
     return _int(array, FLAGS) & flags == flags
@@ -83,7 +83,7 @@ def _disjoint(starts: Any, ends: Any, written: int) -> bool:
     return True
 
 
-@jit
+@jit()
 def fill(weights: int, grads: int, histories: int, kind: int, weight_descr: int, grad_descr: int,
          history_descr: int, weight_size: int, grad_size: int, history_size: int, table: Any) -> bool:  # fmt: skip
     """Fill ``table`` from three lists, given by ``id``; False where an array or the call is not plain."""
@@ -107,7 +107,7 @@ def fill(weights: int, grads: int, histories: int, kind: int, weight_descr: int,
     return _disjoint(starts, ends, 2 * n)
 
 
-@jit
+@jit()
 def _probe(objects: int, i: int, out: Any) -> None:
     array = _item(objects, i)
     out[0], out[1], out[2], out[3] = array, _word(array, TYPE), _word(array, DATA), _int(array, NDIM)

@@ -15,31 +15,35 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-def jit(function: Callable[..., Any] | None = None, *, parallel: bool = False, helper: bool = False) -> Any:
-    """Compile at the first call with new argument types, and keep the machine code on disk for the next process.
+
+def jit(*, parallel: bool = False, helper: bool = False) -> Callable[[F], F]:
+    """Decorator: compile at the first call with new argument types, and keep the machine code for the next process.
 
     A ``helper`` is called by other kernels alone: it is compiled into them and needs no file of its own.
     """
-    if function is None:
-        return functools.partial(jit, parallel=parallel, helper=helper)
-    dispatcher = numba.jit(
-        nopython=True,
-        nogil=True,
-        error_model="numpy",
-        fastmath=False,
-        boundscheck=False,
-        parallel=parallel,
-    )(function)
-    if not helper:
-        with suppress(Exception):  # no cache is slower, not wrong
-            dispatcher._cache = _Cache(function)
-    return dispatcher
+
+    def compile_lazily(function: F) -> F:
+        dispatcher = numba.jit(
+            nopython=True,
+            nogil=True,
+            error_model="numpy",
+            fastmath=False,
+            boundscheck=False,
+            parallel=parallel,
+        )(function)
+        if not helper:
+            with suppress(Exception):  # no cache is slower, not wrong
+                dispatcher._cache = _Cache(function)
+        return cast(F, dispatcher)
+
+    return compile_lazily
 
 
 # ------------------------------------------------------------------------------------------------ the cache on disk
@@ -93,7 +97,7 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 def _source_hash() -> str:
     digest = hashlib.sha256(f"{sys.version} {numba.__version__}".encode())
     here = Path(__file__).parent
-    for source in sorted(here.glob("*.py")) + [here.parent / "rule.py"]:
+    for source in [*sorted(here.glob("*.py")), here.parent / "rule.py"]:
         if not source.name.startswith("cuda"):  # Triton's, which has a cache of its own
             digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]

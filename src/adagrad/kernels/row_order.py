@@ -21,11 +21,11 @@ DIGIT = 11
 """Most bits sorted in one pass: the counters of a digit stay in the first-level cache."""
 
 
-@jit
+@jit()
 def pack(indices: Any, rows: int, shift: int, keys: Any) -> Any:
     """Fill ``keys``; the position of the first row id outside the weight, or -1, and whether the ids increase."""
-    increasing = True
-    before = -1
+    increasing: Any = True
+    before: Any = -1
     for i in range(len(indices)):
         row = np.int64(indices[i])
         if row < 0 or row >= rows:
@@ -62,7 +62,7 @@ def _move(keys: Any, out: Any, first: int, last: int, low: int, mask: Any, offse
         offsets[digit] += 1
 
 
-@jit
+@jit()
 def _sort_serial(keys: Any, spare: Any, shift: int, passes: int, digit: int) -> None:
     n = len(keys)
     mask = np.uint64((1 << digit) - 1)

@@ -17,9 +17,9 @@ TILE = 16_384
 
 def tiles(weight: Any, grad: Any, history: Any, master: Any | None) -> Iterator[list[np.ndarray]]:
     """Contiguous, aligned, native one-dimensional pieces of the operands; what is written to them is written back."""
-    operands = [weight, grad, history] + ([] if master is None else [master])
-    write = ["readwrite", "nbo", "aligned", "contig"]
-    read = ["readonly", "nbo", "aligned", "contig"]
+    operands: Any = [weight, grad, history] + ([] if master is None else [master])
+    write: Any = ["readwrite", "nbo", "aligned", "contig"]
+    read: Any = ["readonly", "nbo", "aligned", "contig"]
     with np.nditer(
         operands,
         flags=["external_loop", "buffered", "growinner", "zerosize_ok"],
@@ -41,7 +41,7 @@ def row_blocks(weight: Any, grad: Any, history: Any, master: Any | None) -> Iter
     for start in range(0, len(weight), rows):
         views = [o[start : start + rows] for o in operands]
         pieces = [np.ascontiguousarray(view, view.dtype.newbyteorder("=")) for view in views]
-        pieces = [np.require(piece, requirements="CAW") for piece in pieces]
+        pieces = [np.require(piece, requirements=["C", "A", "W"]) for piece in pieces]
         yield pieces
         for i, (view, piece) in enumerate(zip(views, pieces, strict=True)):
             if i != 1 and not np.may_share_memory(view, piece):

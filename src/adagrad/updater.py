@@ -1,0 +1,178 @@
+"""The updater: an optimizer together with the states of its weights, and their checkpoints."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from adagrad import checks
+from adagrad.optimizer import Index, Optimizer, as_lists
+from adagrad.rule import is_torch
+
+
+class Updater:
+    """Applies an optimizer to weights by index, and owns their states, as ``mxnet.optimizer.Updater`` (2.0) does.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+
+    Attributes
+    ----------
+    states : dict of index to state
+        Made by the optimizer when an index is first seen.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from adagrad import AdaGrad, get_updater
+    >>> updater = get_updater(AdaGrad(learning_rate=0.5))
+    >>> weight = np.ones(2, np.float32)
+    >>> updater(0, np.array([1.0, -1.0], np.float32), weight)
+    >>> weight
+    array([0.5000005, 1.4999995], dtype=float32)
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer={checks.describe(optimizer)}: must be an adagrad.Optimizer")
+        self.optimizer = optimizer
+        self.states: dict[Index, Any] = {}
+        self._loaded: dict[Index, bool] = {}  # states not used since they were loaded, and whether rows may be added
+
+    def __call__(self, index: Any, grad: Any, weight: Any) -> None:
+        """Update ``weight`` with ``grad``, or each of a list of weights; note MXNet's order of the arguments.
+
+        ``optimizer.aggregate_num`` weights go into one step. Errors as in :meth:`Optimizer.update`; then no weight,
+        state or count has changed, whatever the position of the bad one.
+        """
+        indices, weights, grads, _ = as_lists(index, weight, grad, [None] * len(index) if _is_list(index) else None)
+        indices = [each.decode() if isinstance(each, bytes) else each for each in indices]
+        new = {
+            each: self.optimizer.create_state_multi_precision(each, w)
+            for each, w in zip(indices, weights, strict=True)
+            if each not in self.states
+        }
+        for each, w in zip(indices, weights, strict=True):
+            if each in self._loaded:
+                new[each] = self._adopt(each, w)
+        states = [new[each] if each in new else self.states[each] for each in indices]
+        size = int(min(self.optimizer.aggregate_num, max(len(indices), 1)))
+        if size < len(indices):
+            self.optimizer.check(weights, grads, states)
+        for start in range(0, len(indices), size):
+            part = slice(start, start + size)
+            self.optimizer.update_multi_precision(indices[part], weights[part], grads[part], states[part])
+        self.states.update(new)
+        for each in new:
+            self._loaded.pop(each, None)
+
+    def _adopt(self, index: Index, weight: Any) -> Any:
+        """The loaded state of ``index`` where ``weight`` is: on its device and, if that was asked for, of its rows."""
+        state = self.states[index]
+        fresh = self.optimizer.create_state_multi_precision(index, weight)
+        if type(state) is not type(fresh) and isinstance(state, tuple) != isinstance(fresh, tuple):
+            raise ValueError(f"states[{index!r}]: {_kind(state)}: must be {_kind(fresh)}, for this weight")
+        pairs = zip(state, fresh, strict=True) if isinstance(fresh, tuple) else [(state, fresh)]
+        adopted = [_into(loaded, new, resize=self._loaded[index]) for loaded, new in pairs]
+        return tuple(adopted) if isinstance(fresh, tuple) else adopted[0]
+
+    # ----------------------------------------------------------------------------------------------------- checkpoints
+
+    def get_states(self, dump_optimizer: bool = False) -> bytes:
+        """The states as bytes in safetensors; with hyper-parameters, counts and schedule if ``dump_optimizer``.
+
+        A scheduler that is not of :mod:`adagrad.lr_scheduler`, ``param_dict`` and ``sym`` are never saved.
+        """
+        from adagrad import checkpoint
+
+        return checkpoint.encode(self.states, self.optimizer.config() if dump_optimizer else None)
+
+    def set_states(self, states: bytes, *, resize_rows: bool = False) -> None:
+        """Take over what :meth:`get_states` gave, or what MXNet 2.0's ``Updater.get_states`` wrote.
+
+        The optimizer stays the same object; what is saved of it is set on it, and its class must be the one that was
+        saved. States come back as NumPy arrays, and move to the weights' device when they are next used.
+
+        Parameters
+        ----------
+        states : bytes
+        resize_rows : bool, default False
+            Whether a state may meet a weight of more or fewer rows than it has. Rows that the weight no longer has are
+            dropped; new rows start as :meth:`Optimizer.create_state` would start them.
+
+        Raises
+        ------
+        TypeError
+            For what is not bytes.
+        ValueError
+            For bytes that are truncated, altered, not a state file, of a newer version or of another optimizer class;
+            then nothing has changed.
+        """
+        from adagrad import checkpoint, mxnet_states
+
+        if not isinstance(states, (bytes, bytearray, memoryview)):
+            raise TypeError(f"states={checks.describe(states)}: must be bytes, not {type(states).__name__}")
+        data = bytes(states)
+        if mxnet_states.is_mxnet_states(data):
+            loaded, found_optimizer = mxnet_states.decode(data)
+            config = None if found_optimizer is None else found_optimizer.config()
+        else:
+            loaded, config = checkpoint.decode(data)
+        if not resize_rows:
+            for index in loaded.keys() & self.states.keys():
+                if (found := _shapes(loaded[index])) != (expected := _shapes(self.states[index])):
+                    raise ValueError(f"states[{index!r}]: shape {found}: must be {expected}, like the one here")
+        if config is not None:
+            self.optimizer.set_config(config)
+        self.states = dict(loaded)
+        self._loaded = dict.fromkeys(loaded, resize_rows)
+
+    def save_states(self, path: str | os.PathLike[str], dump_optimizer: bool = False) -> None:
+        """Write :meth:`get_states` to a file: to a temporary one, renamed when it is complete."""
+        from adagrad import checkpoint
+
+        checkpoint.save(path, self.get_states(dump_optimizer))
+
+    def load_states(self, path: str | os.PathLike[str], *, resize_rows: bool = False) -> None:
+        """:meth:`set_states` with a file's content; its errors name the file."""
+        with open(path, "rb") as file:
+            data = file.read()
+        try:
+            self.set_states(data, resize_rows=resize_rows)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+
+def _is_list(index: Any) -> bool:
+    return isinstance(index, (list, tuple))
+
+
+def _kind(state: Any) -> str:
+    return "a pair (master copy, history)" if isinstance(state, tuple) else "one history"
+
+
+def _shapes(state: Any) -> Any:
+    return [_shapes(each) for each in state] if isinstance(state, (tuple, list)) else tuple(getattr(state, "shape", ()))
+
+
+def _into(loaded: Any, fresh: Any, *, resize: bool) -> Any:
+    """``loaded`` as an array of the kind, device and, where that may change, the rows of ``fresh``."""
+    if loaded is None or fresh is None:
+        return loaded
+    if is_torch(fresh):
+        torch = sys.modules["torch"]
+        loaded = torch.as_tensor(loaded, device=fresh.device) if is_torch(loaded) else torch.from_numpy(loaded)
+        loaded = loaded.to(fresh.device)
+    before, now = tuple(loaded.shape), tuple(fresh.shape)
+    if not resize or before == now or before[1:] != now[1:] or not now:
+        return loaded  # what does not fit is refused by the update
+    rows = min(before[0], now[0])
+    fresh[:rows] = loaded[:rows]
+    return fresh
+
+
+def get_updater(optimizer: Optimizer) -> Updater:
+    """The :class:`Updater` of ``optimizer``."""
+    return Updater(optimizer)
