@@ -72,6 +72,7 @@ class AdaGrad(Optimizer):
     ) -> None:
         super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
         self.epsilon = checks.non_negative("epsilon", epsilon)
+        self._rule_given: tuple[Any, ...] = ()
         self.initial_accumulator_value = checks.non_negative("initial_accumulator_value", initial_accumulator_value)
 
     def create_state(self, index: Index, weight: Array) -> Array:
@@ -98,27 +99,29 @@ class AdaGrad(Optimizer):
         results are the same, bit for bit. Parameters and errors as in :meth:`~adagrad.Optimizer.update`.
         """
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
-        plan = kernels.plan(weights, grads, states, self.rule(), fused=self.use_fused_step)
-        plan.run(*self._advance(indices))
+        lrs, wds, counts = self._resolve(indices)
+        kernels.update(weights, grads, states, lrs, wds, self.rule(), fused=self.use_fused_step)
+        self._count(counts)
 
     def fused_step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """Update each weight once: those with row-sparse gradients by the row kernels, the others by :meth:`step`.
 
         Parameters and errors as in :meth:`~adagrad.Optimizer.update`.
         """
-        indices, weights, grads, states = as_lists(indices, weights, grads, states)
-        sparse = [i for i, grad in enumerate(grads) if kernels.is_row_sparse(grad)]
-        if not sparse:
+        if not kernels.any_row_sparse(grads):
             self.step(indices, weights, grads, states)
             return
+        indices, weights, grads, states = as_lists(indices, weights, grads, states)
         # Everything is checked before anything changes: the whole list here, the dense part again in step.
         plan = kernels.plan(weights, grads, states, self.rule(), fused=True)
-        lrs, wds = self._advance(indices)
-        dense = sorted(set(range(len(indices))).difference(sparse))
+        lrs, wds, counts = self._resolve(indices)
+        self._count(counts)
+        sparse = {i for i, grad in enumerate(grads) if kernels.is_row_sparse(grad)}
+        dense = [i for i in range(len(indices)) if i not in sparse]
         if dense:
             with self._counted(indices, lrs, wds):
                 self.step(*([values[i] for i in dense] for values in (indices, weights, grads, states)))
-        plan.run(lrs, wds, only=set(sparse))
+        plan.run(lrs, wds, only=sparse)
 
     def update_multi_precision(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """The same as :meth:`~adagrad.Optimizer.update`: the kernels know master copies, nothing is copied."""
@@ -126,12 +129,16 @@ class AdaGrad(Optimizer):
 
     def rule(self) -> Rule:
         """The rule's options and scalars as they are now; checked, since attributes may have been set meanwhile."""
-        return Rule(
-            rescale_grad=checks.finite("rescale_grad", self.rescale_grad),
-            clip_gradient=checks.positive_or_none("clip_gradient", self.clip_gradient),
-            epsilon=checks.non_negative("epsilon", self.epsilon),
-            row_wise=self.row_wise,
-        )
+        given = (self.rescale_grad, self.clip_gradient, self.epsilon)
+        if given != self._rule_given:
+            self._rule = Rule(
+                rescale_grad=checks.finite("rescale_grad", self.rescale_grad),
+                clip_gradient=checks.positive_or_none("clip_gradient", self.clip_gradient),
+                epsilon=checks.non_negative("epsilon", self.epsilon),
+                row_wise=self.row_wise,
+            )
+            self._rule_given = given
+        return self._rule
 
     def check(self, weights: Any, grads: Any, states: Any) -> None:
         kernels.plan(list(weights), list(grads), list(states), self.rule(), fused=self.use_fused_step)

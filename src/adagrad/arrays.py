@@ -14,6 +14,8 @@ from adagrad.rule import Array, is_torch
 FORMATS = ("float32", "float64", "float16", "bfloat16")
 LOW_PRECISION = ("float16", "bfloat16")
 
+_NATIVE = {np.dtype(name): name for name in FORMATS if name != "bfloat16"}
+
 WORK: Any = 1_000_000
 """How many candidate solutions may be tried to tell two interleaved arrays apart."""
 
@@ -58,7 +60,7 @@ def operand(name: str, array: Any) -> Operand:
         kind = f"{type(array).__module__}.{type(array).__qualname__}"
         raise TypeError(f"{name}={describe(array)}: must be a NumPy array or a torch tensor, not {kind}")
     array = np.asarray(array)
-    format_name = array.dtype.newbyteorder("=").name
+    format_name = _NATIVE.get(array.dtype) or array.dtype.newbyteorder("=").name
     if format_name not in FORMATS:
         raise TypeError(f"{name}: dtype {array.dtype}: must be float16, bfloat16, float32 or float64")
     memory = array
@@ -86,9 +88,9 @@ def _tensor(name: str, tensor: Any) -> Operand:
 
 def bounds(memory: np.ndarray) -> tuple[int, int]:
     """The addresses of the first byte of ``memory`` and of the byte after the last."""
-    start = memory.__array_interface__["data"][0]
-    if memory.size == 0:
-        return start, start
+    start = memory.ctypes.data
+    if memory.size == 0 or memory.flags.c_contiguous:
+        return start, start + memory.nbytes
     spans = [(size - 1) * stride for size, stride in zip(memory.shape, memory.strides, strict=True)]
     low = sum(span for span in spans if span < 0)
     high = sum(span for span in spans if span > 0)

@@ -30,6 +30,8 @@ def finite(name: str, value: Any) -> float:
 
 def non_negative(name: str, value: Any) -> float:
     """``value`` as a finite float >= 0."""
+    if type(value) is float and 0 <= value < math.inf:  # the usual case, at every step: quickly
+        return value
     number = real(name, value)
     if not 0 <= number < math.inf:
         raise ValueError(f"{name}={value!r}: must be {'>= 0' if number < 0 else 'finite and >= 0'}")

@@ -113,15 +113,20 @@ class FactorScheduler(LRScheduler):
         self.step = checks.integer("step", step, 1)
         self.factor = _factor(factor)
         self.stop_factor_lr = checks.non_negative("stop_factor_lr", stop_factor_lr)
+        self._last: tuple[Any, int, float] = (None, 0, 0.0)
 
     def after_warmup(self, num_update: int) -> float:
-        lr = self.base_lr
-        # Repeated multiplication, not a power: it rounds as MXNet's does.
-        for _ in range((num_update - 1) // self.step):
+        # Repeated multiplication, not a power: it rounds as MXNet's does. It goes on from the last result, if it can.
+        decays, given = (num_update - 1) // self.step, (self.base_lr, self.factor, self.stop_factor_lr)
+        before, done, lr = self._last
+        if before != given or done > decays:
+            done, lr = 0, self.base_lr
+        for _ in range(done, decays):
             lower = max(lr * self.factor, self.stop_factor_lr)
             if lower == lr:
                 break
             lr = lower
+        self._last = given, decays, lr
         return lr
 
     def config(self) -> dict[str, Any]:
@@ -192,11 +197,11 @@ class _ToFinal(LRScheduler):
     def after_warmup(self, num_update: int) -> float:
         if num_update >= self.max_update:
             return self.final_lr
-        progress = (num_update - self.warmup_steps) / (self.max_update - self.warmup_steps)
-        return self.final_lr + (self.base_lr - self.final_lr) * self.remaining(progress)
+        remaining = self.remaining(num_update - self.warmup_steps, self.max_update - self.warmup_steps)
+        return self.final_lr + (self.base_lr - self.final_lr) * remaining
 
-    def remaining(self, progress: float) -> float:
-        """The part of the way still to go, 1 at the start and 0 at the end."""
+    def remaining(self, done: int, steps: int) -> float:
+        """The part of the way still to go after ``done`` of ``steps`` updates, rounded as MXNet does."""
         raise NotImplementedError
 
     def config(self) -> dict[str, Any]:
@@ -230,8 +235,8 @@ class PolyScheduler(_ToFinal):
         super().__init__(max_update, base_lr, final_lr, warmup_steps, warmup_begin_lr, warmup_mode)
         self.pwr = checks.non_negative("pwr", pwr)
 
-    def remaining(self, progress: float) -> float:
-        return math.pow(1.0 - progress, self.pwr)
+    def remaining(self, done: int, steps: int) -> float:
+        return math.pow(1.0 - done / steps, self.pwr)
 
     def config(self) -> dict[str, Any]:
         return super().config() | {"pwr": self.pwr}
@@ -261,8 +266,8 @@ class CosineScheduler(_ToFinal):
     ) -> None:
         super().__init__(max_update, base_lr, final_lr, warmup_steps, warmup_begin_lr, warmup_mode)
 
-    def remaining(self, progress: float) -> float:
-        return (1 + math.cos(math.pi * progress)) / 2
+    def remaining(self, done: int, steps: int) -> float:
+        return (1 + math.cos(math.pi * done / steps)) / 2
 
 
 def _factor(factor: Any) -> float:

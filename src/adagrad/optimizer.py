@@ -230,36 +230,38 @@ class Optimizer:
                 self._index_update_count[each] = count
                 self.num_update = max(self.num_update, count)
 
-    def _advance(self, indices: Sequence[Index]) -> tuple[list[float], list[float]]:
-        """Count an update of each index, in order, and resolve its lr and wd at that moment; all or nothing."""
+    def _resolve(self, indices: Sequence[Index]) -> tuple[list[float], list[float], dict[Index, int]]:
+        """lr and wd of each index (or one for all) and its new count, counted in order; nothing has changed yet."""
         if self._resolved:
             pairs = [self._resolved[index] for index in indices]
-            return [lr for lr, _ in pairs], [wd for _, wd in pairs]
+            return [lr for lr, _ in pairs], [wd for _, wd in pairs], {}
         counts, begin = self._index_update_count, self.begin_num_update
         if self.lr_scheduler is None and not (self.param_dict or self.lr_mult or self.wd_mult):
             lr, wd = checks.non_negative("lr", self.learning_rate), checks.non_negative("wd", self.wd)
-            lrs, wds = [lr] * len(indices), [wd] * len(indices)
-            new = {index: counts.get(index, begin) + 1 for index in indices}
-            reached = max(new.values(), default=0)
-        else:
-            new, lrs, reached = {}, [], self.num_update
-            base = None
-            for index in indices:
-                new[index] = counts.get(index, begin) + 1
-                if base is None or new[index] > reached:
-                    reached = max(reached, new[index])
-                    base = self._lr_at(reached)
-                lr = base * self._multiplier(index, "lr_mult", self.lr_mult)
-                lrs.append(checks.non_negative(f"lr of index {index!r}", lr))
-            wds = [checks.non_negative(f"wd of index {index!r}", self._get_wd(index)) for index in indices]
-        counts.update(new)
-        self.num_update = max(self.num_update, reached)
-        return lrs, wds
+            return [lr], [wd], {index: counts.get(index, begin) + 1 for index in indices}
+        new: dict[Index, int] = {}
+        lrs: list[float] = []
+        reached, base = self.num_update, None
+        for index in indices:
+            new[index] = counts.get(index, begin) + 1
+            if base is None or new[index] > reached:
+                reached = max(reached, new[index])
+                base = self._lr_at(reached)
+            lr = base * self._multiplier(index, "lr_mult", self.lr_mult)
+            lrs.append(checks.non_negative(f"lr of index {index!r}", lr))
+        wds = [checks.non_negative(f"wd of index {index!r}", self._get_wd(index)) for index in indices]
+        return lrs, wds, new
+
+    def _count(self, new: Mapping[Index, int]) -> None:
+        """Take over the counts that :meth:`_resolve` gave."""
+        self._index_update_count.update(new)
+        self.num_update = max(self.num_update, *new.values()) if new else self.num_update
 
     @contextmanager
     def _counted(self, indices: Sequence[Index], lrs: Sequence[float], wds: Sequence[float]) -> Iterator[None]:
         """Within: the indices are already counted and their lr and wd resolved, whatever a called ``step`` asks for."""
-        self._resolved = {index: (lr, wd) for index, lr, wd in zip(indices, lrs, wds, strict=True)}
+        rates = zip(lrs, wds, strict=True) if len(lrs) > 1 else [(lrs[0], wds[0])] * len(indices)
+        self._resolved = dict(zip(indices, rates, strict=True))
         try:
             yield
         finally:
@@ -306,7 +308,8 @@ class Optimizer:
         TypeError, ValueError, IndexError
             Naming the argument, its value and the rule it broke; then nothing has changed.
         """
-        indices, weights, grads, states = as_lists(indices, weights, grads, states)
+        if not isinstance(indices, (list, tuple)):
+            indices, weights, grads, states = [indices], [weights], [grads], [states]
         if self.use_fused_step:
             self.fused_step(indices, weights, grads, states)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -51,12 +52,12 @@ class RowSparse:
             if not isinstance(array, np.ndarray) and not is_torch(array):
                 raise TypeError(f"{name}={describe(array)}: must be a NumPy array or a torch tensor")
         try:
-            shape = tuple(int(size) for size in shape)
+            shape = tuple(operator.index(size) for size in shape)
         except TypeError:
             raise TypeError(f"shape={describe(shape)}: must be a tuple of integers") from None
         if not shape or min(shape) < 0:
             raise ValueError(f"shape={shape}: must have one dimension or more, none of them negative")
-        if str(indices.dtype).removeprefix("torch.") not in ("int32", "int64"):
+        if str(getattr(indices.dtype, "name", indices.dtype)).removeprefix("torch.") not in ("int32", "int64"):
             raise TypeError(f"indices: dtype {indices.dtype}: must be int32 or int64")
         if indices.ndim != 1:
             raise ValueError(f"indices: shape {tuple(indices.shape)}: must have one dimension")

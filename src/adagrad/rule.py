@@ -64,8 +64,9 @@ def update(weight: Array, grad: Array, history: Array, lr: Any, wd: Any, rule: R
     grad = effective_gradient(grad, weight, wd, rule)
     history = history + (mean_square(grad) if rule.row_wise else grad * grad)
     step = grad / denominator(history, rule)
-    if wd != 0 and rule.decoupled_decay:
-        step = step + _scalar(wd, grad) * weight
+    decay = _scalar(wd, grad)
+    if decay != 0 and rule.decoupled_decay:
+        step = step + decay * weight
     return weight - _scalar(lr, grad) * step, history
 
 
@@ -75,16 +76,16 @@ def effective_gradient(grad: Array, weight: Array, wd: Any, rule: Rule) -> Array
     if rule.clip_gradient is not None:
         bound = _scalar(rule.clip_gradient, grad)
         grad = grad.clamp(-bound, bound) if is_torch(grad) else np.clip(grad, -bound, bound)
-    if wd != 0 and not rule.decoupled_decay:
-        grad = grad + _scalar(wd, grad) * weight
+    decay = _scalar(wd, grad)
+    if decay != 0 and not rule.decoupled_decay:
+        grad = grad + decay * weight
     return grad
 
 
 def denominator(history: Array, rule: Rule) -> Array:
     """What the gradient is divided by: ``sqrt(history) + epsilon`` or ``sqrt(history + epsilon)``."""
     epsilon = _scalar(rule.epsilon, history)
-    sqrt = history.__class__.sqrt if is_torch(history) else np.sqrt
-    return sqrt(history + epsilon) if rule.epsilon_inside else sqrt(history) + epsilon
+    return _sqrt(history + epsilon) if rule.epsilon_inside else _sqrt(history) + epsilon
 
 
 def mean_square(grad: Array) -> Array:
@@ -166,9 +167,28 @@ def cast(array: Array, like: Array) -> Array:
     return array.astype(like.dtype.newbyteorder("="), copy=False)
 
 
+def _sqrt(array: Array) -> Array:
+    """The root, correctly rounded."""
+    if not is_torch(array):
+        return np.sqrt(array)
+    torch = sys.modules["torch"]
+    if type(array) is not torch.Tensor or array.device.type != "cpu" or array.requires_grad:
+        return array.sqrt()
+    # torch's root of CPU tensors (MKL's) is off by a unit in the last place here and there; NumPy's is exact.
+    root = torch.empty_like(array)
+    with np.errstate(invalid="ignore"):
+        np.sqrt(array.numpy(), out=root.numpy())
+    return root
+
+
 def _scalar(value: Any, like: Array) -> Any:
-    """``value`` rounded once to the dtype of ``like``; torch's operators do so by themselves."""
-    return value if is_torch(like) else like.dtype.type(value)
+    """``value`` rounded once to the dtype of ``like``; a tensor stays as it is."""
+    if not is_torch(like):
+        return like.dtype.type(value)
+    if is_torch(value) or like.dtype == sys.modules["torch"].float64:
+        return value
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
 
 
 def _positions(index: np.ndarray, like: Array) -> Array:

@@ -1,14 +1,19 @@
-"""Dispatch: one call for a list of updates, in two steps.
+"""Dispatch: one call for a list of updates.
 
-:func:`plan` checks everything that can be known before an update and groups the list by device, kind and format;
-:meth:`Plan.run` updates. Between the two the caller advances its counts and resolves lr and wd, so that a call that
-is refused changes nothing.
+:func:`update` checks everything that can be known before, then updates. :func:`plan` is its general way: check, group
+the list by device, kind and format, and leave it to the caller when to :meth:`Plan.run`. A call that is refused has
+changed nothing.
+
+Lists of lrs and wds have an entry for each weight, or one for all.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -25,6 +30,9 @@ from adagrad.arrays import (
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Array, Rule, history_shape, is_torch
 
+Formats: TypeAlias = "tuple[str, str, str, str | None]"
+"""The element formats of weight, gradient, history and master copy (None for none)."""
+
 
 class Update(NamedTuple):
     """One weight's part of a call, checked."""
@@ -40,21 +48,39 @@ class Update(NamedTuple):
 class Plan:
     """A checked call; :meth:`run` carries it out."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._parts: list[tuple[Sequence[int] | None, Callable[[Any, Any], None]]] = []
+    def __init__(self) -> None:
+        self._parts: list[tuple[Sequence[int], Callable[[Any, Any], None]]] = []
 
-    def add(self, which: Sequence[int] | None, part: Callable[[Any, Any], None]) -> None:
-        """Add what updates the weights at the positions ``which`` (None for all), given their lrs and wds."""
+    def add(self, which: Sequence[int], part: Callable[[Any, Any], None]) -> None:
+        """Add what updates the weights at the positions ``which``, given their lrs and wds."""
         self._parts.append((which, part))
 
     def run(self, lrs: Sequence[Any], wds: Sequence[Any], only: set[int] | None = None) -> None:
         """Update every weight (or those at the positions ``only``), with its lr and wd, in the order of the call."""
         for which, part in self._parts:
-            if which is None:
-                part(lrs, wds)
-            elif only is None or only.issuperset(which):
-                part([lrs[i] for i in which], [wds[i] for i in which])
+            if only is None or only.issuperset(which):
+                part(*(rates if len(rates) == 1 else [rates[i] for i in which] for rates in (lrs, wds)))
+
+
+def update(
+    weights: list[Array],
+    grads: list[Any],
+    states: list[Any],
+    lrs: Sequence[Any],
+    wds: Sequence[Any],
+    rule: Rule,
+    *,
+    fused: bool,
+    threads: int | None = None,
+) -> None:
+    """Check a call and carry it out; arguments and errors as in :func:`plan` and :meth:`Plan.run`."""
+    if fused and not rule.row_wise and weights and type(weights[0]) is np.ndarray:
+        found = _cpu().ndarray_table.table(weights, grads, states)
+        if found is not None:
+            table, formats, total = found
+            _launch(table, formats, total, lrs, wds, rule, threads)
+            return
+    plan(weights, grads, states, rule, fused=fused, threads=threads).run(lrs, wds)
 
 
 def plan(
@@ -78,22 +104,20 @@ def plan(
     TypeError, ValueError, IndexError
         Naming the argument, its value and the rule it broke.
     """
-    result = Plan(len(weights))
-    if fused and not rule.row_wise and weights:
-        from adagrad.kernels import ndarray_table
-
-        found = ndarray_table.table(weights, grads, states)
-        if found is not None:
-            table, formats = found
-            result.add(None, _dense_launch(table, (*formats, None), rule, threads, (weights, grads, states)))
-            return result
-
     updates = [
         check_update(f"[{i}]", *given, rule) for i, given in enumerate(zip(weights, grads, states, strict=True))
     ]
     _refuse_shared(updates)
-    _group(result, updates, rule, fused=fused, threads=threads)
-    return result
+    return _group(updates, rule, fused=fused, threads=threads)
+
+
+@functools.cache
+def _cpu() -> Any:
+    """The CPU's kernels, imported at the first use: Numba takes its time."""
+    from adagrad.kernels import cpu_dense, cpu_rows, cpu_rule, ndarray_table, numba_jit, row_order
+
+    modules = (cpu_dense, cpu_rows, cpu_rule, ndarray_table, numba_jit, row_order)
+    return SimpleNamespace(**{module.__name__.rpartition(".")[2]: module for module in modules})
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -155,7 +179,8 @@ def as_row_sparse(name: str, grad: Any) -> RowSparse | None:
     if not is_row_sparse(grad):
         return None
     if isinstance(grad, RowSparse):
-        return grad
+        # Checked again: the kernels trust the shapes, and its attributes and arrays may have changed meanwhile.
+        return RowSparse(grad.values, grad.indices, grad.shape)
     if grad.sparse_dim() != 1:
         raise ValueError(f"{name}: {grad.sparse_dim()} sparse dimensions: must be 1, the rows")
     return RowSparse(grad._values(), grad._indices()[0], grad.shape)
@@ -164,6 +189,11 @@ def as_row_sparse(name: str, grad: Any) -> RowSparse | None:
 def is_row_sparse(grad: Any) -> bool:
     """Whether ``grad`` is a :class:`RowSparse` or a torch sparse COO tensor."""
     return isinstance(grad, RowSparse) or (is_torch(grad) and bool(grad.is_sparse))
+
+
+def any_row_sparse(grads: Any) -> bool:
+    """Whether any of ``grads`` is row-sparse; quick where all are NumPy arrays."""
+    return set(map(type, grads)) != {np.ndarray} and any(map(is_row_sparse, grads))
 
 
 def check_rows(at: str, indices: np.ndarray, rows: int) -> None:
@@ -195,9 +225,10 @@ def _host_indices(indices: Array) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------- grouping
 
 
-def _group(result: Plan, updates: list[Update], rule: Rule, *, fused: bool, threads: int | None) -> None:
-    """Add to ``result`` what carries out ``updates``; every row id is checked here."""
-    dense: dict[tuple[str, str, str, str | None], list[int]] = {}
+def _group(updates: list[Update], rule: Rule, *, fused: bool, threads: int | None) -> Plan:
+    """Say what carries out ``updates``; every row id is checked here."""
+    result = Plan()
+    dense: dict[Formats, list[int]] = {}
     devices: dict[str, list[int]] = {}
     for i, u in enumerate(updates):
         if u.weight.device == "cpu" and u.indices is not None:
@@ -206,38 +237,54 @@ def _group(result: Plan, updates: list[Update], rule: Rule, *, fused: bool, thre
             result.add([i], _expression(u, rule))
         elif u.weight.device != "cpu":
             devices.setdefault(u.weight.device, []).append(i)
-        elif u.weight.array.size if isinstance(u.weight.array, np.ndarray) else u.weight.array.numel():
+        elif math.prod(u.weight.shape):
             if all(o is None or o.is_plain for o in (u.weight, u.grad, u.history, u.master)):
-                formats = (u.weight.format, u.grad.format, u.history.format, u.master and u.master.format)
-                dense.setdefault(formats, []).append(i)
+                dense.setdefault(_formats(u), []).append(i)
             else:
                 result.add([i], _strided(u, rule, threads))
     for formats, which in dense.items():
-        group = [updates[i] for i in which]
-        result.add(which, _dense_launch(_table(group, rule), formats, rule, threads, group))
+        result.add(which, _dense([updates[i] for i in which], formats, rule, threads))
     for which in devices.values():
         result.add(which, _cuda([updates[i] for i in which], rule))
+    return result
 
 
-def _dense_launch(
-    table: np.ndarray, formats: tuple[str, str, str, str | None], rule: Rule, threads: int | None, keep: Any
-) -> Callable[[Any, Any], None]:
-    from adagrad.kernels import cpu_dense
-    from adagrad.kernels.cpu_rule import scalars
-    from adagrad.kernels.numba_jit import max_workers
+def _formats(u: Update) -> Formats:
+    return u.weight.format, u.grad.format, u.history.format, None if u.master is None else u.master.format
 
-    def run(lrs: Sequence[float], wds: Sequence[float], keep: Any = keep) -> None:
-        cpu_dense.launch(table, hyper(lrs, wds, rule), np.array(scalars(rule)), formats, threads or max_workers())
 
-    return run
+def _launch(
+    table: np.ndarray,
+    formats: Formats,
+    total: int,
+    lrs: Sequence[float],
+    wds: Sequence[float],
+    rule: Rule,
+    threads: int | None,
+) -> None:
+    cpu = _cpu()
+    scalars = cpu.cpu_rule.scalars(rule)
+    cpu.cpu_dense.launch(table, total, hyper(lrs, wds, rule), scalars, formats, threads or cpu.numba_jit.max_workers())
 
 
 def hyper(lrs: Sequence[float], wds: Sequence[float], rule: Rule) -> np.ndarray:
-    """A row for each weight: lr, coupled wd, decoupled wd."""
-    table = np.zeros((len(lrs), 3))
+    """lr, coupled wd and decoupled wd of each weight, or one row for all."""
+    if len(lrs) == 1 and len(wds) == 1:
+        return np.array([[lrs[0], 0.0, wds[0]] if rule.decoupled_decay else [lrs[0], wds[0], 0.0]])
+    table = np.zeros((max(len(lrs), len(wds)), 3))
     table[:, 0] = lrs
     table[:, 2 if rule.decoupled_decay else 1] = wds
     return table
+
+
+def _dense(updates: list[Update], formats: Formats, rule: Rule, threads: int | None) -> Callable[[Any, Any], None]:
+    table = _table(updates, rule)
+    total = sum(math.prod(u.weight.shape) for u in updates)
+
+    def run(lrs: Sequence[float], wds: Sequence[float], keep: Any = updates) -> None:
+        _launch(table, formats, total, lrs, wds, rule, threads)
+
+    return run
 
 
 def _table(updates: Sequence[Update], rule: Rule) -> np.ndarray:
@@ -247,7 +294,7 @@ def _table(updates: Sequence[Update], rule: Rule) -> np.ndarray:
 def _table_row(memories: Sequence[np.ndarray | None], rule: Rule) -> list[int]:
     """A row of the dense kernels' table: four addresses, the size, the length of a row."""
     weight = memories[0]
-    addresses = [0 if memory is None else memory.__array_interface__["data"][0] for memory in memories]
+    addresses = [0 if memory is None else memory.ctypes.data for memory in memories]
     length = row_length(weight.shape) if rule.row_wise and weight is not None else 0
     return [*addresses, 0 if weight is None else weight.size, length]
 
@@ -259,13 +306,12 @@ def _memory(o: Operand | None) -> np.ndarray | None:
 def _strided(u: Update, rule: Rule, threads: int | None) -> Callable[[Any, Any], None]:
     from adagrad.kernels import strided
 
-    formats = (u.weight.format, u.grad.format, u.history.format, u.master and u.master.format)
     pieces = strided.row_blocks if rule.row_wise else strided.tiles
 
     def run(lrs: Sequence[float], wds: Sequence[float]) -> None:
         for piece in pieces(*(_memory(o) for o in (u.weight, u.grad, u.history, u.master))):
-            memories = [*piece, *[None] * (4 - len(piece))]
-            _dense_launch(np.array([_table_row(memories, rule)]), formats, rule, threads, piece)(lrs, wds)
+            table = np.array([_table_row([*piece, *[None] * (4 - len(piece))], rule)])
+            _launch(table, _formats(u), piece[0].size, lrs, wds, rule, threads)
 
     return run
 
@@ -279,26 +325,20 @@ def _add_rows(result: Plan, i: int, u: Update, rule: Rule, *, fused: bool, threa
             result.add([i], _expression(u, rule))
         return
 
-    from adagrad.kernels.numba_jit import max_workers
-    from adagrad.kernels.row_order import row_order
-
+    cpu = _cpu()
     indices = np.ascontiguousarray(indices, indices.dtype.newbyteorder("="))
-    keys, shift, bad, _ = row_order(np.require(indices, requirements="A"), rows, threads or max_workers())
+    indices = np.require(indices, requirements="A")
+    keys, shift, bad, distinct = cpu.row_order.row_order(indices, rows, threads or cpu.numba_jit.max_workers())
     if bad >= 0:
         _refuse_row(f"[{i}]", indices, bad, rows)
     if len(keys) and row_length(u.weight.shape):
-        result.add([i], _rows_launch(u, keys, shift, rule, threads))
+        result.add([i], _rows_launch(u, keys, shift, distinct, rule, threads))
 
 
 def _rows_launch(
-    u: Update, keys: np.ndarray, shift: int, rule: Rule, threads: int | None
+    u: Update, keys: np.ndarray, shift: int, distinct: bool, rule: Rule, threads: int | None
 ) -> Callable[[Any, Any], None]:
-    from adagrad.kernels import cpu_rows
-    from adagrad.kernels.cpu_rule import scalars
-    from adagrad.kernels.numba_jit import max_workers
-
     length = row_length(u.weight.shape)
-    formats = (u.weight.format, u.grad.format, u.history.format, u.master and u.master.format)
 
     def run(lrs: Sequence[float], wds: Sequence[float]) -> None:
         memories = [_memory(o) for o in (u.weight, u.history, u.master, u.grad)]
@@ -306,9 +346,9 @@ def _rows_launch(
         rows = None
         if not all(m is None or _rows_are_plain(m) for m in memories):
             # The rows present, gathered into buffers: then row r of a buffer belongs to the r-th distinct key.
-            distinct = keys >> np.uint64(shift)
-            starts = np.concatenate(([True], distinct[1:] != distinct[:-1]))
-            rows = distinct[starts].astype(np.int64)
+            ids = keys >> np.uint64(shift)
+            starts = np.concatenate(([True], ids[1:] != ids[:-1]))
+            rows = ids[starts].astype(np.int64)
             use = ((np.cumsum(starts) - 1).astype(np.uint64) << np.uint64(shift)) | (
                 keys & np.uint64((1 << shift) - 1)
             )
@@ -318,10 +358,13 @@ def _rows_launch(
             buffers = [m if m is None else np.require(m, requirements=["C", "A"]) for m in plain]
         else:
             buffers = memories
-        base = np.array([0 if m is None else m.__array_interface__["data"][0] for m in buffers])
+        base = np.array([0 if m is None else m.ctypes.data for m in buffers])
         stride = np.array([0 if m is None else m.strides[0] for m in buffers])
-        cpu_rows.launch(use, shift, base, stride, formats, length, rule.row_wise, hyper(lrs, wds, rule)[0],
-                        np.array(scalars(rule)), threads or max_workers())  # fmt: skip
+        cpu = _cpu()
+        scalars, workers = cpu.cpu_rule.scalars(rule), threads or cpu.numba_jit.max_workers()
+        rates = hyper(lrs, wds, rule)[0]
+        given = base, stride, _formats(u), length, rule.row_wise, rates, scalars
+        cpu.cpu_rows.launch(use, shift, distinct, *given, workers)
         if rows is not None:
             for memory, buffer in zip(memories[:3], buffers[:3], strict=True):
                 if memory is not None and buffer is not None:

@@ -2,8 +2,8 @@
 
 Row ``i`` of ``table`` holds, for one weight, the addresses of weight, gradient, history and master copy (0 for none),
 the number of elements and, where the history is row-wise, the length of a row, else 0; ``hyper`` holds its lr,
-coupled and decoupled weight decay. Everything that the table names is C-contiguous and aligned; see
-:mod:`adagrad.kernels` for what makes it so.
+coupled and decoupled weight decay (one row may stand for all weights). Everything that the table names is
+C-contiguous and aligned; see :mod:`adagrad.kernels` for what makes it so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from adagrad.kernels.cpu_rule import descend, effective_gradient
+from adagrad.kernels.cpu_rule import constants, descend, effective_gradient
 from adagrad.kernels.formats import TOKENS, load, master_or, pointer, store
 from adagrad.kernels.numba_jit import jit, workers
 from adagrad.rule import LANES
@@ -27,10 +27,9 @@ ALIGN = 16
 
 
 @jit(helper=True)
-def elements(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, hyper: Any, scalars: Any, one: Any) -> None:
+def elements(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, constants: Any) -> None:
     """Element-wise: every element from ``start`` to ``stop`` has its own history value."""
-    rescale, clip, inside, outside = one(scalars[0]), one(scalars[1]), one(scalars[2]), one(scalars[3])
-    lr, decay, shrink = one(hyper[0]), one(hyper[1]), one(hyper[2])
+    rescale, clip, inside, outside, lr, decay, shrink = constants
     source = master_or(w, m)
     for i in range(start, stop):
         weight = load(source, i)
@@ -44,7 +43,25 @@ def elements(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, hyper: Any, 
 
 
 @jit(helper=True)
-def _square_mean(w: Any, g: Any, start: int, length: int, decay: Any, rescale: Any, clip: Any, lanes: Any) -> Any:
+def one_row(
+    w: Any, g: Any, h: Any, m: Any, start: int, length: int, r: int, constants: Any, lanes: Any
+) -> None:
+    """Row-wise: the ``length`` elements from ``start`` on share the history value ``h[r]``."""
+    rescale, clip, inside, outside, lr, decay, shrink = constants
+    source = master_or(w, m)
+    history = load(h, r) + _mean_square(source, g, start, length, decay, rescale, clip, lanes)
+    for i in range(start, start + length):
+        weight = load(source, i)
+        grad = effective_gradient(load(g, i), weight, decay, rescale, clip)
+        weight = descend(weight, grad, history, lr, shrink, inside, outside)
+        if m is not None:
+            store(m, i, weight)
+        store(w, i, weight)
+    store(h, r, history)
+
+
+@jit(helper=True)
+def _mean_square(w: Any, g: Any, start: int, length: int, decay: Any, rescale: Any, clip: Any, lanes: Any) -> Any:
     """Mean of the squared effective gradient over one row, in the order of :func:`adagrad.rule.mean_square`."""
     lanes[:] = 0
     whole = length - length % LANES
@@ -63,24 +80,6 @@ def _square_mean(w: Any, g: Any, start: int, length: int, decay: Any, rescale: A
             lanes[lane] += lanes[lane + half]
         half //= 2
     return lanes[0] / lanes.dtype.type(length)
-
-
-@jit(helper=True)
-def row(w: Any, g: Any, h: Any, m: Any, start: int, length: int, r: int, hyper: Any, scalars: Any, lanes: Any) -> None:
-    """Row-wise: the ``length`` elements from ``start`` on share the history value ``h[r]``."""
-    one = lanes.dtype.type
-    rescale, clip, inside, outside = one(scalars[0]), one(scalars[1]), one(scalars[2]), one(scalars[3])
-    lr, decay, shrink = one(hyper[0]), one(hyper[1]), one(hyper[2])
-    source = master_or(w, m)
-    history = load(h, r) + _square_mean(source, g, start, length, decay, rescale, clip, lanes)
-    for i in range(start, start + length):
-        weight = load(source, i)
-        grad = effective_gradient(load(g, i), weight, decay, rescale, clip)
-        weight = descend(weight, grad, history, lr, shrink, inside, outside)
-        if m is not None:
-            store(m, i, weight)
-        store(w, i, weight)
-    store(h, r, history)
 
 
 @jit(helper=True)
@@ -103,18 +102,19 @@ def _share(table: Any, hyper: Any, scalars: Any, tw: Any, tg: Any, th: Any, tm: 
         begin += size
         if start >= stop:
             continue
-        w, g = pointer(table[i, WEIGHT], tw), pointer(table[i, GRAD], tg)
-        h, m = pointer(table[i, HISTORY], th), pointer(table[i, MASTER], tm)
+        w, g = pointer(table[i, WEIGHT], tw, "weight"), pointer(table[i, GRAD], tg, "grad")
+        h, m = pointer(table[i, HISTORY], th, "history"), pointer(table[i, MASTER], tm, "master")
+        fixed = constants(scalars, hyper[i if len(hyper) > 1 else 0], th)
         if length == 0:
-            elements(w, g, h, m, start, stop, hyper[i], scalars, lanes.dtype.type)
+            elements(w, g, h, m, start, stop, fixed)
         else:
             for r in range(start // length, stop // length):
-                row(w, g, h, m, r * length, length, r, hyper[i], scalars, lanes)
+                one_row(w, g, h, m, r * length, length, r, fixed, lanes)
 
 
 @jit()
-def serial(table: Any, hyper: Any, scalars: Any, tw: Any, tg: Any, th: Any, tm: Any, total: int) -> None:
-    _share(table, hyper, scalars, tw, tg, th, tm, 0, total)
+def serial(table: Any, hyper: Any, scalars: Any, tw: Any, tg: Any, th: Any, tm: Any) -> None:
+    _share(table, hyper, scalars, tw, tg, th, tm, 0, np.iinfo(np.int64).max)
 
 
 @jit(parallel=True)
@@ -129,15 +129,19 @@ SMALL = 32_768
 """Elements below which starting the threads costs more than they save."""
 
 
-def launch(table: Any, hyper: Any, scalars: Any, formats: tuple[str, str, str, str | None], threads: int) -> None:
-    """Update the weights of ``table``, all of one combination of formats (weight, gradient, history, master)."""
-    tw, tg, th, tm = (None if name is None else TOKENS[name] for name in formats)
-    total = int(table[:, SIZE].sum())
+def launch(table: Any, total: int, hyper: Any, scalars: Any, formats: Any, threads: int) -> None:
+    """Update the weights of ``table``, of ``total`` elements, all of one combination of formats.
+
+    ``formats`` are those of weight, gradient, history and master copy (None for none); ``hyper`` has a row for each
+    weight, or one for all.
+    """
+    w, g, h, m = formats
+    tokens = TOKENS[w], TOKENS[g], TOKENS[h], None if m is None else TOKENS[m]
     if total < SMALL or threads < 2:
-        serial(table, hyper, scalars, tw, tg, th, tm, total)
+        serial(table, hyper, scalars, *tokens)
         return
     with workers(threads) as count:
         if count < 2:
-            serial(table, hyper, scalars, tw, tg, th, tm, total)
+            serial(table, hyper, scalars, *tokens)
         else:
-            parallel(table, hyper, scalars, tw, tg, th, tm, total, count)
+            parallel(table, hyper, scalars, *tokens, total, count)

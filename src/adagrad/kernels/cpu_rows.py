@@ -12,8 +12,9 @@ from typing import Any
 import numba
 import numpy as np
 
-from adagrad.kernels.cpu_dense import elements, row
-from adagrad.kernels.formats import TOKENS, load, pointer, prefetch
+from adagrad.kernels.cpu_dense import elements, one_row
+from adagrad.kernels.cpu_rule import constants
+from adagrad.kernels.formats import TOKENS, load, pointer, prefetch, store
 from adagrad.kernels.numba_jit import jit, workers
 from adagrad.rule import CHUNK, LANES
 
@@ -21,8 +22,11 @@ WEIGHT, HISTORY, MASTER, VALUES = range(4)
 """Columns of ``base`` and ``stride``: where row 0 of each operand is, and the bytes from a row to the next."""
 
 LONG = 4 * CHUNK
-AHEAD = 8
-"""How many keys ahead of the current one its rows are asked for."""
+AHEAD_BYTES = 1024
+"""How far ahead of the current key memory is asked for, in bytes of the weight's rows."""
+
+GATHER_AHEAD = 32
+"""How many occurrences ahead of the one that is added to a row's sum its values are asked for."""
 
 LINE = 64
 SMALL = 16_384
@@ -30,83 +34,102 @@ SMALL = 16_384
 
 
 @jit(helper=True)
-def _ask(address: Any, size: int) -> None:
+def _ask(address: Any, size: Any) -> None:
     for offset in range(0, size, LINE):
         prefetch(address + offset)
 
 
 @jit(helper=True)
-def _sum_chunk(keys: Any, first: int, last: int, mask: Any, base: int, stride: int, tv: Any, out: Any) -> None:
+def _sum_chunk(keys: Any, first: int, last: int, mask: Any, values: Any, stride: Any, ahead: int, tv: Any,
+               out: Any, length: int) -> None:  # fmt: skip
     """``out`` = sum of the values at the positions of ``keys[first:last]``, one after the other."""
-    values = pointer(base + np.int64(keys[first] & mask) * stride, tv)
-    for j in range(len(out)):
-        out[j] = load(values, j)
-    for i in range(first + 1, last):
-        if i + AHEAD < last:
-            _ask(base + np.int64(keys[i + AHEAD] & mask) * stride, len(out) * tv.itemsize)
-        values = pointer(base + np.int64(keys[i] & mask) * stride, tv)
-        for j in range(len(out)):
-            out[j] += load(values, j)
+    for i in range(first, last):
+        if i + ahead < len(keys):
+            _ask(values + np.int64(keys[i + ahead] & mask) * stride, length * tv.itemsize)
+        row = pointer(values + np.int64(keys[i] & mask) * stride, tv, "grad")
+        if i == first:
+            for j in range(length):
+                store(out, j, load(row, j))
+        else:
+            for j in range(length):
+                store(out, j, load(out, j) + load(row, j))
 
 
 @jit(helper=True)
-def _apply(row_id: Any, base: Any, stride: Any, g: Any, tw: Any, th: Any, tm: Any, length: int, row_wise: bool,
-           hyper: Any, scalars: Any, lanes: Any) -> None:  # fmt: skip
-    w = pointer(base[WEIGHT] + row_id * stride[WEIGHT], tw)
-    h = pointer(base[HISTORY] + row_id * stride[HISTORY], th)
-    m = pointer(base[MASTER] + row_id * stride[MASTER], tm)
-    if row_wise:
-        row(w, g, h, m, 0, length, 0, hyper, scalars, lanes)
-    else:
-        elements(w, g, h, m, 0, length, hyper, scalars, lanes.dtype.type)
+def _add(total: Any, other: Any, length: int) -> None:
+    for j in range(length):
+        store(total, j, load(total, j) + load(other, j))
 
 
 @jit(helper=True)
-def _share(keys: Any, first: int, last: int, shift: int, base: Any, stride: Any, tw: Any, tv: Any, th: Any, tm: Any,
-           length: int, row_wise: bool, hyper: Any, scalars: Any, long: Any, sums: Any) -> None:  # fmt: skip
+def _share(keys: Any, first: int, last: int, shift: int, distinct: bool, base: Any, stride: Any, tw: Any, tv: Any,
+           th: Any, tm: Any, length: int, row_wise: bool, hyper: Any, scalars: Any, long: Any, sums: Any
+           ) -> None:  # fmt: skip
     """Update the rows whose run of keys starts in ``[first, last)``."""
     n = len(keys)
-    mask = np.uint64((1 << shift) - 1)
-    low = np.uint64(shift)
-    lanes = np.empty(LANES, th.dtype)
-    total, chunk = np.empty(length, th.dtype), np.empty(length, th.dtype)
-    summed = pointer(np.int64(total.ctypes.data), th)
-    history_bytes = th.itemsize if row_wise else length * th.itemsize
+    low, mask = np.uint64(shift), np.uint64((1 << shift) - 1)
+    weights, histories, masters, values = base[WEIGHT], base[HISTORY], base[MASTER], base[VALUES]
+    to_weight, to_history, to_master, to_values = stride[WEIGHT], stride[HISTORY], stride[MASTER], stride[VALUES]
+    weight_bytes, history_bytes = length * tw.itemsize, th.itemsize if row_wise else length * th.itemsize
+    ahead = min(max(AHEAD_BYTES // max(weight_bytes, 1), 4), 8)
+    fixed, lanes = constants(scalars, hyper, th), np.empty(LANES, th.dtype)
+    scratch = np.empty((2, length), th.dtype)
+    own_total = pointer(np.int64(scratch.ctypes.data), th, "sum")
+    total = own_total
+    chunk = pointer(np.int64(scratch.ctypes.data) + length * th.itemsize, th, "sum")
+    from_sums = np.int64(sums.ctypes.data)
     next_long = 0
     i = first
     while i > 0 and i < n and keys[i] >> low == keys[i - 1] >> low:
         i += 1
+    asked = i
     while i < last:
-        row_id = keys[i] >> low
+        row = np.int64(keys[i] >> low)
         end = i + 1
-        while next_long < long.shape[0] and long[next_long, 0] < i:
-            next_long += 1
-        if next_long < long.shape[0] and long[next_long, 0] == i:
-            end = long[next_long, 1]
-            at = long[next_long, 2]
-            total[:] = sums[at]
-            for c in range(1, (end - i + CHUNK - 1) // CHUNK):
-                for j in range(length):
-                    total[j] += sums[at + c, j]
+        if not distinct:
+            while next_long < long.shape[0] and long[next_long, 0] < i:
+                next_long += 1
+            if next_long < long.shape[0] and long[next_long, 0] == i:
+                end = long[next_long, 1]
+                first_sum, chunks = long[next_long, 2], (end - i + CHUNK - 1) // CHUNK
+                total = pointer(from_sums + first_sum * length * th.itemsize, th, "sum")
+                for c in range(first_sum + 1, first_sum + chunks):
+                    _add(total, pointer(from_sums + c * length * th.itemsize, th, "sum"), length)
+            else:
+                while end < n and np.int64(keys[end] >> low) == row:
+                    end += 1
+        # Rows of weights and histories are asked for as the keys come; those of the current run have been.
+        asked = max(asked, end)
+        while asked < min(end + ahead, n):
+            next_row = np.int64(keys[asked] >> low)
+            _ask(weights + next_row * to_weight, weight_bytes)
+            _ask(histories + next_row * to_history, history_bytes)
+            if tm is not None:
+                _ask(masters + next_row * to_master, length * th.itemsize)
+            if not distinct:
+                _ask(values + np.int64(keys[asked] & mask) * to_values, length * tv.itemsize)
+            asked += 1
+        w = pointer(weights + row * to_weight, tw, "weight")
+        h = pointer(histories + row * to_history, th, "history")
+        m = pointer(masters + row * to_master, tm, "master")
+        if end - i == 1:
+            g = pointer(values + np.int64(keys[i] & mask) * to_values, tv, "grad")
+            if row_wise:
+                one_row(w, g, h, m, 0, length, 0, fixed, lanes)
+            else:
+                elements(w, g, h, m, 0, length, fixed)
         else:
-            while end < n and keys[end] >> low == row_id:
-                end += 1
-            if end - i > 1:
-                _sum_chunk(keys, i, min(i + CHUNK, end), mask, base[VALUES], stride[VALUES], tv, total)
+            if next_long >= long.shape[0] or long[next_long, 0] != i:
+                total = own_total
+                _sum_chunk(keys, i, min(i + CHUNK, end), mask, values, to_values, GATHER_AHEAD, tv, total, length)
                 for start in range(i + CHUNK, end, CHUNK):
-                    _sum_chunk(keys, start, min(start + CHUNK, end), mask, base[VALUES], stride[VALUES], tv, chunk)
-                    for j in range(length):
-                        total[j] += chunk[j]
-        if end + AHEAD < n:
-            ahead = np.int64(keys[end + AHEAD] >> low)
-            _ask(base[WEIGHT] + ahead * stride[WEIGHT], length * tw.itemsize)
-            _ask(base[HISTORY] + ahead * stride[HISTORY], history_bytes)
-            _ask(base[VALUES] + np.int64(keys[end + AHEAD] & mask) * stride[VALUES], length * tv.itemsize)
-        if end - i > 1:
-            _apply(np.int64(row_id), base, stride, summed, tw, th, tm, length, row_wise, hyper, scalars, lanes)
-        else:
-            values = pointer(base[VALUES] + np.int64(keys[i] & mask) * stride[VALUES], tv)
-            _apply(np.int64(row_id), base, stride, values, tw, th, tm, length, row_wise, hyper, scalars, lanes)
+                    stop = min(start + CHUNK, end)
+                    _sum_chunk(keys, start, stop, mask, values, to_values, GATHER_AHEAD, tv, chunk, length)
+                    _add(total, chunk, length)
+            if row_wise:
+                one_row(w, total, h, m, 0, length, 0, fixed, lanes)
+            else:
+                elements(w, total, h, m, 0, length, fixed)
         i = end
 
 
@@ -133,10 +156,11 @@ def long_runs(keys: Any, shift: int) -> Any:
 
 
 @jit()
-def serial(keys: Any, shift: int, base: Any, stride: Any, tw: Any, tv: Any, th: Any, tm: Any, length: int,
-           row_wise: bool, hyper: Any, scalars: Any) -> None:  # fmt: skip
+def serial(keys: Any, shift: int, distinct: bool, base: Any, stride: Any, tw: Any, tv: Any, th: Any, tm: Any,
+           length: int, row_wise: bool, hyper: Any, scalars: Any) -> None:  # fmt: skip
     none, no_sums = np.empty((0, 3), np.int64), np.empty((0, 0), th.dtype)
-    _share(keys, 0, len(keys), shift, base, stride, tw, tv, th, tm, length, row_wise, hyper, scalars, none, no_sums)
+    _share(keys, 0, len(keys), shift, distinct, base, stride, tw, tv, th, tm, length, row_wise, hyper, scalars,
+           none, no_sums)  # fmt: skip
 
 
 @jit(helper=True)
@@ -150,38 +174,47 @@ def _border(short: int, long: Any) -> int:
 
 
 @jit(parallel=True)
-def parallel(keys: Any, shift: int, base: Any, stride: Any, tw: Any, tv: Any, th: Any, tm: Any, length: int,
-             row_wise: bool, hyper: Any, scalars: Any, count: int) -> None:  # fmt: skip
-    n = len(keys)
-    mask = np.uint64((1 << shift) - 1)
-    long, chunks = long_runs(keys, shift)
+def parallel(keys: Any, shift: int, distinct: bool, base: Any, stride: Any, tw: Any, tv: Any, th: Any, tm: Any,
+             length: int, row_wise: bool, hyper: Any, scalars: Any, count: int) -> None:  # fmt: skip
+    n, mask = len(keys), np.uint64((1 << shift) - 1)
+    long, chunks = np.empty((0, 3), np.int64), 0
+    if not distinct:
+        long, chunks = long_runs(keys, shift)
     sums = np.empty((chunks, length), th.dtype)
-    for k in numba.prange(count):
-        r = 0
-        for c in range(chunks * k // count, chunks * (k + 1) // count):
-            while r + 1 < long.shape[0] and long[r + 1, 2] <= c:
-                r += 1
-            start = long[r, 0] + (c - long[r, 2]) * CHUNK
-            end = min(start + CHUNK, long[r, 1])
-            _sum_chunk(keys, start, end, mask, base[VALUES], stride[VALUES], tv, sums[c])
+    if chunks > 0:
+        for k in numba.prange(count):
+            r = 0
+            for c in range(chunks * k // count, chunks * (k + 1) // count):
+                while r + 1 < long.shape[0] and long[r + 1, 2] <= c:
+                    r += 1
+                start = long[r, 0] + (c - long[r, 2]) * CHUNK
+                end = min(start + CHUNK, long[r, 1])
+                out = pointer(np.int64(sums.ctypes.data) + c * length * th.itemsize, th, "sum")
+                _sum_chunk(keys, start, end, mask, base[VALUES], stride[VALUES], GATHER_AHEAD, tv, out, length)
     rest = n
     for r in range(long.shape[0]):
         rest -= long[r, 1] - long[r, 0]
     for k in numba.prange(count):
         first = 0 if k == 0 else _border(rest * k // count, long)
         last = n if k == count - 1 else _border(rest * (k + 1) // count, long)
-        _share(keys, first, last, shift, base, stride, tw, tv, th, tm, length, row_wise, hyper, scalars, long, sums)
+        _share(keys, first, last, shift, distinct, base, stride, tw, tv, th, tm, length, row_wise, hyper, scalars,
+               long, sums)  # fmt: skip
 
 
-def launch(keys: Any, shift: int, base: Any, stride: Any, formats: tuple[str, str, str, str | None], length: int,
-           row_wise: bool, hyper: Any, scalars: Any, threads: int) -> None:  # fmt: skip
-    """Update the rows that ``keys`` name; formats of weight, values, history and master copy (None for none)."""
-    tw, tv, th, tm = (None if name is None else TOKENS[name] for name in formats)
+def launch(keys: Any, shift: int, distinct: bool, base: Any, stride: Any, formats: Any, length: int, row_wise: bool,
+           hyper: Any, scalars: Any, threads: int) -> None:  # fmt: skip
+    """Update the rows that ``keys`` name.
+
+    ``distinct`` says that no row occurs twice, and that position ``i`` is the ``i``-th key's; ``formats`` are those of
+    weight, values, history and master copy (None for none).
+    """
+    w, v, h, m = formats
+    tokens = TOKENS[w], TOKENS[v], TOKENS[h], None if m is None else TOKENS[m]
     if len(keys) * length < SMALL or threads < 2:
-        serial(keys, shift, base, stride, tw, tv, th, tm, length, row_wise, hyper, scalars)
+        serial(keys, shift, distinct, base, stride, *tokens, length, row_wise, hyper, scalars)
         return
     with workers(threads) as count:
         if count < 2:
-            serial(keys, shift, base, stride, tw, tv, th, tm, length, row_wise, hyper, scalars)
+            serial(keys, shift, distinct, base, stride, *tokens, length, row_wise, hyper, scalars)
         else:
-            parallel(keys, shift, base, stride, tw, tv, th, tm, length, row_wise, hyper, scalars, count)
+            parallel(keys, shift, distinct, base, stride, *tokens, length, row_wise, hyper, scalars, count)

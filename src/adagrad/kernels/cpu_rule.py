@@ -1,27 +1,37 @@
 """The rule for one element, as every CPU kernel computes it; :mod:`adagrad.rule` is its statement.
 
-Numba adds no fused multiply-add and reorders nothing, so these lines are rounded one operation at a time. ``scalars``
-are, in the computing dtype: rescale_grad, clip_gradient (infinity for none: then no comparison holds),
-epsilon under the root, epsilon beside it (one of the two is 0, and adding 0 to a number >= 0 changes no bit).
-``decay`` and ``shrink`` are ``wd`` where it is coupled and where it is decoupled; the other of the two is 0.
+Numba adds no fused multiply-add and reorders nothing, so these lines are rounded one operation at a time. ``clip`` is
+infinity where nothing is clipped: then no comparison holds. ``inside`` and ``outside`` are epsilon under the root and
+beside it: one of the two is 0, and adding 0 to a number >= 0 changes no bit. ``decay`` and ``shrink`` are ``wd`` where
+it is coupled and where it is decoupled; the other of the two is 0.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
+
+import numpy as np
 
 from adagrad.kernels.numba_jit import jit
 from adagrad.rule import Rule
 
-SCALARS = 4
 
-
-def scalars(rule: Rule) -> tuple[float, float, float, float]:
+@functools.lru_cache(maxsize=64)
+def scalars(rule: Rule) -> np.ndarray:
     """The rule's scalars in the order that the kernels know."""
     clip = math.inf if rule.clip_gradient is None else rule.clip_gradient
     inside, outside = (rule.epsilon, 0.0) if rule.epsilon_inside else (0.0, rule.epsilon)
-    return rule.rescale_grad, clip, inside, outside
+    return np.array([rule.rescale_grad, clip, inside, outside])
+
+
+@jit(helper=True)
+def constants(scalars: Any, rates: Any, token: Any) -> Any:
+    """Everything that is the same for all elements of a weight, rounded once to the token's dtype."""
+    one = token.dtype.type
+    rescale, clip, inside, outside = one(scalars[0]), one(scalars[1]), one(scalars[2]), one(scalars[3])
+    return rescale, clip, inside, outside, one(rates[0]), one(rates[1]), one(rates[2])
 
 
 @jit(helper=True)

@@ -2,6 +2,9 @@
 
 A kernel is specialised by a token for each operand, a zero-size array whose dtype names the element's format:
 float32 and float64 stand for themselves, ``uint16`` for float16 and ``int16`` for bfloat16.
+
+A pointer also knows its operand's role. What a call writes to shares no byte with its other operands (that is
+checked before), and LLVM is told so: else every row of a row-sparse update would compare addresses at run time.
 """
 
 from __future__ import annotations
@@ -14,9 +17,8 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
-
-from adagrad.kernels.numba_jit import jit
+from numba.core.datamodel import models
+from numba.extending import intrinsic, overload, register_model
 
 TOKENS = {
     "float32": np.empty(0, np.float32),
@@ -26,19 +28,38 @@ TOKENS = {
 }
 """The token of each element format."""
 
+ROLES = ("weight", "grad", "history", "master", "sum")
 
-def _pointer_code(typing: Any, address: Any, token: Any) -> Any:
-    """A pointer to elements of the token's dtype at ``address``; None stays None."""
+
+# ----------------------------------------------------------------------------------------------------------- pointers
+
+
+class Elements(types.Type):  # type: ignore[misc]
+    """A pointer to elements of a token's dtype that play one role in an update."""
+
+    def __init__(self, dtype: Any, role: str) -> None:
+        self.dtype, self.role = dtype, role
+        super().__init__(f"Elements({dtype}, {role})")
+
+
+@register_model(Elements)
+class _ElementsModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, dmm: Any, fe_type: Any) -> None:
+        super().__init__(dmm, fe_type, dmm.lookup(fe_type.dtype).get_data_type().as_pointer())
+
+
+def _pointer_code(typing: Any, address: Any, token: Any, role: Any) -> Any:
+    """The elements of the token's dtype at ``address``; None for a token that is None."""
     if isinstance(token, types.NoneType):
-        return types.none(address, token), lambda context, builder, sig, args: context.get_dummy_value()
+        return types.none(address, token, role), lambda context, builder, sig, args: context.get_dummy_value()
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(sig.return_type))
 
-    return types.CPointer(token.dtype)(address, token), generate
+    return Elements(token.dtype, role.literal_value)(address, token, role), generate
 
 
-pointer: Any = intrinsic(_pointer_code)
+pointer: Any = intrinsic(prefer_literal=True)(_pointer_code)
 
 
 def _prefetch_code(typing: Any, address: Any) -> Any:
@@ -58,144 +79,49 @@ def _prefetch_code(typing: Any, address: Any) -> Any:
 prefetch: Any = intrinsic(_prefetch_code)
 
 
-def _native_half() -> bool:
-    """Whether the processor that Numba compiles for converts float16 by an instruction."""
-    if numba.config.CPU_NAME or numba.config.CPU_FEATURES:
-        return False
-    machine = llvm.get_process_triple().split("-")[0]
-    if machine in ("aarch64", "arm64"):
-        return True
-    return bool(llvm.get_host_cpu_features().get("f16c", False))
+def _set_alias_scope(module: Any, access: Any, role: str) -> None:
+    """Tell LLVM that an access to one role's elements touches no other role's."""
+    domain = module.add_metadata(["adagrad"])
+    scopes = {name: module.add_metadata([f"adagrad {name}", domain]) for name in ROLES}
+    access.set_metadata("alias.scope", module.add_metadata([scopes[role]]))
+    access.set_metadata("noalias", module.add_metadata([scopes[name] for name in ROLES if name != role]))
 
 
-def _half_to_float_code(typing: Any, bits: Any) -> Any:
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(types.uint16), generate
+# ------------------------------------------------------------------------------------------- elements, read and written
 
 
-_half_to_float: Any = intrinsic(_half_to_float_code)
-
-
-def _float_to_half_code(typing: Any, value: Any) -> Any:
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
-
-    return types.uint16(types.float32), generate
-
-
-_float_to_half: Any = intrinsic(_float_to_half_code)
-
-
-def _float_bits_code(typing: Any, value: Any) -> Any:
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.uint32(types.float32), generate
-
-
-_float_bits: Any = intrinsic(_float_bits_code)
-
-
-def _bits_float_code(typing: Any, bits: Any) -> Any:
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.uint32), generate
-
-
-_bits_float: Any = intrinsic(_bits_float_code)
-
-
-@jit(helper=True)
-def _half_to_float_by_integers(bits: Any) -> Any:
-    sign = np.uint32(np.uint32(bits & np.uint32(0x8000)) << np.uint32(16))
-    exponent = np.uint32((bits >> np.uint32(10)) & np.uint32(0x1F))
-    mantissa = np.uint32(bits & np.uint32(0x3FF))
-    if exponent == 31:  # infinity, NaN
-        return _bits_float(np.uint32(sign | np.uint32(0x7F800000) | np.uint32(mantissa << np.uint32(13))))
-    if exponent == 0:  # zero, subnormal: mantissa * 2^-24, exact
-        value = np.float32(mantissa) * np.float32(5.960464477539063e-08)
-        return -value if sign else value
-    return _bits_float(
-        np.uint32(sign | np.uint32((exponent + np.uint32(112)) << np.uint32(23)) | np.uint32(mantissa << np.uint32(13)))
-    )
-
-
-@jit(helper=True)
-def _float_to_half_by_integers(value: Any) -> Any:
-    bits = _float_bits(value)
-    sign = np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000))
-    bits = np.uint32(bits & np.uint32(0x7FFFFFFF))
-    if bits > 0x7F800000:  # NaN, quiet
-        return np.uint16(sign | np.uint32(0x7E00) | np.uint32((bits >> np.uint32(13)) & np.uint32(0x3FF)))
-    if bits >= 0x477FF000:  # rounds to 65536 or more
-        return np.uint16(sign | np.uint32(0x7C00))
-    if bits < 0x38800000:  # subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
-        rounded = _float_bits(_bits_float(bits) + np.float32(0.5))
-        return np.uint16(sign | np.uint32(rounded - np.uint32(0x3F000000)))
-    odd = np.uint32((bits >> np.uint32(13)) & np.uint32(1))
-    bits = np.uint32(bits + np.uint32(0xFFF) + odd - np.uint32(112 << 23))
-    return np.uint16(sign | np.uint32(bits >> np.uint32(13)))
-
-
-@jit(helper=True)
-def _bfloat_to_float(bits: Any) -> Any:
-    return _bits_float(np.uint32(np.uint32(np.uint16(bits)) << np.uint32(16)))
-
-
-@jit(helper=True)
-def _float_to_bfloat(value: Any) -> Any:
-    bits = _float_bits(value)
-    odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
-    rounded = np.uint32(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
-    quiet = np.uint32(np.uint32(bits >> np.uint32(16)) | np.uint32(0x40))
-    return np.int16(rounded if value == value else quiet)
-
-
-half_to_float, float_to_half = (
-    (_half_to_float, _float_to_half) if _native_half() else (_half_to_float_by_integers, _float_to_half_by_integers)
-)
-
-
-def load(elements: Any, i: Any) -> Any:
+def _load_code(typing: Any, elements: Any, i: Any) -> Any:
     """The element ``elements[i]``, read up to the computing dtype."""
-    raise TypeError("compiled code only")
+    low = elements.dtype in (types.uint16, types.int16)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        bits = builder.load(builder.gep(args[0], [args[1]]))
+        _set_alias_scope(builder.module, bits, elements.role)
+        if not low:
+            return bits
+        read = _half_to_float if elements.dtype == types.uint16 else _bfloat_to_float
+        return read(context, builder, bits)
+
+    return (types.float32 if low else elements.dtype)(elements, i), generate
 
 
-def store(elements: Any, i: Any, value: Any) -> Any:
+def _store_code(typing: Any, elements: Any, i: Any, value: Any) -> Any:
     """Write ``value``, rounded to nearest-even, to ``elements[i]``."""
-    raise TypeError("compiled code only")
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        place, value = builder.gep(args[0], [args[1]]), args[2]
+        if elements.dtype == types.uint16:
+            value = _float_to_half(context, builder, value)
+        elif elements.dtype == types.int16:
+            value = _float_to_bfloat(context, builder, value)
+        _set_alias_scope(builder.module, builder.store(value, place), elements.role)
+        return context.get_dummy_value()
+
+    return types.void(elements, i, value), generate
 
 
-@overload(load, strict=False)
-def _load(elements: Any, i: Any) -> Any:
-    if elements.dtype == types.uint16:
-        return lambda elements, i: half_to_float(elements[i])
-    if elements.dtype == types.int16:
-        return lambda elements, i: _bfloat_to_float(elements[i])
-    return lambda elements, i: elements[i]
-
-
-@overload(store, strict=False)
-def _store(elements: Any, i: Any, value: Any) -> Any:
-    if elements.dtype == types.uint16:
-
-        def write(elements, i, value):  # type: ignore[no-untyped-def]
-            elements[i] = float_to_half(value)
-
-    elif elements.dtype == types.int16:
-
-        def write(elements, i, value):  # type: ignore[no-untyped-def]
-            elements[i] = _float_to_bfloat(value)
-
-    else:
-
-        def write(elements, i, value):  # type: ignore[no-untyped-def]
-            elements[i] = value
-
-    return write
+load: Any = intrinsic(_load_code)
+store: Any = intrinsic(_store_code)
 
 
 def master_or(weight: Any, master: Any) -> Any:
@@ -208,3 +134,89 @@ def _master_or(weight: Any, master: Any) -> Any:
     if isinstance(master, types.NoneType):
         return lambda weight, master: weight
     return lambda weight, master: master
+
+
+# ------------------------------------------------------------------------------------ float16 and bfloat16 as LLVM code
+
+_word, _short, _float = ir.IntType(32), ir.IntType(16), ir.FloatType()
+
+
+def _bfloat_to_float(context: Any, builder: Any, bits: Any) -> Any:
+    return builder.bitcast(builder.shl(builder.zext(bits, _word), _word(16)), _float)
+
+
+def _float_to_bfloat(context: Any, builder: Any, value: Any) -> Any:
+    bits = builder.bitcast(value, _word)
+    odd = builder.and_(builder.lshr(bits, _word(16)), _word(1))
+    rounded = builder.add(builder.add(bits, _word(0x7FFF)), odd)
+    quiet = builder.or_(bits, _word(0x400000))
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    return builder.trunc(builder.lshr(builder.select(is_nan, quiet, rounded), _word(16)), _short)
+
+
+def _half_to_float(context: Any, builder: Any, bits: Any) -> Any:
+    if NATIVE_HALF:
+        return builder.fpext(builder.bitcast(bits, ir.HalfType()), _float)
+    return context.compile_internal(builder, half_to_float_by_integers, types.float32(types.uint16), [bits])
+
+
+def _float_to_half(context: Any, builder: Any, value: Any) -> Any:
+    if NATIVE_HALF:
+        return builder.bitcast(builder.fptrunc(value, ir.HalfType()), _short)
+    return context.compile_internal(builder, float_to_half_by_integers, types.uint16(types.float32), [value])
+
+
+def _native_half() -> bool:
+    """Whether the processor that Numba compiles for converts float16 by an instruction."""
+    if numba.config.CPU_NAME or numba.config.CPU_FEATURES:
+        return False
+    if llvm.get_process_triple().split("-")[0] in ("aarch64", "arm64"):
+        return True
+    return bool(llvm.get_host_cpu_features().get("f16c", False))
+
+
+NATIVE_HALF = _native_half()
+
+
+def _bits_code(typing: Any, value: Any) -> Any:
+    """The bits of a float32 as uint32, or the other way round."""
+    result = types.uint32 if value == types.float32 else types.float32
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], _word if result == types.uint32 else _float)
+
+    return result(value), generate
+
+
+_bits: Any = intrinsic(_bits_code)
+
+
+def half_to_float_by_integers(bits: Any) -> Any:
+    """float16 to float32, for processors that have no instruction for it."""
+    sign = np.uint32(np.uint32(bits & np.uint32(0x8000)) << np.uint32(16))
+    exponent = np.uint32((bits >> np.uint32(10)) & np.uint32(0x1F))
+    mantissa = np.uint32(bits & np.uint32(0x3FF))
+    if exponent == 31:  # infinity, NaN
+        return _bits(np.uint32(sign | np.uint32(0x7F800000) | np.uint32(mantissa << np.uint32(13))))
+    if exponent == 0:  # zero, subnormal: mantissa * 2^-24, exact
+        value = np.float32(mantissa) * np.float32(5.960464477539063e-08)
+        return -value if sign else value
+    high = np.uint32((exponent + np.uint32(112)) << np.uint32(23))
+    return _bits(np.uint32(sign | high | np.uint32(mantissa << np.uint32(13))))
+
+
+def float_to_half_by_integers(value: Any) -> Any:
+    """float32 to float16, to nearest-even, for processors that have no instruction for it."""
+    bits = _bits(value)
+    sign = np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000))
+    bits = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    if bits > 0x7F800000:  # NaN, quiet
+        return np.uint16(sign | np.uint32(0x7E00) | np.uint32((bits >> np.uint32(13)) & np.uint32(0x3FF)))
+    if bits >= 0x477FF000:  # rounds to 65536 or more
+        return np.uint16(sign | np.uint32(0x7C00))
+    if bits < 0x38800000:  # subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
+        rounded = _bits(np.float32(_bits(bits) + np.float32(0.5)))
+        return np.uint16(sign | np.uint32(rounded - np.uint32(0x3F000000)))
+    odd = np.uint32((bits >> np.uint32(13)) & np.uint32(1))
+    bits = np.uint32(bits + np.uint32(0xFFF) + odd - np.uint32(112 << 23))
+    return np.uint16(sign | np.uint32(bits >> np.uint32(13)))

@@ -18,7 +18,7 @@ import numpy as np
 
 from adagrad.arrays import FORMATS, computing_format
 from adagrad.kernels.cpu_dense import COLUMNS, GRAD, HISTORY, MASTER, ROW, SIZE, WEIGHT
-from adagrad.kernels.formats import pointer
+from adagrad.kernels.formats import load, pointer
 from adagrad.kernels.numba_jit import jit
 
 # Byte offsets in PyListObject, PyObject and PyArrayObject on 64-bit CPython with reference counts in place.
@@ -33,12 +33,12 @@ _ints = np.empty(0, np.int32)
 
 @jit(helper=True)
 def _word(address: Any, offset: int) -> Any:
-    return np.int64(pointer(address + offset, _words)[0])
+    return np.int64(load(pointer(address + offset, _words, "grad"), 0))
 
 
 @jit(helper=True)
 def _int(address: Any, offset: int) -> Any:
-    return np.int64(pointer(address + offset, _ints)[0])
+    return np.int64(load(pointer(address + offset, _ints, "grad"), 0))
 
 
 @jit(helper=True)
@@ -66,13 +66,25 @@ def _same_shape(first: int, second: int) -> bool:
 
 
 @jit(helper=True)
-def _disjoint(starts: Any, ends: Any, written: int) -> bool:
-    """Whether the first ``written`` spans share no byte with any other span; empty spans do not count."""
+def _disjoint(starts: Any, ends: Any, written: int, order: Any) -> bool:
+    """Whether the first ``written`` spans share no byte with any other span; empty spans do not count.
+
+    ``order`` is a guess at the order of the spans, the one found last time. Where the starts strictly increase along
+    it, it is their order, whatever anyone has done to it; else they are sorted and the guess is made better.
+    """
     n = len(starts)
-    order = np.argsort(starts)
-    end_of_written, end_of_any = np.int64(-1), np.int64(-1)
+    guess, before = np.empty(n, np.int64), np.int64(-1)
     for k in range(n):
         i = order[k]
+        if i < 0 or i >= n or starts[i] <= before:
+            guess = np.argsort(starts)
+            order[:n] = guess
+            break
+        guess[k] = i
+        before = starts[i]
+    end_of_written, end_of_any = np.int64(-1), np.int64(-1)
+    for k in range(n):
+        i = guess[k]
         if starts[i] == ends[i]:
             continue
         if starts[i] < (end_of_any if i < written else end_of_written):
@@ -84,27 +96,29 @@ def _disjoint(starts: Any, ends: Any, written: int) -> bool:
 
 
 @jit()
-def fill(weights: int, grads: int, histories: int, kind: int, weight_descr: int, grad_descr: int,
-         history_descr: int, weight_size: int, grad_size: int, history_size: int, table: Any) -> bool:  # fmt: skip
-    """Fill ``table`` from three lists, given by ``id``; False where an array or the call is not plain."""
+def fill(weights: int, grads: int, histories: int, kind: int, weight_descr: int, grad_descr: int, history_descr: int,
+         weight_size: int, grad_size: int, history_size: int, table: Any, order: Any) -> int:  # fmt: skip
+    """Fill ``table`` from three lists, given by ``id``: the number of elements, or -1 where the call is not plain."""
     n = len(table)
+    total = 0
     starts, ends = np.empty(3 * n, np.int64), np.empty(3 * n, np.int64)
     for i in range(n):
         w, g, h = _item(weights, i), _item(grads, i), _item(histories, i)
         read, write = CONTIGUOUS | ALIGNED, CONTIGUOUS | ALIGNED | WRITEABLE
         if not (_is_plain(w, kind, weight_descr, write) and _is_plain(h, kind, history_descr, write)):
-            return False
+            return -1
         if not (_is_plain(g, kind, grad_descr, read) and _same_shape(w, g) and _same_shape(w, h)):
-            return False
+            return -1
         size, dimensions = 1, _word(w, DIMENSIONS)
         for d in range(_int(w, NDIM)):
             size *= _word(dimensions, 8 * d)
         table[i, WEIGHT], table[i, GRAD], table[i, HISTORY] = _word(w, DATA), _word(g, DATA), _word(h, DATA)
         table[i, MASTER], table[i, SIZE], table[i, ROW] = 0, size, 0
+        total += size
         starts[i], ends[i] = table[i, WEIGHT], table[i, WEIGHT] + size * weight_size
         starts[n + i], ends[n + i] = table[i, HISTORY], table[i, HISTORY] + size * history_size
         starts[2 * n + i], ends[2 * n + i] = table[i, GRAD], table[i, GRAD] + size * grad_size
-    return _disjoint(starts, ends, 2 * n)
+    return total if _disjoint(starts, ends, 2 * n, order) else -1
 
 
 @jit()
@@ -138,12 +152,17 @@ def available() -> bool:
     return True
 
 
+@functools.lru_cache(maxsize=64)
+def _order(spans: int) -> Any:
+    return np.arange(spans)
+
+
 _DESCR = {name: np.dtype(name) for name in FORMATS if name != "bfloat16"}
 _NAME = {id(descr): name for name, descr in _DESCR.items()}
 
 
-def table(weights: list[Any], grads: list[Any], histories: list[Any]) -> tuple[Any, tuple[str, str, str]] | None:
-    """The filled table and the formats of weight, gradient and history, or None where it takes the ordinary way."""
+def table(weights: list[Any], grads: list[Any], histories: list[Any]) -> tuple[Any, Any, int] | None:
+    """The filled table, the formats of its operands and the number of elements, or None for the ordinary way."""
     if type(weights[0]) is not np.ndarray or type(grads[0]) is not np.ndarray or not available():
         return None
     weight, grad = _NAME.get(id(weights[0].dtype)), _NAME.get(id(grads[0].dtype))
@@ -151,8 +170,8 @@ def table(weights: list[Any], grads: list[Any], histories: list[Any]) -> tuple[A
         return None
     history = computing_format(weight)
     w, g, h = _DESCR[weight], _DESCR[grad], _DESCR[history]
-    rows = np.empty((len(weights), COLUMNS), np.int64)
-    sizes = w.itemsize, g.itemsize, h.itemsize
-    if not fill(id(weights), id(grads), id(histories), id(np.ndarray), id(w), id(g), id(h), *sizes, rows):
-        return None
-    return rows, (weight, grad, history)
+    n = len(weights)
+    rows = np.empty((n, COLUMNS), np.int64)
+    total = fill(id(weights), id(grads), id(histories), id(np.ndarray), id(w), id(g), id(h),
+                 w.itemsize, g.itemsize, h.itemsize, rows, _order(3 * n))  # fmt: skip
+    return None if total < 0 else (rows, (weight, grad, history, None), total)

@@ -26,7 +26,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 def jit(*, parallel: bool = False, helper: bool = False) -> Callable[[F], F]:
     """Decorator: compile at the first call with new argument types, and keep the machine code for the next process.
 
-    A ``helper`` is called by other kernels alone: it is compiled into them and needs no file of its own.
+    A ``helper`` is called by other kernels alone: it is compiled into them, so that what is the same for all of its
+    calls is computed once, and it needs no file of its own.
     """
 
     def compile_lazily(function: F) -> F:
@@ -37,6 +38,7 @@ def jit(*, parallel: bool = False, helper: bool = False) -> Callable[[F], F]:
             fastmath=False,
             boundscheck=False,
             parallel=parallel,
+            forceinline=helper,
         )(function)
         if not helper:
             with suppress(Exception):  # no cache is slower, not wrong

@@ -1,0 +1,341 @@
+"""The library's own state files: safetensors, with a header that notices every altered byte. No pickle, ever.
+
+``encode`` and ``decode`` turn a dict of states into bytes and back, ``save`` writes bytes so that a crash at any moment
+leaves either the old file or the new one. A state is an array, None, or a tuple or list of states.
+
+The file is plain safetensors (8 bytes of header length, a JSON header, the arrays' little-endian bytes), so that any
+safetensors reader opens it. What safetensors lacks stands in its metadata, whose values are strings:
+
+    format, version  "adagrad-states" and the version of this layout
+    header           JSON: "states" as [key, structure] pairs (0 and "0" are different keys; a structure is null, the
+                     number of a tensor, or {"tuple": [...]} or {"list": [...]}), "tensors" as [name, CRC-32] pairs,
+                     and "optimizer", null or a dict in which floats are hexadecimal (exact, infinities included)
+    crc32            CRC-32 of everything before it: the length, the tensor table, all of the above
+
+A tensor's CRC-32 covers its dtype and shape, then its bytes. The bytes are written and read here rather than with the
+safetensors package, whose functions hold two more copies of the data, and drop the metadata when they read from bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import math
+import os
+import re
+import secrets
+import stat
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adagrad.arrays import operand
+
+State: TypeAlias = "NDArray[Any] | tuple[State, ...] | list[State] | None"
+
+_FORMAT = "adagrad-states"
+_VERSION = 1
+_CODES = {"float16": "F16", "float32": "F32", "float64": "F64", "bfloat16": "BF16"}
+_MEMORY = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2"}  # NumPy has no bfloat16: its bit pattern
+_DEPTH = 16  # of nested states and hyper-parameters: far more than any has, and safe to recurse into
+_CRC = re.compile(rb'"([0-9a-f]{8})"\}\} *')  # how a header ends
+
+
+# ------------------------------------------------------------------------------------------------------------- encode
+
+
+def encode(states: Mapping[int | str, Any], optimizer: Mapping[str, Any] | None) -> bytes:
+    """The file for ``states``, with the hyper-parameters and counts in ``optimizer`` unless that is None.
+
+    Arrays are NumPy arrays or torch tensors on any device: float16, bfloat16, float32 or float64, of any strides and
+    byte order. ``optimizer`` holds None, bools, numbers, strings, and lists, tuples and dicts of them, with int or str
+    keys. At most one array at a time is copied, beside the bytes returned. TypeError for anything else.
+    """
+    leaves: list[tuple[str, Any]] = []
+    table = [[_key(key), _outline(state, json.dumps(key), leaves)] for key, state in states.items()]
+    packed = None if optimizer is None else _pack(dict(optimizer))
+    tensors: dict[str, Any] = {}
+    end = 0
+    for name, leaf in leaves:
+        found = operand(f"state {name}", leaf)
+        code, begin = _CODES[found.format], end
+        end += math.prod(found.shape) * np.dtype(_MEMORY[code]).itemsize
+        tensors[name] = {"dtype": code, "shape": list(found.shape), "data_offsets": [begin, end]}
+
+    def header(checksums: list[str]) -> bytes:
+        inner = {"states": table, "tensors": list(zip(tensors, checksums, strict=True)), "optimizer": packed}
+        return _header(tensors, json.dumps(inner, separators=(",", ":")))
+
+    # Checksums have a fixed width, so the header's length is known before they are, and one pass over the arrays will
+    # do. Reserving the whole at once keeps the buffer from growing, which would copy it.
+    checksums = ["0" * 8] * len(leaves)
+    start = len(header(checksums))
+    file = io.BytesIO()
+    file.seek(start + end - 1)
+    file.write(b"\0")
+    file.seek(start)
+    for number, (name, leaf) in enumerate(leaves):
+        raw = _raw(name, leaf)
+        checksums[number] = _checksum(tensors[name], raw)
+        file.write(raw.data)
+    file.seek(0)
+    file.write(header(checksums))
+    return file.getvalue()
+
+
+def _key(key: Any) -> int | str:
+    if isinstance(key, bool) or not isinstance(key, (int, str)):
+        raise TypeError(f"states: a key of type {type(key).__name__}: keys must be int or str")
+    return key
+
+
+def _outline(state: Any, name: str, leaves: list[tuple[str, Any]], depth: int = 0) -> Any:
+    """The structure of ``state`` as JSON; its arrays are appended to ``leaves``."""
+    if state is None:
+        return None
+    if not isinstance(state, (tuple, list)):
+        leaves.append((name, state))
+        return len(leaves) - 1
+    if depth == _DEPTH:
+        raise ValueError(f"state {name}: nested deeper than {_DEPTH}")
+    parts = [_outline(part, f"{name}/{number}", leaves, depth + 1) for number, part in enumerate(state)]
+    return {"tuple" if isinstance(state, tuple) else "list": parts}
+
+
+def _raw(name: str, leaf: Any) -> NDArray[np.uint8]:
+    """The bytes of an array, in C order and little-endian; a copy only where they do not lie so already."""
+    found = operand(f"state {name}", leaf)
+    if found.memory is None:
+        found = operand(f"state {name}", found.array.cpu())
+    memory: NDArray[Any] = np.asarray(found.memory)
+    return memory.astype(memory.dtype.newbyteorder("<"), order="C", copy=False).reshape(-1).view(np.uint8)
+
+
+def _checksum(entry: Mapping[str, Any], raw: Any) -> str:
+    return f"{zlib.crc32(raw, zlib.crc32(json.dumps([entry['dtype'], entry['shape']]).encode())):08x}"
+
+
+def _header(tensors: Mapping[str, Any], inner: str) -> bytes:
+    """The length and the JSON header, padded so that the arrays start at a multiple of 8 as safetensors asks."""
+    metadata = {"format": _FORMAT, "version": str(_VERSION), "header": inner, "crc32": "0" * 8}
+    text = json.dumps({**tensors, "__metadata__": metadata}, separators=(",", ":")).encode()
+    prefixed = struct.pack("<Q", len(text) + -len(text) % 8) + text
+    covered = prefixed[: -len('00000000"}}')]
+    return covered + f'{zlib.crc32(covered):08x}"}}}}'.encode() + b" " * (-len(text) % 8)
+
+
+def _pack(value: Any, depth: int = 0) -> Any:
+    """``value`` as JSON that ``_unpack`` turns back into the same types and bits."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return {"float": value.hex()}
+    if depth == _DEPTH:
+        raise ValueError(f"optimizer: nested deeper than {_DEPTH}")
+    if isinstance(value, Mapping):
+        return {"dict": [[_key(key), _pack(part, depth + 1)] for key, part in value.items()]}
+    if isinstance(value, (tuple, list)):
+        parts = [_pack(part, depth + 1) for part in value]
+        return {"tuple": parts} if isinstance(value, tuple) else parts
+    raise TypeError(f"optimizer: a value of type {type(value).__name__} cannot be saved")
+
+
+# ------------------------------------------------------------------------------------------------------------- decode
+
+
+def decode(data: bytes) -> tuple[dict[int | str, State], dict[str, Any] | None]:
+    """The states and the optimizer's dict, or None, that ``encode`` turned into ``data``.
+
+    Arrays are new, writable, C-contiguous and in the processor's byte order. bfloat16 comes back as ml_dtypes' where
+    that is installed, else as float32, which holds the same numbers. ValueError, with the reason, for data that is
+    truncated, altered or of another kind. Nothing is allocated that ``data`` is not long enough to fill.
+    """
+    view = memoryview(data).cast("B")
+    (length,) = struct.unpack("<Q", view[:8]) if len(view) >= 8 else (0,)
+    if length < 2:
+        raise _refusal("it does not start as a safetensors file")
+    if length > len(view) - 8:
+        raise _refusal(f"truncated, or not a safetensors file: {length} bytes of header, {len(view) - 8} bytes left")
+    head, body = bytes(view[: 8 + length]), view[8 + length :]
+    tensors = _json(head[8:], dict, "the header")
+    metadata = tensors.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
+        raise _refusal("safetensors, but not written by this library")
+    version = metadata.get("version")
+    if not isinstance(version, str) or not re.fullmatch("[1-9][0-9]{0,8}", version):
+        raise _refusal("the format version is not a number")
+    if int(version) > _VERSION:
+        raise _refusal(f"format version {version}: this library reads up to {_VERSION}")
+    end = _CRC.fullmatch(head, head.rfind(b'"', 0, head.rfind(b'"')))
+    if end is None or int(end[1], 16) != zlib.crc32(head[: end.start(1)]):
+        raise _refusal("the header is damaged: its CRC-32 differs")
+
+    inner = _json(metadata.get("header"), dict, "the inner header")
+    listed = _list(inner.get("tensors"), "the list of tensors")
+    pairs = [_pair(pair, str, "a tensor") for pair in listed]
+    if len(dict(pairs)) != len(pairs) or tensors.keys() != dict(pairs).keys():
+        raise _refusal("the tensors in it are not the ones that its header lists")
+    arrays: list[State] = []
+    at = 0
+    for name, checksum in pairs:
+        array, at = _array(name, tensors[name], body, at, checksum)
+        arrays.append(array)
+    if at != len(body):
+        raise _refusal(f"{len(body) - at} bytes too many after the last tensor")
+
+    states: dict[int | str, State] = {}
+    unused = dict(enumerate(arrays))
+    for entry in _list(inner.get("states"), "the list of states"):
+        key, structure = _pair(entry, (int, str), "a state")
+        if key in states:
+            raise _refusal(f"state {key!r} occurs twice")
+        states[key] = _assemble(structure, unused)
+    if unused:
+        raise _refusal("a tensor belongs to no state")
+    optimizer = None if inner.get("optimizer") is None else _unpack(inner["optimizer"])
+    if optimizer is not None and not isinstance(optimizer, dict):
+        raise _refusal("the optimizer is not a dict")
+    return states, optimizer
+
+
+def _refusal(reason: str) -> ValueError:
+    return ValueError(f"not a state file that can be read: {reason}")
+
+
+def _json(text: Any, kind: type, what: str) -> Any:
+    try:
+        value = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _refusal(f"{what} is not JSON") from error
+    if type(value) is not kind:
+        raise _refusal(f"{what} is not a JSON {kind.__name__}")
+    return value
+
+
+def _list(value: Any, what: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise _refusal(f"{what} is missing")
+    return value
+
+
+def _pair(value: Any, first: type | tuple[type, ...], what: str) -> tuple[Any, Any]:
+    pair = _list(value, what)
+    if len(pair) != 2 or isinstance(pair[0], bool) or not isinstance(pair[0], first):
+        raise _refusal(f"{what} is listed in a form that is unknown")
+    return pair[0], pair[1]
+
+
+def _array(name: str, entry: Any, body: memoryview, begin: int, checksum: Any) -> tuple[NDArray[Any], int]:
+    """The tensor ``name``, whose bytes must start at ``begin``, and where they end."""
+    if not isinstance(entry, dict) or entry.get("dtype") not in _MEMORY:
+        raise _refusal(f"tensor {name}: its dtype is none of {', '.join(_MEMORY)}")
+    memory = np.dtype(_MEMORY[entry["dtype"]])
+    shape = _list(entry.get("shape"), f"tensor {name}: its shape")
+    if len(shape) > 64 or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+        raise _refusal(f"tensor {name}: its shape is not made of sizes")
+    end = begin + math.prod(shape) * memory.itemsize
+    if entry.get("data_offsets") != [begin, end]:
+        raise _refusal(f"tensor {name}: its place in the file does not agree with its shape")
+    if end > len(body):
+        raise _refusal(f"truncated: tensor {name} ends at byte {end} of the data, and there are {len(body)}")
+    if _checksum(entry, body[begin:end]) != checksum:
+        raise _refusal(f"tensor {name} is damaged: its CRC-32 differs")
+    try:
+        array: NDArray[Any] = np.ndarray(shape, memory, body[begin:end]).astype(memory.newbyteorder("="))
+    except ValueError as error:  # more dimensions than NumPy has, or sizes beyond memory beside a zero
+        raise _refusal(f"tensor {name}: {error}") from error
+    return (_bfloat16(array) if entry["dtype"] == "BF16" else array), end
+
+
+def _bfloat16(bits: NDArray[np.uint16]) -> NDArray[Any]:
+    try:
+        return bits.view(importlib.import_module("ml_dtypes").bfloat16)
+    except ImportError:
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _assemble(structure: Any, unused: dict[int, State], depth: int = 0) -> State:
+    """The state of this structure; takes its arrays out of ``unused``."""
+    if structure is None:
+        return None
+    if type(structure) is int and structure in unused:
+        return unused.pop(structure)
+    kind, parts = _tagged(structure, depth)
+    made = [_assemble(part, unused, depth + 1) for part in parts]
+    if kind not in ("tuple", "list"):
+        raise _refusal("a state has a structure that is unknown")
+    return tuple(made) if kind == "tuple" else made
+
+
+def _unpack(value: Any, depth: int = 0) -> Any:
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, list):
+        value = {"list": value}
+    kind, parts = _tagged(value, depth)
+    if kind == "float" and isinstance(value["float"], str):
+        with contextlib.suppress(ValueError, OverflowError):
+            return float.fromhex(value["float"])
+    if kind == "dict":
+        pairs = [_pair(part, (int, str), "a hyper-parameter") for part in parts]
+        return {key: _unpack(part, depth + 1) for key, part in pairs}
+    makers: dict[str, Callable[[list[Any]], Any]] = {"tuple": tuple, "list": list}
+    if kind not in makers:
+        raise _refusal("a hyper-parameter has a form that is unknown")
+    return makers[kind]([_unpack(part, depth + 1) for part in parts])
+
+
+def _tagged(value: Any, depth: int) -> tuple[str, list[Any]]:
+    """The tag and the content of ``{tag: content}``."""
+    if not isinstance(value, dict) or len(value) != 1 or (depth == _DEPTH and "float" not in value):
+        raise _refusal("its header has a structure that is unknown")
+    ((tag, content),) = value.items()
+    return tag, content if tag == "float" else _list(content, f"a {tag}")
+
+
+# --------------------------------------------------------------------------------------------------------------- save
+
+
+def save(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write ``data`` to ``path`` such that a crash at any moment leaves the old file or the new one, whole.
+
+    It goes to a temporary file beside it, ``.adagrad-*.tmp``, onto the disk, and is then renamed. A failure removes
+    the temporary file; only a killed process or machine leaves it behind. The file keeps the mode of the one it
+    replaces. Where ``path`` is a symbolic link, the file that it points to is replaced.
+    """
+    target = os.path.realpath(os.fsdecode(path))
+    mode: int | None = None
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.stat(target).st_mode
+    if mode is not None and not stat.S_ISREG(mode):
+        raise ValueError(f"path={os.fsdecode(path)!r}: must be a regular file")
+    folder = os.path.dirname(target)
+    temporary = os.path.join(folder, f".adagrad-{secrets.token_hex(8)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(temporary, flags, 0o666 if mode is None else stat.S_IMODE(mode))
+    try:
+        with open(descriptor, "wb") as file:
+            if mode is not None and hasattr(os, "fchmod"):
+                os.fchmod(descriptor, stat.S_IMODE(mode))  # what the umask took from the mode above
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    with contextlib.suppress(OSError):  # a rename lasts once its folder is on the disk; Windows opens no folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

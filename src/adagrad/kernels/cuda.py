@@ -1,0 +1,269 @@
+"""Updates of torch tensors on one CUDA device: what the dispatcher calls, everything already checked on the host.
+
+A call launches one kernel for each format of dense tensors, and for each row-sparse gradient a check of its row ids, a
+sort and one or two kernels. Nothing waits for the device and nothing comes back from it.
+
+What the kernels must be told travels in two tables in device memory: the addresses of the dense tensors, and the
+settings (the rule's scalars, lr and wd). A table is uploaded, from pinned memory and without waiting, only when a call
+needs one that none of the last calls used. While a CUDA graph is captured, the tables are the graph's own: it copies
+them from pinned memory at each replay, so that later calls cannot change them. Hyper-parameters that are Python
+numbers are then frozen into the graph; an lr that is a tensor is read by each replay.
+
+An id outside the weight turns the whole call into a no-op, on the device. The kernel that meets one writes it into
+pinned host memory; the next call raises IndexError if that has arrived, and :func:`check` waits for it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adagrad.kernels import cuda_dense, cuda_rows
+from adagrad.kernels.cuda_rule import HEADER, SETTINGS
+
+if TYPE_CHECKING:
+    from adagrad.rule import Rule
+
+T = TypeVar("T")
+
+KEPT = 16
+"""Tables of one kind that are kept for later calls on the same stream."""
+
+NO_ROW = np.iinfo(np.int64).min
+
+
+class DenseUpdate(NamedTuple):
+    """A weight with a dense gradient; all tensors contiguous and on one device."""
+
+    weight: Tensor
+    """float16, bfloat16, float32 or float64, of any shape."""
+    grad: Tensor
+    """The weight's shape; the weight's dtype, or float32."""
+    history: Tensor
+    """Computing dtype; the weight's shape, or (n, 1, ...) for a row-wise rule."""
+    master: Tensor | None
+    """float32 copy of a float16 or bfloat16 weight, or None."""
+    lr: float | Tensor
+    """A number, or a 0-d float32 or float64 tensor on the device."""
+    wd: float
+
+
+class RowUpdate(NamedTuple):
+    """A weight with a row-sparse gradient; all tensors contiguous and on one device."""
+
+    weight: Tensor
+    """float16, bfloat16, float32 or float64, of shape (rows, ...)."""
+    indices: Tensor
+    """int32 or int64, of shape (n,)."""
+    values: Tensor
+    """Shape (n, *weight.shape[1:]); the weight's dtype, or float32."""
+    history: Tensor
+    master: Tensor | None
+    lr: float | Tensor
+    wd: float
+
+
+def update(
+    dense: Sequence[DenseUpdate],
+    rows: Sequence[RowUpdate],
+    rule: Rule,
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One AdaGrad step (Duchi, Hazan, Singer, JMLR 12, 2011) of tensors on one CUDA device, in place.
+
+    Parameters
+    ----------
+    dense, rows : sequences of DenseUpdate and RowUpdate
+        All on the same device. No weight, history or master copy shares memory with anything else in the call.
+    rule : Rule
+    grad_scale : Tensor, optional
+        One number on the device; each gradient (for rows: each sum of a row's occurrences) is divided by it first.
+    found_inf : Tensor, optional
+        One number on the device; where it is not 0, the call changes nothing.
+
+    Raises
+    ------
+    IndexError
+        An earlier call on this device met a row id outside its weight, and changed nothing.
+    TypeError
+        An lr on the device is neither float32 nor float64.
+    """
+    if not dense and not rows:
+        return
+    device = (dense or rows)[0].weight.device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        report = _report_of(device)
+        _raise_reported(report, arrived=False)
+        tables = _tables_of(device)
+        weights, grads, histories, masters, lrs, wds = zip(*dense, strict=True) if dense else ((),) * 6
+        settings = tables.settings([*lrs, *[u.lr for u in rows]], [*wds, *[u.wd for u in rows]], rule)
+        sparse = [(len(dense) + i, u) for i, u in enumerate(rows) if u.indices.numel()]
+        skip, sorted_ids = None, []
+        if sparse:
+            # Every id of the call is checked before the first element changes.
+            skip = torch.zeros(1, dtype=torch.int32, device=device)
+            sorted_ids = [cuda_rows.sort_ids(u, skip, report) for _, u in sparse]
+        if dense:
+            addresses, launches = tables.addresses(cuda_dense.columns(weights, grads, histories, masters, rule))
+            for launch in launches:
+                cuda_dense.run(launch, addresses, settings, grad_scale, skip, found_inf)
+        for (i, u), (ids, order) in zip(sparse, sorted_ids, strict=True):
+            cuda_rows.run(u, ids, order, settings, i, rule, grad_scale, skip, found_inf)
+
+
+def check(device: torch.device | str | int | None = None) -> None:
+    """Wait for the device, or for all devices used so far, and raise what calls of :func:`update` met there.
+
+    Raises
+    ------
+    IndexError
+        A call met a row id outside its weight; that call changed nothing.
+    """
+    wanted = None if device is None else _with_index(torch.device(device))
+    for used, report in list(_reports.items()):
+        if wanted is None or used == wanted:
+            if used.type == "cuda":
+                torch.cuda.synchronize(used)
+            _raise_reported(report, arrived=True)
+
+
+# ------------------------------------------------------------------------------------------------- row ids out of range
+
+_reports: dict[torch.device, Tensor] = {}
+"""For each device (id, rows + 1) of a row id out of range, or (NO_ROW, 0), in host memory that the device can write."""
+
+
+def _with_index(device: torch.device) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
+
+
+def _report_of(device: torch.device) -> Tensor:
+    report = _reports.get(device)
+    if report is None:
+        report = torch.tensor([NO_ROW, 0], dtype=torch.int64)
+        report = _reports.setdefault(device, report.pin_memory() if device.type == "cuda" else report)
+    return report
+
+
+def _raise_reported(report: Tensor, *, arrived: bool) -> None:
+    """Raise what ``report`` says. Its two words come one by one: until all has ``arrived``, wait for the second."""
+    words = report.numpy()
+    row, rows = int(words[0]), int(words[1]) - 1
+    if rows < 0 or (row == NO_ROW and not arrived):
+        return
+    words[:] = NO_ROW, 0
+    raise IndexError(f"indices: row {row}: must be in [0, {rows}), the weight's rows; the call changed nothing")
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+_local = threading.local()
+_captured: list[Tensor] = []
+"""Pinned memory that captured graphs read at each replay; nothing tells when a graph is gone, so it stays."""
+
+
+def _tables_of(device: torch.device) -> _Tables:
+    """The tables of this thread and the current stream: work on them is in the order of the stream."""
+    known: dict[tuple[torch.device, int], _Tables] = _local.__dict__.setdefault("tables", {})
+    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    tables = known.get(key)
+    if tables is None:
+        tables = known[key] = _Tables(device)
+    return tables
+
+
+class _Tables:
+    """The last tables that were uploaded for one stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._addresses: list[tuple[Any, tuple[Tensor, list[cuda_dense.Launch]]]] = []
+        self._settings: list[tuple[Any, Tensor]] = []
+        self._reserve: dict[int, list[Tensor]] = {}
+
+    def addresses(self, columns: cuda_dense.Columns) -> tuple[Tensor, list[cuda_dense.Launch]]:
+        """The table of addresses and the launches that use it."""
+
+        def make() -> tuple[Tensor, list[cuda_dense.Launch]]:
+            words, launches = cuda_dense.plan(columns)
+            return self._upload(words), launches
+
+        return self._recent(self._addresses, columns, make)
+
+    def settings(self, lrs: Sequence[float | Tensor], wds: Sequence[float], rule: Rule) -> Tensor:
+        """The table of the rule's scalars and of each update's lr and wd."""
+        numbers: Sequence[Any] = lrs
+        pointers: list[tuple[int, int]] = []
+        if not {float, int}.issuperset(map(type, lrs)):
+            numbers = [0.0 if isinstance(lr, Tensor) else lr for lr in lrs]
+            pointers = [(lr.data_ptr(), _bits(lr)) if isinstance(lr, Tensor) else (0, 0) for lr in lrs]
+
+        def make() -> Tensor:
+            words = np.zeros(HEADER.value + SETTINGS.value * len(lrs))
+            clip = math.inf if rule.clip_gradient is None else rule.clip_gradient
+            inside, outside = (rule.epsilon, 0.0) if rule.epsilon_inside else (0.0, rule.epsilon)
+            words[:5] = rule.rescale_grad, clip, inside, outside, rule.decoupled_decay
+            each = words[HEADER.value :].reshape(-1, SETTINGS.value)
+            each[:, 0] = numbers
+            each[:, 1] = wds
+            if pointers:
+                each.view(np.int64)[:, 2:] = pointers
+            return self._upload(words.view(np.int64))
+
+        return self._recent(self._settings, (numbers, pointers, wds, rule), make)
+
+    def _recent(self, kept: list[tuple[Any, T]], key: Any, make: Callable[[], T]) -> T:
+        """What ``make`` made for ``key`` lately; a graph under capture gets its own."""
+        if self._capturing():
+            return make()
+        for i, (known, made) in enumerate(kept):
+            if known == key:
+                if i:
+                    kept.insert(0, kept.pop(i))
+                return made
+        made = make()
+        kept.insert(0, (key, made))
+        del kept[KEPT:]
+        return made
+
+    def _capturing(self) -> bool:
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _upload(self, words: np.ndarray) -> Tensor:
+        """``words`` in device memory, by a copy that nobody waits for."""
+        if self._device.type != "cuda":
+            return torch.from_numpy(words.copy())
+        # The allocator of pinned memory reuses a buffer only when the copies out of it are done. It may be unable to
+        # hand out new memory during a capture, so earlier uploads leave a reserve.
+        size = 1 << max(len(words) - 1, 0).bit_length()
+        reserve = self._reserve.setdefault(size, [])
+        if self._capturing():
+            host = reserve.pop() if reserve else _pinned(size)
+            _captured.append(host)
+        else:
+            host = _pinned(size)
+            if len(reserve) < KEPT:
+                reserve.append(_pinned(size))
+        host = host[: len(words)]
+        host.numpy()[:] = words
+        return torch.empty_like(host, device=self._device).copy_(host, non_blocking=True)
+
+
+def _bits(lr: Tensor) -> int:
+    if lr.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"lr: a tensor of {lr.dtype}: must be float32 or float64")
+    return 8 * lr.itemsize
+
+
+def _pinned(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.int64, pin_memory=True)

@@ -1,0 +1,269 @@
+"""Dense updates on CUDA: any number of tensors in one launch.
+
+The kernels find their tensors through a table of addresses in device memory. A launch is for the tensors of one format
+(dtypes, master copy or not, alignment); its part of the table is
+
+    first blocks   one word a tensor, ascending: the number of blocks of the tensors before it
+    records        RECORD words a tensor: addresses of weight, gradient, history, master copy (0 for none); elements, or
+                   rows where the history has one value a row; elements in a row; its index in the scalars' table
+
+A program does one block: BLOCK consecutive elements, or ROWS consecutive rows. See :mod:`adagrad.kernels.cuda_rule`
+for the scalars' table and for the arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from adagrad.kernels.cuda_rule import (
+    EXACT,
+    LANES,
+    TRITON_DTYPE,
+    add_to_lanes,
+    descend,
+    effective_gradient,
+    gradient_scalars,
+    halted,
+    mean_of_lanes,
+    read_weight,
+    step_scalars,
+    widen,
+    write_weight,
+)
+
+if TYPE_CHECKING:
+    from adagrad.rule import Rule
+
+RECORD = tl.constexpr(8)
+SEARCH = tl.constexpr(256)
+"""First blocks that a program looks at together: one load finds its tensor among so many."""
+
+BLOCK = 2048
+"""Elements a program: with 4 warps each thread has 4 (float32) 16-byte accesses in flight for each operand."""
+
+ROW_TILES = ((16, 32), (64, 8))
+"""(columns, rows) of a row-wise program's tile: narrow rows share a program, wide ones are done piece by piece."""
+
+
+@triton.jit
+def find_record(table: tl.tensor, firsts: tl.tensor, records: tl.tensor, tensors: tl.tensor) -> tl.tensor:
+    """The record of the tensor that this program works on, and which of that tensor's blocks is this program's."""
+    program = tl.program_id(0).to(tl.int64)
+    begun = 0
+    for k in range(0, tensors, SEARCH):
+        index = k + tl.arange(0, SEARCH)
+        first = tl.load(table + firsts + index, mask=index < tensors, other=0x7FFFFFFFFFFFFFFF)
+        begun += tl.sum((first <= program).to(tl.int32))
+    first = tl.load(table + firsts + begun - 1)
+    return table + records + (begun - 1) * RECORD, program - first
+
+
+@triton.jit
+def pointer(word: tl.tensor, TYPE: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
+    """The address at ``word`` as a pointer; ALIGNED promises a multiple of 16 bytes.
+
+    16-bit types hint at 8 bytes, so that a thread has the same 4 elements of every operand.
+    """
+    address = tl.load(word).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        address = tl.multiple_of(address, min(16, TYPE.primitive_bitwidth // 2))
+    return address
+
+
+@triton.jit
+def update_block(weight: tl.tensor, grad: tl.tensor, history: tl.tensor, master: tl.tensor, offsets: tl.tensor,
+                 mask: tl.tensor, grad_scale: tl.tensor, rescale: tl.tensor, clip: tl.tensor, decay: tl.tensor,
+                 lr: tl.tensor, shrink: tl.tensor, inside: tl.tensor, outside: tl.tensor, WEIGHT: tl.constexpr,
+                 COMPUTE: tl.constexpr, HAS_MASTER: tl.constexpr) -> None:  # fmt: skip
+    """Update the elements at ``offsets`` of the four pointers."""
+    w = read_weight(weight, master, offsets, mask, COMPUTE, HAS_MASTER)
+    g = widen(tl.load(grad + offsets, mask=mask), COMPUTE)
+    h = tl.load(history + offsets, mask=mask)
+    g = effective_gradient(g, w, grad_scale, rescale, clip, decay)
+    h = h + g * g
+    w = descend(w, g, h, lr, shrink, inside, outside)
+    tl.store(history + offsets, h, mask=mask)
+    write_weight(weight, master, offsets, w, mask, WEIGHT, HAS_MASTER)
+
+
+@triton.jit(do_not_specialize=["firsts", "records", "tensors"])
+def update_elements(addresses: tl.tensor, firsts: tl.tensor, records: tl.tensor, tensors: tl.tensor, table: tl.tensor,
+                    grad_scale: tl.tensor, skip: tl.tensor, found_inf: tl.tensor, WEIGHT: tl.constexpr,
+                    GRAD: tl.constexpr, COMPUTE: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr,
+                    BLOCK: tl.constexpr) -> None:  # fmt: skip
+    """History of the weight's shape: one block of elements."""
+    if halted(skip, found_inf):
+        return
+    record, block = find_record(addresses, firsts, records, tensors)
+    start = block * BLOCK
+    weight = pointer(record, WEIGHT, ALIGNED) + start
+    grad = pointer(record + 1, GRAD, ALIGNED) + start
+    history = pointer(record + 2, COMPUTE, ALIGNED) + start
+    master = pointer(record + 3, COMPUTE, ALIGNED) + start
+    left = tl.load(record + 4) - start
+    index = tl.load(record + 6)
+    rescale, clip, decay = gradient_scalars(table, index, COMPUTE)
+    lr, shrink, inside, outside = step_scalars(table, index, COMPUTE)
+    offsets = tl.arange(0, BLOCK)
+    # Whole blocks go without a mask: with a mask of unknown length no access is 16 bytes wide.
+    if left >= BLOCK:
+        update_block(weight, grad, history, master, offsets, None, grad_scale, rescale, clip, decay, lr, shrink,
+                     inside, outside, WEIGHT, COMPUTE, HAS_MASTER)  # fmt: skip
+    else:
+        update_block(weight, grad, history, master, offsets, offsets < left, grad_scale, rescale, clip, decay, lr,
+                     shrink, inside, outside, WEIGHT, COMPUTE, HAS_MASTER)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["firsts", "records", "tensors"])
+def update_rows(addresses: tl.tensor, firsts: tl.tensor, records: tl.tensor, tensors: tl.tensor, table: tl.tensor,
+                grad_scale: tl.tensor, skip: tl.tensor, found_inf: tl.tensor, WEIGHT: tl.constexpr,
+                GRAD: tl.constexpr, COMPUTE: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr,
+                COLUMNS: tl.constexpr, ROWS: tl.constexpr) -> None:  # fmt: skip
+    """History of one value a row: a pass over the columns for the mean of squares, then one for the weight."""
+    if halted(skip, found_inf):
+        return
+    record, block = find_record(addresses, firsts, records, tensors)
+    length = tl.load(record + 5)
+    if ALIGNED:
+        length = tl.multiple_of(length, 16)
+    start = block * ROWS
+    weight = pointer(record, WEIGHT, ALIGNED) + start * length
+    grad = pointer(record + 1, GRAD, ALIGNED) + start * length
+    history = pointer(record + 2, COMPUTE, ALIGNED) + start
+    master = pointer(record + 3, COMPUTE, ALIGNED) + start * length
+    index = tl.load(record + 6)
+    rescale, clip, decay = gradient_scalars(table, index, COMPUTE)
+    lr, shrink, inside, outside = step_scalars(table, index, COMPUTE)
+    row = tl.arange(0, ROWS)[:, None]
+    present = row < tl.load(record + 4) - start
+    column = tl.arange(0, COLUMNS)[None, :]
+
+    h = tl.load(history + row, mask=present, other=0.0)
+    lanes = tl.zeros([ROWS, LANES], COMPUTE)
+    for left in range(0, length, COLUMNS):
+        at = row * length + left + column
+        mask = present & (left + column < length)
+        w = read_weight(weight, master, at, mask, COMPUTE, HAS_MASTER)
+        g = widen(tl.load(grad + at, mask=mask), COMPUTE)
+        g = effective_gradient(g, w, grad_scale, rescale, clip, decay)
+        lanes = add_to_lanes(lanes, tl.where(mask, g * g, 0.0), ROWS, COLUMNS)
+    h = h + mean_of_lanes(lanes, length, ROWS)
+    tl.store(history + row, h, mask=present)
+
+    for left in range(0, length, COLUMNS):
+        at = row * length + left + column
+        mask = present & (left + column < length)
+        w = read_weight(weight, master, at, mask, COMPUTE, HAS_MASTER)
+        g = widen(tl.load(grad + at, mask=mask), COMPUTE)
+        g = effective_gradient(g, w, grad_scale, rescale, clip, decay)
+        w = descend(w, g, h, lr, shrink, inside, outside)
+        write_weight(weight, master, at, w, mask, WEIGHT, HAS_MASTER)
+
+
+class Launch(NamedTuple):
+    """The launch for the tensors of one format."""
+
+    kernel: Any
+    programs: int
+    firsts: int
+    records: int
+    tensors: int
+    options: dict[str, Any]
+
+
+class Columns(NamedTuple):
+    """All that the table of addresses depends on, a tuple a column; what changes most often comes first."""
+
+    grads: tuple[int, ...]
+    weights: tuple[int, ...]
+    histories: tuple[int, ...]
+    masters: tuple[int, ...]
+    sizes: tuple[int, ...] | tuple[torch.Size, ...]
+    """Elements, or shapes where the history has one value a row."""
+    weight_dtypes: tuple[torch.dtype, ...]
+    grad_dtypes: tuple[torch.dtype, ...]
+
+
+def columns(weights: Sequence[Tensor], grads: Sequence[Tensor], histories: Sequence[Tensor],
+            masters: Sequence[Tensor | None], rule: Rule) -> Columns:  # fmt: skip
+    """The columns of a table. For many small tensors this is most of a call's time; hence the loops in C."""
+    return Columns(
+        tuple(map(Tensor.data_ptr, grads)),
+        tuple(map(Tensor.data_ptr, weights)),
+        tuple(map(Tensor.data_ptr, histories)),
+        tuple([0 if m is None else m.data_ptr() for m in masters]),
+        tuple([w.shape for w in weights]) if rule.row_wise else tuple(map(Tensor.numel, weights)),
+        tuple([w.dtype for w in weights]),
+        tuple([g.dtype for g in grads]),
+    )
+
+
+def plan(of: Columns) -> tuple[np.ndarray, list[Launch]]:
+    """The table of addresses, 64-bit words, and the launches that read it. Empty tensors have no part.
+
+    Raises
+    ------
+    ValueError
+        A tensor has elements but no address (a DTensor, say, instead of its local part).
+    """
+    addresses = np.array([of.weights, of.grads, of.histories, of.masters], np.int64)
+    if of.sizes and isinstance(of.sizes[0], torch.Size):
+        shapes = [(s[0], math.prod(s[1:])) for s in of.sizes]
+        rows, lengths = np.array(shapes, np.int64).T
+    else:
+        rows = np.array(of.sizes, np.int64)
+        lengths = np.ones_like(rows)
+    present = rows * lengths > 0
+    if (present & (addresses[:3] == 0).any(axis=0)).any():
+        index = int(np.flatnonzero(present & (addresses[:3] == 0).any(axis=0))[0])
+        raise ValueError(f"updates[{index}]: a tensor with elements but without an address")
+
+    aligned = ((addresses % 16 == 0).all(axis=0) & ((lengths == 1) | (lengths % 16 == 0))).tolist()
+    # Rows of one have their square for the mean of squares: the same as a history of the weight's shape.
+    tiles = [next((t for t in ROW_TILES if n <= t[0]), ROW_TILES[-1]) if n > 1 else None for n in lengths.tolist()]
+    masters = [m != 0 for m in of.masters]
+    formats = list(zip(of.weight_dtypes, of.grad_dtypes, masters, aligned, tiles, strict=True))
+    records = np.stack([*addresses, rows, lengths, np.arange(len(rows)), np.zeros_like(rows)], axis=1)
+
+    words: list[np.ndarray] = []
+    launches = []
+    position = 0
+    for form in dict.fromkeys(formats):
+        members = np.flatnonzero(present & np.array([f == form for f in formats]))
+        if not len(members):
+            continue
+        kernel, per_program, options = _options(*form)
+        blocks = np.cumsum(-(-rows[members] // per_program))
+        words += [np.append(0, blocks[:-1]), records[members].ravel()]
+        launches.append(Launch(kernel, int(blocks[-1]), position, position + len(members), len(members), options))
+        position += len(members) * (1 + RECORD.value)
+    return np.concatenate(words) if words else np.zeros(0, np.int64), launches
+
+
+def _options(weight: torch.dtype, grad: torch.dtype, master: bool, aligned: bool,
+             tile: tuple[int, int] | None) -> tuple[Any, int, dict[str, Any]]:  # fmt: skip
+    """The kernel for a format, the elements or rows that a program does, and the launch's options."""
+    computing = torch.float64 if weight == torch.float64 else torch.float32
+    options: dict[str, Any] = {
+        "WEIGHT": TRITON_DTYPE[weight], "GRAD": TRITON_DTYPE[grad], "COMPUTE": TRITON_DTYPE[computing],
+        "HAS_MASTER": master, "ALIGNED": aligned, **EXACT,
+    }  # fmt: skip
+    if tile is None:
+        block = BLOCK * 4 // computing.itemsize
+        return update_elements, block, {**options, "BLOCK": block, "num_warps": 4}
+    return update_rows, tile[1], {**options, "COLUMNS": tile[0], "ROWS": tile[1], "num_warps": 2}
+
+
+def run(launch: Launch, addresses: Tensor, table: Tensor, grad_scale: Tensor | None, skip: Tensor | None,
+        found_inf: Tensor | None) -> None:  # fmt: skip
+    """Launch a kernel over the tensors that ``addresses`` names, with the settings in ``table``."""
+    kernel, programs, firsts, records, tensors, options = launch
+    kernel[(programs,)](addresses, firsts, records, tensors, table, grad_scale, skip, found_inf, **options)

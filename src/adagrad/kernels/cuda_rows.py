@@ -1,0 +1,251 @@
+"""Row-sparse updates on CUDA: each row present is updated once, with the sum of its occurrences.
+
+The row ids are sorted, stably, so that a row's occurrences are a run of neighbours in their order. A run is cut into
+chunks of CHUNK occurrences from its first one. Work is divided by sorted position, not by row: a program takes TILE
+positions and sums the chunks that begin there. Runs of one chunk, most of them, it applies at once; the chunks of
+longer runs leave their sums for a second launch, which adds them in order and applies them. So no program does more
+than CHUNK additions one after the other, however frequent a row is, and a row's bits depend on its own values alone:
+the additions are those of :func:`adagrad.rule.sum_duplicates`. Nothing comes back to the host.
+
+The sum of a chunk whose first position is p goes to slot ``2 (p // CHUNK) + (1 if it is its run's first)``. Among CHUNK
+neighbouring positions at most one chunk continues a run and at most one begins a run of several chunks, so no two
+chunks share a slot, and the slots of a run's later chunks are 2 apart.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from adagrad.kernels.cuda_rule import (
+    EXACT,
+    LANES,
+    TRITON_DTYPE,
+    add_to_lanes,
+    descend,
+    effective_gradient,
+    gradient_scalars,
+    halted,
+    mean_of_lanes,
+    read_weight,
+    step_scalars,
+    widen,
+    write_weight,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adagrad.kernels.cuda import RowUpdate
+    from adagrad.rule import Rule
+
+CHUNK = tl.constexpr(128)
+IDS = 1024
+"""Row ids that one program checks."""
+
+ELEMENTS = 1024
+"""Elements in the tile of a program: enough bytes on their way, few enough registers."""
+
+
+@triton.jit(do_not_specialize=["count", "rows"])
+def check_ids(ids: tl.tensor, keys: tl.tensor, count: tl.tensor, rows: tl.tensor, skip: tl.tensor, report: tl.tensor,
+              BLOCK: tl.constexpr) -> None:  # fmt: skip
+    """Copy the ids to ``keys``, perhaps narrower; one out of range becomes -1, is reported and sets ``skip``."""
+    position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = position < count
+    row = tl.load(ids + position, mask=inside, other=0).to(tl.int64)
+    bad = inside & ((row < 0) | (row >= rows))
+    tl.store(keys + position, tl.where(bad, -1, row).to(keys.dtype.element_ty), mask=inside)
+    first = tl.min(tl.where(bad, position, count.to(tl.int64)), axis=0)
+    if first < count:
+        tl.store(report, tl.load(ids + first).to(tl.int64))
+        tl.store(report + 1, rows.to(tl.int64) + 1)
+        tl.store(skip, 1)
+
+
+@triton.jit
+def first_position(ids: tl.tensor, end: tl.tensor, row: tl.tensor) -> tl.tensor:
+    """The first position of ``row`` among the sorted ids before ``end``."""
+    low = tl.full([], 0, tl.int64)
+    high = end
+    while low < high:
+        middle = (low + high) // 2
+        below = tl.load(ids + middle) < row
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    return low
+
+
+@triton.jit
+def find_chunks(ids: tl.tensor, count: tl.tensor, tile: tl.tensor, TILE: tl.constexpr) -> tl.tensor:
+    """Positions (TILE,), their rows, whether a chunk begins there, if it is its whole run, and the slot for its sum."""
+    begin = tile * TILE
+    lane = tl.arange(0, TILE)
+    position = begin + lane
+    row = tl.load(ids + position, mask=position < count, other=-1)
+    first = tl.load(ids + begin)
+    before = tl.load(ids + begin - 1, mask=begin > 0, other=-1)
+    # Rank within the run: the equal ids to the left, in this tile and, for the run that crosses its border, before it.
+    rank = tl.sum(((row[:, None] == row[None, :]) & (lane[None, :] < lane[:, None])).to(tl.int32), axis=1).to(tl.int64)
+    if before == first:
+        rank += tl.where(row == first, begin - first_position(ids, begin, first), 0)
+    far = position - rank + CHUNK
+    whole = tl.load(ids + far, mask=far < count, other=-1) != row
+    return position, row, (position < count) & (rank % CHUNK == 0), whole, 2 * (position // CHUNK) + (rank == 0)
+
+
+@triton.jit
+def find_long_run(ids: tl.tensor, count: tl.tensor, tile: tl.tensor) -> tl.tensor:
+    """The run of several chunks that begins among CHUNK positions, if there is one: its position (1,) and row."""
+    position = tile * CHUNK + tl.arange(0, CHUNK)
+    row = tl.load(ids + position, mask=position < count, other=-1)
+    before = tl.load(ids + position - 1, mask=(position > 0) & (position <= count), other=-1)
+    far = tl.load(ids + position + CHUNK, mask=position + CHUNK < count, other=-1)
+    begins = (row >= 0) & (row != before) & (row == far)
+    position = tl.max(tl.where(begins, position, -1), axis=0) + tl.arange(0, 1)
+    row = tl.load(ids + position, mask=position >= 0, other=-1)
+    return position, row
+
+
+@triton.jit
+def add_up(source: tl.tensor, order: tl.tensor, ids: tl.tensor, count: tl.tensor, position: tl.tensor, row: tl.tensor,
+           head: tl.tensor, column: tl.tensor, length: tl.tensor, COMPUTE: tl.constexpr, LATER: tl.constexpr,
+           UNROLL: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """The sums (TILE, COLUMNS) that begin at ``position`` where ``head``, one addition after the other.
+
+    Of the occurrences of one chunk, or (LATER) of the chunk sums of one run. UNROLL of them are on their way at once.
+    """
+    inside_row = (column < length)[None, :]
+    STEP: tl.constexpr = CHUNK if LATER else 1
+    if LATER:
+        end = position * 0 + count
+        place = 2 * (position // CHUNK) + 1
+    else:
+        end = tl.minimum(position + CHUNK, count)
+        place = tl.load(order + position, mask=head, other=0)
+    mask = head[:, None] & inside_row
+    total = widen(tl.load(source + place[:, None] * length + column[None, :], mask=mask), COMPUTE)
+    after = position + STEP
+    inside = head & (after < end)
+    going = inside & (tl.load(ids + after, mask=inside, other=-1) == row)
+    while tl.max(going.to(tl.int32), axis=0) > 0:
+        for _ in tl.static_range(UNROLL):
+            inside = head & (after < end)
+            going = inside & (tl.load(ids + after, mask=inside, other=-1) == row)
+            if LATER:
+                place = 2 * (after // CHUNK)
+            else:
+                place = tl.load(order + after, mask=inside, other=0)
+            mask = going[:, None] & inside_row
+            value = widen(tl.load(source + place[:, None] * length + column[None, :], mask=mask), COMPUTE)
+            total = tl.where(mask, total + value, total)
+            after += STEP
+    return total
+
+
+@triton.jit(do_not_specialize=["index", "count", "rows"])
+def update_runs(ids: tl.tensor, order: tl.tensor, source: tl.tensor, sums: tl.tensor, weight: tl.tensor,
+                history: tl.tensor, master: tl.tensor, table: tl.tensor, index: tl.tensor, count: tl.tensor,
+                rows: tl.tensor, length: tl.tensor, grad_scale: tl.tensor, skip: tl.tensor, found_inf: tl.tensor,
+                WEIGHT: tl.constexpr, COMPUTE: tl.constexpr, HAS_MASTER: tl.constexpr, ROW_WISE: tl.constexpr,
+                LATER: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+                UNROLL: tl.constexpr) -> None:  # fmt: skip
+    """Sum the values of the runs that begin in a tile of positions and update their rows, or leave sums of chunks.
+
+    ``source`` holds the gradient's values, or (LATER) the sums of chunks. Each program has COLUMNS columns, but all
+    of them when the history has one value a row: then the first pass is for the mean of squares.
+    """
+    windows = 1 if ROW_WISE else tl.cdiv(length, COLUMNS)
+    tile = (tl.program_id(0) // windows).to(tl.int64)
+    left = tl.program_id(0) % windows * COLUMNS
+    right = length if ROW_WISE else left + COLUMNS
+    if LATER:
+        position, row = find_long_run(ids, count, tile)
+        head = position >= 0
+        whole = head
+    else:
+        position, row, head, whole, slot = find_chunks(ids, count, tile, TILE)
+    # A halted call has no rows: said here, not by a return at the top, so that no load waits for it.
+    head = head & (row >= 0) & (row < tl.where(halted(skip, found_inf), 0, rows))
+    if tl.max(head.to(tl.int32), axis=0) == 0:
+        return
+    whole = head & whole
+    row_start = row.to(tl.int64)[:, None] * length
+    rescale, clip, decay = gradient_scalars(table, index, COMPUTE)
+    lr, shrink, inside, outside = step_scalars(table, index, COMPUTE)
+
+    if ROW_WISE:
+        h = tl.load(history + row[:, None], mask=whole[:, None], other=0.0)
+        lanes = tl.zeros([TILE, LANES], COMPUTE)
+        for start in range(0, length, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            mask = whole[:, None] & (column < length)[None, :]
+            w = read_weight(weight, master, row_start + column[None, :], mask, COMPUTE, HAS_MASTER)
+            g = add_up(source, order, ids, count, position, row, whole, column, length, COMPUTE, LATER, UNROLL)
+            g = effective_gradient(g, w, grad_scale, rescale, clip, decay)
+            lanes = add_to_lanes(lanes, tl.where(mask, g * g, 0.0), TILE, COLUMNS)
+        h = h + mean_of_lanes(lanes, length, TILE)
+        tl.store(history + row[:, None], h, mask=whole[:, None])
+
+    for start in range(left, right, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        at = row_start + column[None, :]
+        mask = whole[:, None] & (column < length)[None, :]
+        w = read_weight(weight, master, at, mask, COMPUTE, HAS_MASTER)
+        if not ROW_WISE:
+            h = tl.load(history + at, mask=mask)
+        g = add_up(source, order, ids, count, position, row, head, column, length, COMPUTE, LATER, UNROLL)
+        if not LATER:
+            partial = (head & ~whole)[:, None] & (column < length)[None, :]
+            tl.store(sums + slot[:, None] * length + column[None, :], g, mask=partial)
+        g = effective_gradient(g, w, grad_scale, rescale, clip, decay)
+        if not ROW_WISE:
+            h = h + g * g
+            tl.store(history + at, h, mask=mask)
+        w = descend(w, g, h, lr, shrink, inside, outside)
+        write_weight(weight, master, at, w, mask, WEIGHT, HAS_MASTER)
+
+
+def sort_ids(update: RowUpdate, skip: Tensor, report: Tensor) -> tuple[Tensor, Tensor]:
+    """The row ids in ascending order, equal ones in their order, and the positions they had. Checks their range."""
+    count, rows = len(update.indices), len(update.weight)
+    # 32-bit keys sort in two thirds of the time.
+    keys = torch.empty(count, dtype=torch.int32 if rows < 2**31 else torch.int64, device=update.indices.device)
+    check_ids[(triton.cdiv(count, IDS),)](update.indices, keys, count, rows, skip, report, BLOCK=IDS)
+    ids, order = torch.sort(keys, stable=True)
+    return ids, order
+
+
+def run(update: RowUpdate, ids: Tensor, order: Tensor, table: Tensor, index: int, rule: Rule,
+        grad_scale: Tensor | None, skip: Tensor | None, found_inf: Tensor | None) -> None:  # fmt: skip
+    """Launch the update of the rows in ``ids``, sorted, whose settings are number ``index`` of ``table``."""
+    weight, _, values, history, master, _, _ = update
+    if not weight.numel():
+        return
+    count, rows = len(ids), len(weight)
+    length = weight.numel() // rows
+    long = count > CHUNK.value
+    blocks = triton.cdiv(count, CHUNK.value)
+    sums = history.new_empty((2 * blocks if long else 0, length))
+    # Rows of one have the mean for a sum.
+    row_wise = rule.row_wise and length > 1
+
+    def launch(source: Tensor, programs: int, columns: int, **options: bool | int) -> None:
+        windows = 1 if row_wise else triton.cdiv(length, columns)
+        update_runs[(programs * windows,)](
+            ids, order, source, sums, weight, history, master, table, index, count, rows, length, grad_scale, skip,
+            found_inf, WEIGHT=TRITON_DTYPE[weight.dtype], COMPUTE=TRITON_DTYPE[history.dtype],
+            HAS_MASTER=master is not None, ROW_WISE=row_wise, COLUMNS=columns, **options, **EXACT,
+        )  # fmt: skip
+
+    columns = min(triton.next_power_of_2(length), 128)
+    if row_wise:
+        columns = min(max(columns, LANES.value), 64)
+    tile = min(ELEMENTS // columns, 64)
+    launch(values, triton.cdiv(count, tile), columns, LATER=False, TILE=tile, UNROLL=4,
+           num_warps=max(1, tile * columns // 256))  # fmt: skip
+    if long:
+        launch(sums, blocks, columns if row_wise else min(columns, 32), LATER=True, TILE=1, UNROLL=16, num_warps=1)

@@ -1,0 +1,183 @@
+"""The rule as every Triton kernel computes it, one tile at a time; :mod:`adagrad.rule` is its statement.
+
+Each operation is rounded by itself: division and root are the correctly rounded ones, and the kernels are launched
+with ``enable_fp_fusion=False`` (see ``EXACT``), which forbids fused multiply-add. Comparisons, not ``minimum`` and
+``maximum``, clip: they let a NaN through.
+
+``table`` holds what changes from weight to weight and from step to step, as 64-bit words in device memory, because a
+kernel's own float arguments arrive as float32 and because a launch must not depend on the number of weights::
+
+    word 0..4          rescale_grad, clip_gradient (infinity for none), epsilon under the root, epsilon beside it (one
+                       of the two is 0, and adding 0 to a number >= 0 changes no bit), 1 where the decay is decoupled
+    word HEADER + 4 i  of weight i: lr; wd; the address of an lr on the device, or 0; the bits of that lr, 32 or 64
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+HEADER = tl.constexpr(8)
+SETTINGS = tl.constexpr(4)
+LANES = tl.constexpr(16)
+
+TRITON_DTYPE = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+EXACT = {"enable_fp_fusion": False}
+"""Launch options of every kernel with arithmetic."""
+
+
+@triton.jit
+def widen(x: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
+    """``x`` in the computing dtype. For bfloat16 by its bits: exact everywhere, subnormals included."""
+    if x.dtype == tl.bfloat16:
+        wide = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = x.to(COMPUTE)
+    return wide
+
+
+@triton.jit
+def narrow(x: tl.tensor, WEIGHT: tl.constexpr) -> tl.tensor:
+    """``x`` rounded to nearest-even. To bfloat16 by its bits: Triton's interpreter rounds otherwise."""
+    if tl.bfloat16 == WEIGHT:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        quiet_nan = (bits >> 16) | 0x40
+        result = tl.where(x == x, rounded, quiet_nan).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = x.to(WEIGHT)
+    return result
+
+
+@triton.jit
+def read_weight(weight: tl.tensor, master: tl.tensor, offsets: tl.tensor, mask: tl.tensor, COMPUTE: tl.constexpr,
+                HAS_MASTER: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """What the rule acts on: the master copy where there is one."""
+    if HAS_MASTER:
+        current = tl.load(master + offsets, mask=mask)
+    else:
+        current = widen(tl.load(weight + offsets, mask=mask), COMPUTE)
+    return current
+
+
+@triton.jit
+def write_weight(weight: tl.tensor, master: tl.tensor, offsets: tl.tensor, new: tl.tensor, mask: tl.tensor,
+                 WEIGHT: tl.constexpr, HAS_MASTER: tl.constexpr) -> None:  # fmt: skip
+    if HAS_MASTER:
+        tl.store(master + offsets, new, mask=mask)
+    tl.store(weight + offsets, narrow(new, WEIGHT), mask=mask)
+
+
+@triton.jit
+def divide(x: tl.tensor, y: tl.tensor) -> tl.tensor:
+    if x.dtype == tl.float64:
+        quotient = x / y
+    else:
+        quotient = tl.div_rn(x, y)
+    return quotient
+
+
+@triton.jit
+def root(x: tl.tensor) -> tl.tensor:
+    if x.dtype == tl.float64:
+        result = tl.sqrt(x)
+    else:
+        result = tl.sqrt_rn(x)
+    return result
+
+
+@triton.jit
+def number(word: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
+    """The float64 at ``word``, rounded once to the computing dtype."""
+    return tl.load(word).to(tl.float64, bitcast=True).to(COMPUTE)
+
+
+@triton.jit
+def gradient_scalars(table: tl.tensor, index: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
+    """rescale_grad, clip_gradient and the coupled wd of weight ``index``."""
+    wd = number(table + HEADER + SETTINGS * index + 1, COMPUTE)
+    decoupled = number(table + 4, COMPUTE)
+    return number(table, COMPUTE), number(table + 1, COMPUTE), tl.where(decoupled == 0, wd, 0.0)
+
+
+@triton.jit
+def step_scalars(table: tl.tensor, index: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
+    """lr, the decoupled wd and the two epsilons of weight ``index``."""
+    settings = table + HEADER + SETTINGS * index
+    wd = number(settings + 1, COMPUTE)
+    decoupled = number(table + 4, COMPUTE)
+    address, bits = tl.load(settings + 2), tl.load(settings + 3)
+    single = tl.load(address.to(tl.pointer_type(tl.float32)), mask=bits == 32, other=0.0)
+    double = tl.load(address.to(tl.pointer_type(tl.float64)), mask=bits == 64, other=0.0)
+    lr = tl.where(bits == 32, single.to(COMPUTE), double.to(COMPUTE))
+    lr = tl.where(bits == 0, number(settings, COMPUTE), lr)
+    return lr, tl.where(decoupled == 0, 0.0, wd), number(table + 2, COMPUTE), number(table + 3, COMPUTE)
+
+
+@triton.jit
+def effective_gradient(grad: tl.tensor, weight: tl.tensor, grad_scale: tl.tensor, rescale: tl.tensor, clip: tl.tensor,
+                       wd: tl.tensor) -> tl.tensor:  # fmt: skip
+    """The gradient that enters the history. ``grad_scale`` is None or points to what GradScaler multiplied by."""
+    if grad_scale is not None:
+        grad = divide(grad, tl.load(grad_scale).to(grad.dtype))
+    grad = grad * rescale
+    grad = tl.where(grad > clip, clip, grad)
+    grad = tl.where(grad < -clip, -clip, grad)
+    return tl.where(wd != 0, grad + wd * weight, grad)
+
+
+@triton.jit
+def descend(weight: tl.tensor, grad: tl.tensor, history: tl.tensor, lr: tl.tensor, wd: tl.tensor, inside: tl.tensor,
+            outside: tl.tensor) -> tl.tensor:  # fmt: skip
+    """The new weight, from the new history."""
+    step = divide(grad, root(history + inside) + outside)
+    step = tl.where(wd != 0, step + wd * weight, step)
+    return weight - lr * step
+
+
+@triton.jit
+def add_to_lanes(lanes: tl.tensor, square: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr) -> tl.tensor:
+    """``lanes`` (ROWS, 16) plus the columns of ``square`` (ROWS, COLUMNS), left to right, column j to lane j mod 16.
+
+    The sums here pick one of a thread's columns among zeros: they round nothing.
+    """
+    square = tl.reshape(square, [ROWS, COLUMNS // LANES, LANES])
+    group = tl.arange(0, COLUMNS // LANES)[None, :, None]
+    for k in tl.static_range(COLUMNS // LANES):
+        lanes += tl.sum(tl.where(group == k, square, 0.0), axis=1)
+    return lanes
+
+
+@triton.jit
+def mean_of_lanes(lanes: tl.tensor, length: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
+    """The lanes of each row combined by halves, divided by the row's length: shape (ROWS, 1)."""
+    lanes = fold(fold(fold(fold(lanes, ROWS, 8), ROWS, 4), ROWS, 2), ROWS, 1)
+    return divide(lanes, length.to(lanes.dtype))
+
+
+@triton.jit
+def fold(lanes: tl.tensor, ROWS: tl.constexpr, HALF: tl.constexpr) -> tl.tensor:
+    """The left half of the lanes plus the right half."""
+    left, right = tl.split(tl.permute(tl.reshape(lanes, [ROWS, 2, HALF]), [0, 2, 1]))
+    return left + right
+
+
+@triton.jit
+def halted(skip: tl.tensor, found_inf: tl.tensor) -> tl.tensor:
+    """Whether this call must change nothing: a row id out of range, or a gradient that is not finite.
+
+    Either pointer may be None.
+    """
+    halt = 0
+    if skip is not None:
+        halt = halt | (tl.load(skip) != 0).to(tl.int32)
+    if found_inf is not None:
+        halt = halt | (tl.load(found_inf) != 0).to(tl.int32)
+    return halt != 0

@@ -1,0 +1,119 @@
+"""Unusual tensors seen as plain ones: what an update of theirs is, in terms of memory of real numbers.
+
+Complex numbers are updated by their real and imaginary parts, as everywhere in PyTorch. A DTensor is updated by its
+local part. A sparse COO gradient becomes a :class:`~adagrad.RowSparse`, duplicates and all. What is returned shares
+memory with what was given, except for gradients.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adagrad.row_sparse import RowSparse
+
+Operands = tuple[Any, Any, Any, Any]
+"""Weight, gradient, history and master copy or None."""
+
+
+def plain(i: int, weight: Tensor, grad: Tensor | RowSparse, history: Tensor, master: Tensor | None, *,
+          row_wise: bool) -> Operands:  # fmt: skip
+    """The operands of the ``i``-th update as the dispatcher takes them.
+
+    Raises
+    ------
+    TypeError
+        For a gradient that is neither strided nor sparse COO, and DTensors mixed with other tensors.
+    ValueError
+        For views that cannot be written through, and DTensors or sparse gradients that the rule cannot take in parts.
+    """
+    operands = weight, grad, history, master
+    if any(_is_dtensor(t) for t in operands):
+        operands = _local(i, *operands, row_wise=row_wise)
+    weight, grad, history, master = operands
+    for name, tensor in (("weights", weight), ("history in states", history), ("master copy in states", master)):
+        if tensor is not None and (tensor.is_neg() or tensor.is_conj()):
+            raise ValueError(f"{name}[{i}]: a negated or conjugated view: must be memory that can be written to")
+    if isinstance(grad, Tensor):
+        if grad.layout == torch.sparse_coo:
+            weight, grad, history, master = _rows(i, weight, grad, history, master, row_wise=row_wise)
+        elif grad.layout != torch.strided:
+            raise TypeError(f"grads[{i}]: layout {grad.layout}: must be strided or sparse_coo")
+        else:
+            grad = grad.resolve_conj().resolve_neg()
+    if weight.is_complex():
+        if row_wise:
+            raise ValueError(f"weights[{i}]: dtype {weight.dtype}: row-wise history is for real numbers")
+        weight, history = torch.view_as_real(weight), _as_real(history)
+        if isinstance(grad, RowSparse):
+            grad = RowSparse(_as_real(grad.values), grad.indices, (*grad.shape, 2))
+        else:
+            grad = _as_real(grad)
+    return weight, grad, history, master
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    """The real view of a complex tensor; others, which the checks will refuse, as they are."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _rows(i: int, weight: Tensor, grad: Tensor, history: Tensor, master: Tensor | None, *,
+          row_wise: bool) -> Operands:  # fmt: skip
+    """A sparse COO gradient by rows. Several sparse dimensions become one, of which each entry is a row."""
+    indices, values = grad._indices(), grad._values().resolve_conj().resolve_neg()
+    count = grad.sparse_dim()
+    if count == 1:
+        return weight, RowSparse(values, indices[0], grad.shape), history, master
+    written = [t for t in (weight, history, master) if t is not None]
+    if count == 0 or row_wise or not all(t.is_contiguous() for t in written):
+        need = "1 for row-wise history" if row_wise else "1, or the weight and its state contiguous"
+        raise ValueError(f"grads[{i}]: {count} sparse dimensions: must be {need}")
+    if grad.shape != weight.shape:
+        raise ValueError(f"grads[{i}]: shape {tuple(grad.shape)}: must be {tuple(weight.shape)}, the weight's")
+    sizes, rest = weight.shape[:count], weight.shape[count:]
+    limits = torch.tensor(sizes, device=indices.device)[:, None]
+    row = torch.zeros_like(indices[0])
+    for d, size in enumerate(sizes):
+        row = row * size + indices[d]
+    # An entry outside the weight must not become another row: -1 is refused like any row id out of range.
+    row = torch.where(((indices >= 0) & (indices < limits)).all(0), row, -1)
+    shape = (math.prod(sizes), *rest)
+    flat = RowSparse(values, row, shape)
+    return weight.view(shape), flat, history.view(shape), None if master is None else master.view(shape)
+
+
+# ------------------------------------------------------------------------------------------------------------ DTensors
+
+
+def _is_dtensor(tensor: Any) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _local(i: int, weight: Any, grad: Any, history: Any, master: Any, *, row_wise: bool) -> Operands:
+    """The local parts. A gradient that is placed otherwise, as a sum not yet taken, is redistributed first."""
+    for name, tensor in (("grads", grad), ("history in states", history), ("master copy in states", master)):
+        if tensor is not None and not (_is_dtensor(weight) and _is_dtensor(tensor)):
+            raise TypeError(f"{name}[{i}]: must be a DTensor like the weight, or neither of them")
+    mesh, placements = weight.device_mesh, weight.placements
+    for name, tensor in (("history in states", history), ("master copy in states", master)):
+        if tensor is not None and (tensor.device_mesh, tensor.placements) != (mesh, placements):
+            raise ValueError(f"{name}[{i}]: placements {tensor.placements}: must be {placements}, the weight's")
+    if any(p.is_partial() for p in placements):
+        raise ValueError(f"weights[{i}]: placements {placements}: must be replicated or sharded")
+    if row_wise and any(p.is_shard() and not p.is_shard(0) for p in placements):
+        raise ValueError(f"weights[{i}]: placements {placements}: row-wise history needs whole rows")
+    if (grad.device_mesh, grad.placements) != (mesh, placements):
+        grad = grad.redistribute(mesh, placements)
+    return tuple(None if t is None else _waited(t.to_local()) for t in (weight, grad, history, master))  # type: ignore[return-value]
+
+
+def _waited(tensor: Tensor) -> Tensor:
+    module = sys.modules.get("torch.distributed._functional_collectives")
+    if module is not None and isinstance(tensor, module.AsyncCollectiveTensor):
+        tensor = tensor.wait()
+    return tensor

@@ -1,0 +1,208 @@
+"""Reads the state files that MXNet 2.0 wrote (``Trainer.save_states``, ``Updater.get_states``), without MXNet.
+
+The file is a pickle, which :mod:`adagrad.mxnet_pickle` reads without running it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from adagrad.checkpoint import State
+from adagrad.mxnet_pickle import OPTIMIZERS, SCHEDULERS, Array, Machine, Record, kind
+
+
+@dataclass(frozen=True)
+class MXNetOptimizer:
+    """An optimizer as MXNet saved it. ``param_dict`` is missing: MXNet leaves it out of the file.
+
+    ``lr`` is what the constructor was given; where there is a ``scheduler``, its ``base_lr`` is what counts.
+    ``scheduler`` is the class name and the constructor's arguments that make MXNet's schedule anew, with the original
+    ``base_lr`` rather than the decayed one in the file. One argument is not the constructor's: ``warmup_final_lr`` is
+    among them where the warm-up ends elsewhere than at ``base_lr``, as after ``learning_rate`` overwrote that: make
+    the schedule with that as ``base_lr``, then set its ``base_lr``, which may lie below where the warm-up begins.
+    """
+
+    name: str
+    rescale_grad: float
+    lr: float | None
+    wd: float
+    clip_gradient: float | None
+    epsilon: float
+    begin_num_update: int
+    num_update: int
+    index_update_count: dict[int | str, int]
+    lr_mult: dict[int | str, float]
+    wd_mult: dict[int | str, float]
+    idx2name: dict[int | str, str]
+    multi_precision: bool
+    aggregate_num: int | float
+    use_fused_step: bool
+    scheduler: tuple[str, dict[str, Any]] | None
+
+    def config(self) -> dict[str, Any]:
+        """The same in the form that ``Optimizer.set_config`` takes; histories start at 0, as all of MXNet's do."""
+        plain = {name: value for name, value in vars(self).items() if name not in ("name", "scheduler")}
+        return {"class": self.name, "lr_scheduler": self.scheduler, "initial_accumulator_value": 0.0} | plain
+
+
+def is_mxnet_states(data: bytes) -> bool:
+    """Whether ``data`` starts as a pickle of protocol 2 to 5 does, and not as safetensors that happen to begin so."""
+    start = bytes(data[:9])
+    return len(start) > 1 and start[0] == 0x80 and 2 <= start[1] <= 5 and start[5:9] != b"\0\0\0{"
+
+
+def decode(data: bytes) -> tuple[dict[int | str, State], MXNetOptimizer | None]:
+    """The states in ``data``, and the optimizer where the file holds one.
+
+    Arrays are new, writable and in C order, of the dtype in the file; bfloat16 is widened to float32. ValueError, with
+    the reason, for a file that is truncated, altered, of another kind, or asks for what such a file does not need.
+    """
+    try:
+        found = Machine(memoryview(data).cast("B")).run()
+        optimizer = None
+        if isinstance(found, tuple) and len(found) == 2:
+            found, record = found
+            if not isinstance(record, Record) or record.name not in OPTIMIZERS.values():
+                raise ValueError("what follows the states is not an optimizer")
+            optimizer = _optimizer(_Attributes(record))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}, not a dict of states")
+        seen: set[int] = set()
+        return {key: _state(value, seen) for key, value in found.items()}, optimizer
+    except ValueError as error:
+        raise ValueError(f"not an MXNet state file that can be read: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------- what the file holds
+
+
+def _state(value: Any, seen: set[int], depth: int = 0) -> State:
+    """The state in ``value``, whose arrays and containers must be in no other state: MXNet shares none."""
+    if value is None:
+        return None
+    if not isinstance(value, (Array, tuple, list)) or depth > 8:
+        raise ValueError(f"a state that is neither an array nor a tuple of them: {kind(value)}")
+    if id(value) in seen:
+        raise ValueError("two states share an array")
+    if value != ():  # of which there is only one
+        seen.add(id(value))
+    if isinstance(value, Array):
+        if value.data is None:
+            raise ValueError("an array without a value")
+        return value.data
+    parts = [_state(part, seen, depth + 1) for part in value]
+    return tuple(parts) if isinstance(value, tuple) else parts
+
+
+class _Attributes:
+    """The attributes of an optimizer or scheduler, each checked when it is asked for; others are ignored."""
+
+    def __init__(self, record: Record) -> None:
+        self.name = record.name
+        self.values = record.attributes or {}
+
+    def get(self, key: str, *types: type) -> Any:
+        if key not in self.values:
+            raise ValueError(f"{self.name} without {key}")
+        return self.checked(key, self.values[key], *types)
+
+    def checked(self, key: str, value: Any, *types: type) -> Any:
+        if type(value) not in types:
+            raise ValueError(f"{self.name}.{key} is of type {kind(value)}")
+        if type(value) is float and not math.isfinite(value):
+            raise ValueError(f"{self.name}.{key}={value}: must be finite")
+        return value
+
+    def real(self, key: str) -> float:
+        return float(self.get(key, float, int))
+
+    def real_or_none(self, key: str) -> float | None:
+        value = self.get(key, float, int, type(None))
+        return None if value is None else float(value)
+
+    def count(self, key: str) -> int:
+        return self.not_negative(key, self.get(key, int))
+
+    def counts(self, key: str) -> list[int]:
+        return [self.not_negative(key, self.checked(key, value, int)) for value in self.get(key, list)]
+
+    def table(self, key: str, *types: type) -> dict[int | str, Any]:
+        return {index: self.checked(key, value, *types) for index, value in self.get(key, dict).items()}
+
+    def not_negative(self, key: str, value: int) -> int:
+        if value < 0:
+            raise ValueError(f"{self.name}.{key}={value}: must be >= 0")
+        return value
+
+
+def _optimizer(found: _Attributes) -> MXNetOptimizer:
+    num_update, lr = found.count("num_update"), found.real_or_none("lr")
+    schedule = found.get("lr_scheduler", Record, type(None))
+    if lr is None and schedule is None:
+        raise ValueError(f"{found.name} with neither lr nor lr_scheduler")
+    aggregate = found.values.get("aggregate_num")
+    return MXNetOptimizer(
+        name=found.name,
+        rescale_grad=found.real("rescale_grad"),
+        lr=lr,
+        wd=found.real("wd"),
+        clip_gradient=found.real_or_none("clip_gradient"),
+        epsilon=found.real("epsilon"),
+        begin_num_update=found.count("begin_num_update"),
+        num_update=num_update,
+        index_update_count={
+            key: found.not_negative(f"_index_update_count[{key!r}]", value)
+            for key, value in found.table("_index_update_count", int).items()
+        },
+        lr_mult={key: float(value) for key, value in found.table("lr_mult", float, int).items()},
+        wd_mult={key: float(value) for key, value in found.table("wd_mult", float, int).items()},
+        idx2name=found.table("idx2name", str),
+        multi_precision=bool(found.get("multi_precision", bool, int)),
+        aggregate_num=math.inf if aggregate == math.inf else found.count("aggregate_num"),
+        use_fused_step=bool(found.get("use_fused_step", bool, int)),
+        scheduler=None if schedule is None else _scheduler(_Attributes(schedule), lr, num_update),
+    )
+
+
+def _scheduler(found: _Attributes, lr: float | None, num_update: int) -> tuple[str, dict[str, Any]]:
+    """The schedule from its start. MXNet's decays in place: the file must agree with where that led to by now."""
+    if found.name not in SCHEDULERS.values():
+        raise ValueError(f"{found.name} as a scheduler")
+    now, warm = found.real("base_lr"), found.real("warmup_final_lr")
+    arguments: dict[str, Any] = {
+        "warmup_steps": found.count("warmup_steps"),
+        "warmup_begin_lr": found.real("warmup_begin_lr"),
+        "warmup_mode": found.get("warmup_mode", str),
+    }
+    if found.name in ("PolyScheduler", "CosineScheduler"):
+        base = found.real("base_lr_orig")  # what these two start from even where lr was given
+        arguments |= {"max_update": found.count("max_update"), "final_lr": found.real("final_lr")}
+        if found.name == "PolyScheduler":
+            arguments["pwr"] = found.real("power")
+        expected = arguments["final_lr"] if num_update > arguments["max_update"] else now
+    else:
+        base = warm if lr is None else lr
+        factor, count = found.real("factor"), found.count("count")
+        if found.name == "FactorScheduler":
+            step = found.count("step")
+            stop = found.real("stop_factor_lr")
+            arguments |= {"step": step, "stop_factor_lr": stop}
+            decays = count // max(step, 1)
+        else:
+            arguments["step"] = found.counts("step")
+            stop, decays = -math.inf, found.count("cur_step_ind")
+        arguments["factor"] = factor
+        if abs(factor) > 1 or 0 < num_update <= count:
+            raise ValueError(f"{found.name} with factor {factor} and count {count} at num_update {num_update}")
+        expected = max(base * factor**decays, stop) if decays else base
+    if not math.isclose(now, expected, rel_tol=1e-6):
+        raise ValueError(
+            f"{found.name}.base_lr={now}: its schedule gives {expected} at num_update {num_update}, "
+            "so something else has changed it, and it cannot be continued from here"
+        )
+    arguments["base_lr"] = base
+    if warm != base and (arguments["warmup_steps"] or arguments["warmup_begin_lr"] > base):
+        arguments["warmup_final_lr"] = warm
+    return found.name, arguments
