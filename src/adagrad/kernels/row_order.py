@@ -21,12 +21,12 @@ DIGIT = 11
 """Most bits sorted in one pass: the counters of a digit stay in the first-level cache."""
 
 
-@jit()
-def pack(indices: Any, rows: int, shift: int, keys: Any) -> Any:
+@jit(helper=True)
+def _pack(indices: Any, first: int, last: int, rows: int, shift: int, keys: Any) -> Any:
     """Fill ``keys``; the position of the first row id outside the weight, or -1, and whether the ids increase."""
-    increasing: Any = True
-    before: Any = -1
-    for i in range(len(indices)):
+    increasing = True
+    before = np.int64(indices[first - 1]) if first > 0 else np.int64(-1)
+    for i in range(first, last):
         row = np.int64(indices[i])
         if row < 0 or row >= rows:
             return i, False
@@ -63,20 +63,36 @@ def _move(keys: Any, out: Any, first: int, last: int, low: int, mask: Any, offse
 
 
 @jit()
-def _sort_serial(keys: Any, spare: Any, shift: int, passes: int, digit: int) -> None:
+def _order_serial(indices: Any, rows: int, shift: int, passes: int, digit: int, keys: Any, spare: Any) -> Any:
     n = len(keys)
+    bad, increasing = _pack(indices, 0, n, rows, shift, keys)
+    if bad >= 0 or increasing:
+        return bad, increasing
     mask = np.uint64((1 << digit) - 1)
-    counts = np.empty((1, 1 << digit), np.int64)
+    counts = np.zeros((passes, 1, 1 << digit), np.int64)
+    for i in range(n):  # the digits do not depend on the order, so all are counted at once
+        for p in range(passes):
+            counts[p, 0, (keys[i] >> np.uint64(shift + p * digit)) & mask] += 1
     for p in range(passes):
         source, target = (keys, spare) if p % 2 == 0 else (spare, keys)
-        _count(source, 0, n, shift + p * digit, mask, counts[0])
-        _offsets(counts)
-        _move(source, target, 0, n, shift + p * digit, mask, counts[0])
+        _offsets(counts[p])
+        _move(source, target, 0, n, shift + p * digit, mask, counts[p, 0])
+    return np.int64(-1), False
 
 
 @jit(parallel=True)
-def _sort_parallel(keys: Any, spare: Any, shift: int, passes: int, digit: int, count: int) -> None:
+def _order_parallel(
+    indices: Any, rows: int, shift: int, passes: int, digit: int, keys: Any, spare: Any, count: int
+) -> Any:
     n = len(keys)
+    bads, rising = np.empty(count, np.int64), np.empty(count, np.bool_)
+    for k in numba.prange(count):
+        bads[k], rising[k] = _pack(indices, n * k // count, n * (k + 1) // count, rows, shift, keys)
+    for k in range(count):
+        if bads[k] >= 0:
+            return bads[k], False
+    if np.all(rising):
+        return np.int64(-1), True
     mask = np.uint64((1 << digit) - 1)
     counts = np.empty((count, 1 << digit), np.int64)
     for p in range(passes):
@@ -87,28 +103,26 @@ def _sort_parallel(keys: Any, spare: Any, shift: int, passes: int, digit: int, c
         _offsets(counts)
         for k in numba.prange(count):
             _move(source, target, n * k // count, n * (k + 1) // count, low, mask, counts[k])
+    return np.int64(-1), False
 
 
 def row_order(indices: Any, rows: int, threads: int) -> tuple[Any, int, int, bool]:
-    """The keys in order, their ``shift``, the position of a bad row id or -1, and whether all rows are distinct."""
+    """The keys in order, their ``shift``, the position of a bad row id or -1, and whether the ids strictly increase.
+
+    ``indices`` are int32 or int64, contiguous and native; ``rows`` is the number of rows of the weight.
+    """
     n = len(indices)
     shift = n.bit_length()
     if shift + rows.bit_length() > 64:
         raise ValueError(f"indices: {n} row ids of a weight of {rows} rows: their bits must fit 64 together")
-    keys = np.empty(n, np.uint64)
-    bad, increasing = pack(indices, rows, shift, keys)
-    if bad >= 0 or increasing:
-        return keys, shift, bad, increasing
     bits = max((rows - 1).bit_length(), 1)
     passes = -(-bits // DIGIT)
     digit = -(-bits // passes)
-    spare = np.empty_like(keys)
+    keys, spare = np.empty((2, n), np.uint64)
+    sizes = indices, rows, shift, passes, digit, keys, spare
     if n < SMALL or threads < 2:
-        _sort_serial(keys, spare, shift, passes, digit)
+        bad, increasing = _order_serial(*sizes)
     else:
         with workers(threads) as count:
-            if count < 2:
-                _sort_serial(keys, spare, shift, passes, digit)
-            else:
-                _sort_parallel(keys, spare, shift, passes, digit, count)
-    return (keys if passes % 2 == 0 else spare), shift, bad, False
+            bad, increasing = _order_serial(*sizes) if count < 2 else _order_parallel(*sizes, count)
+    return (keys if increasing or passes % 2 == 0 else spare), shift, int(bad), bool(increasing)

@@ -1,0 +1,135 @@
+"""Times the library and its peers on the CPU, all in one run, and writes CSV, a table and plots.
+
+    python benchmarks/cpu.py [--quick] [--only TEXT] [--out FOLDER]
+
+Rounds go through the cases in a new order each, and within a case through the contenders in a new order each: a fixed
+order gave ratios that were wrong by 1.5. A contender runs a few calls in a row, each timed; the figures are
+percentiles over all rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import gc
+import os
+import platform
+import random
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cases import CASES, SEED, Case, Dense, Rows
+from peers import Data, contenders, versions
+from tqdm import tqdm
+
+BLOCK_SECONDS = 0.04
+"""A contender's calls in a row, in one round."""
+
+
+def block(contender: Any, seconds: float) -> list[float]:
+    """Times of calls in a row: at least two, the first of them not counted (it warms the caches)."""
+    times: list[float] = []
+    deadline = time.perf_counter() + seconds
+    prepare = getattr(contender, "prepare", None)
+    while len(times) < 3 or (time.perf_counter() < deadline and len(times) < 300):
+        if prepare is not None:
+            prepare()
+        start = time.perf_counter()
+        contender()
+        times.append(time.perf_counter() - start)
+    return times[1:]
+
+
+def measure(cases: list[Case], rounds: int, threads: int) -> tuple[dict[tuple[str, str], list[float]], set[str]]:
+    """All samples by (case, contender), and who was left out."""
+    rng = random.Random(SEED)
+    samples: dict[tuple[str, str], list[float]] = defaultdict(list)
+    notes: set[str] = set()
+    with tqdm(total=rounds * len(cases), unit="case") as bar:
+        for _ in range(rounds):
+            for case in rng.sample(cases, len(cases)):
+                bar.set_description(case.name)
+                found = contenders(case, Data.of(case), threads, notes)
+                for contender in found.values():
+                    block(contender, 0)  # compiles, allocates
+                for name in rng.sample(sorted(found), len(found)) * 2:
+                    samples[case.name, name] += block(found[name], BLOCK_SECONDS)
+                del found
+                gc.collect()
+                bar.update()
+    return samples, notes
+
+
+def write_csv(path: Path, samples: dict[tuple[str, str], list[float]], threads: int) -> list[dict[str, Any]]:
+    """A row for each case and contender; times in microseconds."""
+    about = {
+        "threads": threads,
+        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "date": datetime.date.today().isoformat(),
+        "versions": " ".join(f"{name}={version}" for name, version in versions().items()),
+    }
+    rows = []
+    for (case, name), times in samples.items():
+        p20, p50, p80 = (round(float(p) * 1e6, 2) for p in np.percentile(times, [20, 50, 80]))
+        rows.append(
+            {"case": case, "peer": name, "p20_us": p20, "p50_us": p50, "p80_us": p80, "calls": len(times), **about}
+        )
+    order = {case.name: i for i, case in enumerate(CASES)}
+    rows.sort(key=lambda row: (order.get(row["case"], len(order)), row["peer"]))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two rounds instead of seven, no 1 x 64M, no scaling")
+    parser.add_argument("--only", default="", help="only cases whose name contains this text")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+
+    import numba
+
+    numba.set_num_threads(min(arguments.threads, numba.config.NUMBA_NUM_THREADS))
+    try:
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+    except ImportError:
+        pass
+
+    cases = [case for case in CASES if arguments.only in case.name and not (arguments.quick and "64M" in case.name)]
+    samples, notes = measure(cases, 2 if arguments.quick else 7, arguments.threads)
+    rows = write_csv(arguments.out / "cpu.csv", samples, arguments.threads)
+    from report import plot_ratios, plot_scaling, table
+
+    (arguments.out / "cpu.md").write_text(table(rows, notes))
+    plot_ratios(arguments.out / "cpu.png", rows)
+    if not arguments.quick and not arguments.only:
+        by_height = [Rows(f"height {2**e}", 2**e, 16, 4096, "uniform", True) for e in range(14, 27, 2)]
+        by_lookups = [Rows(f"lookups {10**e}", 1 << 20, 64, 10**e, "uniform", False) for e in range(2, 7)]
+        by_size = [Dense(f"size {10**e}", ((10**e,),)) for e in range(3, 9)]
+        scaling, _ = measure([*by_height, *by_lookups, *by_size], 3, arguments.threads)
+        ours = {key: value for key, value in scaling.items() if key[1] in ("adagrad", "torch sparse", "torch fused")}
+        plot_scaling(arguments.out / "scaling.png", write_csv(arguments.out / "scaling.csv", ours, arguments.threads))
+    print((arguments.out / "cpu.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What the memory and the processor allow: the same bytes moved, the same exact arithmetic, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+from cases import Dense, Rows
+
+from adagrad.kernels.formats import prefetch
+
+AHEAD = 8
+_fast = {"nopython": True, "nogil": True, "error_model": "numpy", "cache": False}
+
+
+@numba.jit(parallel=True, **_fast)
+def _stream(w: Any, g: Any, h: Any, workers: int) -> None:
+    n = len(w)
+    for k in numba.prange(workers):
+        for i in range(n * k // workers, n * (k + 1) // workers):
+            x = g[i]
+            h[i] += x
+            w[i] += x
+
+
+@numba.jit(**_fast)
+def _stream_serial(w: Any, g: Any, h: Any) -> None:
+    for i in range(len(w)):
+        x = g[i]
+        h[i] += x
+        w[i] += x
+
+
+@numba.jit(**_fast)
+def _exact_blocks(w: Any, g: Any, h: Any, lr: Any, eps: Any, blocks: int) -> None:
+    for _ in range(blocks):
+        for i in range(len(w)):
+            x = g[i]
+            history = h[i] + x * x
+            h[i] = history
+            w[i] = w[i] - lr * (x / (math.sqrt(history) + eps))
+
+
+@numba.jit(parallel=True, **_fast)
+def _exact_loop(w: Any, g: Any, h: Any, lr: Any, eps: Any, blocks: int, workers: int) -> None:
+    """The exact arithmetic, over and over on data in the first-level cache of each core."""
+    for k in numba.prange(workers):
+        _exact_blocks(w[k], g[k], h[k], lr, eps, blocks * (k + 1) // workers - blocks * k // workers)
+
+
+@numba.jit(parallel=True, **_fast)
+def _gather_modify_scatter(w: Any, h: Any, v: Any, rows: Any, extra: Any, workers: int) -> None:
+    """Each of the distinct rows read and written once, and every gradient row read once, in order."""
+    n, m, columns = len(rows), len(extra), w.shape[1]
+    w0, h0 = np.int64(w.ctypes.data), np.int64(h.ctypes.data)
+    size = columns * w.itemsize
+    history = columns * h.itemsize
+    for k in numba.prange(workers):
+        for i in range(n * k // workers, n * (k + 1) // workers):
+            if i + AHEAD < n:
+                for offset in range(0, size, 64):
+                    prefetch(w0 + rows[i + AHEAD] * size + offset)
+                for offset in range(0, history, 64):
+                    prefetch(h0 + rows[i + AHEAD] * history + offset)
+            a, b, c = w[rows[i]], h[rows[i]], v[i]
+            for j in range(columns):
+                x = c[j]
+                b[j] += x
+                a[j] += x
+        total = np.zeros(columns, v.dtype)
+        for i in range(m * k // workers, m * (k + 1) // workers):
+            c = extra[i]
+            for j in range(columns):
+                total[j] += c[j]
+        w[rows[n * k // workers], 0] += total[0] * 0
+
+
+def _numbers(array: np.ndarray) -> np.ndarray:
+    """Low-precision numbers as the integers of their bits: the same bytes to move."""
+    return array.view(np.int16) if array.itemsize == 2 else array
+
+
+class Limit:
+    """The physical limit of a case, on the case's own memory."""
+
+    name = "limit"
+
+    def __init__(self, case: Any, data: Any, threads: int) -> None:
+        self.threads = threads
+        if isinstance(case, Dense):
+            self._arrays = [
+                tuple(_numbers(a).reshape(-1) for a in given)
+                for given in zip(data.weights, data.grads, data.histories, strict=True)
+            ]
+        else:
+            assert isinstance(case, Rows)
+            self._rows = np.unique(data.indices)
+            values = _numbers(data.values)
+            self._rows_data = (
+                _numbers(data.weights[0]),
+                data.histories[0],
+                values[: len(self._rows)],
+                self._rows,
+                values[len(self._rows) :],
+            )
+            self._arrays = None
+
+    def __call__(self) -> None:
+        if self._arrays is None:
+            _gather_modify_scatter(*self._rows_data, self.threads)
+        else:
+            for w, g, h in self._arrays:
+                if len(w) < 32_768 or self.threads < 2:
+                    _stream_serial(w, g, h)
+                else:
+                    _stream(w, g, h, self.threads)
+
+
+class ExactLoop:
+    """The rule's arithmetic for as many elements on data in the first-level cache: division and root bound it."""
+
+    name = "exact loop in L1"
+    block = 2048
+
+    def __init__(self, case: Dense, data: Any, threads: int) -> None:
+        threads = 1 if case.elements < 32_768 else threads
+        self.threads = threads
+        self.blocks = max(case.elements // self.block, 1)
+        size = min(self.block, case.elements)
+        self.w, self.g, self.h = (np.ones((threads, size), np.float32) for _ in range(3))
+
+    def __call__(self) -> None:
+        lr, eps = np.float32(0.01), np.float32(1e-6)
+        if self.threads < 2:
+            _exact_blocks(self.w[0], self.g[0], self.h[0], lr, eps, self.blocks)
+        else:
+            _exact_loop(self.w, self.g, self.h, lr, eps, self.blocks, self.threads)

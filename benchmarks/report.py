@@ -1,0 +1,120 @@
+"""The benchmark's rows as a Markdown table and as plots."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+OWN = ("adagrad", "adagrad.torch")
+LIMITS = ("limit", "exact loop in L1")
+COLORS = {
+    "adagrad": "#1b6ca8",
+    "adagrad.torch": "#6fb1de",
+    "torch fused": "#d1495b",
+    "torch foreach": "#e08d79",
+    "torch loop": "#edc7b7",
+    "torch sparse": "#d1495b",
+    "optax": "#6a994e",
+    "JAX": "#6a994e",
+    "FBGEMM exact": "#8d6a9f",
+}
+
+
+def medians(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Microseconds by case and contender."""
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        found[row["case"]][row["peer"]] = float(row["p50_us"])
+    return found
+
+
+def bound(times: dict[str, float]) -> float:
+    """The limit of a case: its bytes or its arithmetic, whichever takes longer."""
+    return max(times.get(name, 0.0) for name in LIMITS)
+
+
+def _time(us: float) -> str:
+    return f"{us:.1f} µs" if us < 1000 else f"{us / 1000:.2f} ms"
+
+
+def table(rows: list[dict[str, Any]], notes: set[str]) -> str:
+    """Medians; of peers also how many times the library's."""
+    found = medians(rows)
+    peers = [name for name in COLORS if name not in OWN and any(name in times for times in found.values())]
+    head = ["case", "limit", "adagrad", "of the limit", "adagrad.torch", *peers]
+    lines = [f"{rows[0]['machine']}, {rows[0]['threads']} threads, {rows[0]['date']}; {rows[0]['versions']}", ""]
+    lines += ["| " + " | ".join(head) + " |", "|" + "|".join("---" for _ in head) + "|"]
+    for case, times in found.items():
+        own = times["adagrad"]
+        cells = [case, _time(bound(times)), _time(own), f"{bound(times) / own:.2f}"]
+        cells.append(_time(times["adagrad.torch"]) if "adagrad.torch" in times else "")
+        cells += [f"{_time(times[p])} ({times[p] / own:.1f}x)" if p in times else "" for p in peers]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(f"- {note}" for note in sorted(notes))]
+    return "\n".join(lines) + "\n"
+
+
+def plot_ratios(path: Path, rows: list[dict[str, Any]]) -> None:
+    """How many times the physical limit each contender takes, case by case."""
+    found = medians(rows)
+    height = 2.2 + 0.4 * len(found)
+    figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
+    for y, (_, times) in enumerate(found.items()):
+        base = bound(times)
+        others = [times[p] / base for p in times if p not in LIMITS and p not in OWN]
+        if others:
+            axes.plot([times["adagrad"] / base, max(others)], [y, y], color="#dddddd", lw=1, zorder=1)
+        for peer, color in COLORS.items():
+            if peer in times:
+                own = peer in OWN
+                axes.scatter(times[peer] / base, y, color=color, s=70 if own else 34, marker="D" if own else "o",
+                             zorder=3 if own else 2)  # fmt: skip
+    axes.axvline(1, color="black", lw=1)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    axes.set_xlabel("time of a step, as a multiple of what memory and arithmetic allow (1 = the physical limit)")
+    axes.grid(axis="x", which="both", color="#eeeeee")
+    axes.set_axisbelow(True)
+    used = {peer for times in found.values() for peer in times}
+    shown = dict.fromkeys(color for peer, color in COLORS.items() if peer in used)
+    for color in shown:
+        names = [peer for peer, c in COLORS.items() if c == color and peer in used]
+        own = names[0] in OWN
+        axes.scatter([], [], color=color, marker="D" if own else "o", label=", ".join(names))
+    axes.legend(loc="lower right", frameon=True)
+    axes.set_title(f"AdaGrad step on {rows[0]['machine']} ({rows[0]['date']})", fontsize=10)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_scaling(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Time against the height of the table, the number of lookups and the size of a dense weight."""
+    series: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        what, x = row["case"].split()
+        series[what][row["peer"]].append((float(x), float(row["p50_us"])))
+    titles = {
+        "height": ("4,096 distinct rows of 16 columns", "rows of the table"),
+        "lookups": ("a table of 1M x 64", "lookups"),
+        "size": ("one dense weight", "elements"),
+    }
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    for axes, (what, (title, label)) in zip(panels, titles.items(), strict=True):
+        for peer, points in series[what].items():
+            x, y = np.array(sorted(points)).T
+            axes.loglog(x, y, "o-", color=COLORS[peer], label=peer, ms=4)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(label)
+        axes.set_ylabel("time of a step, µs")
+        axes.grid(which="major", color="#e8e8e8")
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
