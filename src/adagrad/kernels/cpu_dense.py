@@ -8,6 +8,7 @@ C-contiguous and aligned; see :mod:`adagrad.kernels` for what makes it so.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numba
@@ -15,7 +16,7 @@ import numpy as np
 
 from adagrad.kernels.cpu_rule import constants, descend, effective_gradient
 from adagrad.kernels.formats import TOKENS, load, master_or, pointer, store
-from adagrad.kernels.numba_jit import jit, workers
+from adagrad.kernels.numba_jit import jit, place, run, worker
 from adagrad.rule import LANES
 
 WEIGHT, GRAD, HISTORY, MASTER, SIZE, ROW = range(6)
@@ -63,7 +64,8 @@ def one_row(
 @jit(helper=True)
 def _mean_square(w: Any, g: Any, start: int, length: int, decay: Any, rescale: Any, clip: Any, lanes: Any) -> Any:
     """Mean of the squared effective gradient over one row, in the order of :func:`adagrad.rule.mean_square`."""
-    lanes[:] = 0
+    for lane in range(LANES):
+        lanes[lane] = 0
     whole = length - length % LANES
     for block in range(0, whole, LANES):
         for lane in range(LANES):
@@ -89,7 +91,9 @@ def _border(element: int, size: int, unit: int) -> int:
 
 
 @jit(helper=True)
-def _share(table: Any, hyper: Any, scalars: Any, tw: Any, tg: Any, th: Any, tm: Any, first: int, last: int) -> None:
+def _share(
+    table: Any, hyper: Any, scalars: Any, tw: Any, tg: Any, th: Any, tm: Any, row_wise: Any, first: int, last: int
+) -> None:
     """Update the elements ``first`` to ``last`` of all weights laid end to end."""
     lanes = np.empty(LANES, th.dtype)
     begin = 0
@@ -105,43 +109,47 @@ def _share(table: Any, hyper: Any, scalars: Any, tw: Any, tg: Any, th: Any, tm: 
         w, g = pointer(table[i, WEIGHT], tw, "weight"), pointer(table[i, GRAD], tg, "grad")
         h, m = pointer(table[i, HISTORY], th, "history"), pointer(table[i, MASTER], tm, "master")
         fixed = constants(scalars, hyper[i if len(hyper) > 1 else 0], th)
-        if length == 0:
+        if row_wise is None:
             elements(w, g, h, m, start, stop, fixed)
         else:
             for r in range(start // length, stop // length):
                 one_row(w, g, h, m, r * length, length, r, fixed, lanes)
 
 
+@functools.cache
+def kernel(weight: str, grad: str, history: str, master: str | None, row_wise: bool) -> int:
+    """The worker for weights of these formats (None: no master copy)."""
+    tw, tg, th, tm = TOKENS[weight], TOKENS[grad], TOKENS[history], None if master is None else TOKENS[master]
+    rows = row_wise or None  # None or True, types that differ: only one of the two is compiled
+
+    def dense(arguments: Any, k: Any, count: Any) -> None:
+        given = numba.carray(place(arguments), 6, np.int64)
+        table = numba.carray(place(given[0]), (given[1], COLUMNS), np.int64)
+        hyper = numba.carray(place(given[2]), (given[3], 3), np.float64)
+        scalars = numba.carray(place(given[4]), 4, np.float64)
+        total = given[5]
+        _share(table, hyper, scalars, tw, tg, th, tm, rows, total * k // count, total * (k + 1) // count)
+
+    return worker(dense)
+
+
 @jit()
-def serial(table: Any, hyper: Any, scalars: Any, tw: Any, tg: Any, th: Any, tm: Any) -> None:
-    _share(table, hyper, scalars, tw, tg, th, tm, 0, np.iinfo(np.int64).max)
-
-
-@jit(parallel=True)
-def parallel(
-    table: Any, hyper: Any, scalars: Any, tw: Any, tg: Any, th: Any, tm: Any, total: int, workers: int
-) -> None:
-    for k in numba.prange(workers):
-        _share(table, hyper, scalars, tw, tg, th, tm, total * k // workers, total * (k + 1) // workers)
+def _arguments(table: Any, hyper: Any, scalars: Any, total: int) -> Any:
+    block = np.empty(6, np.int64)
+    block[0], block[1] = table.ctypes.data, table.shape[0]
+    block[2], block[3] = hyper.ctypes.data, hyper.shape[0]
+    block[4], block[5] = scalars.ctypes.data, total
+    return block
 
 
 SMALL = 32_768
 """Elements below which starting the threads costs more than they save."""
 
 
-def launch(table: Any, total: int, hyper: Any, scalars: Any, formats: Any, threads: int) -> None:
+def launch(table: Any, total: int, hyper: Any, scalars: Any, formats: Any, row_wise: bool, threads: int) -> None:
     """Update the weights of ``table``, of ``total`` elements, all of one combination of formats.
 
     ``formats`` are those of weight, gradient, history and master copy (None for none); ``hyper`` has a row for each
     weight, or one for all.
     """
-    w, g, h, m = formats
-    tokens = TOKENS[w], TOKENS[g], TOKENS[h], None if m is None else TOKENS[m]
-    if total < SMALL or threads < 2:
-        serial(table, hyper, scalars, *tokens)
-        return
-    with workers(threads) as count:
-        if count < 2:
-            serial(table, hyper, scalars, *tokens)
-        else:
-            parallel(table, hyper, scalars, *tokens, total, count)
+    run(kernel(*formats, row_wise), _arguments(table, hyper, scalars, total), 1 if total < SMALL else threads)

@@ -7,6 +7,7 @@ all workers, so that no worker is left with one such row alone; the order of the
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numba
@@ -15,7 +16,7 @@ import numpy as np
 from adagrad.kernels.cpu_dense import elements, one_row
 from adagrad.kernels.cpu_rule import constants
 from adagrad.kernels.formats import TOKENS, load, pointer, prefetch, store
-from adagrad.kernels.numba_jit import jit, workers
+from adagrad.kernels.numba_jit import jit, place, run, worker
 from adagrad.rule import CHUNK, LANES
 
 WEIGHT, HISTORY, MASTER, VALUES = range(4)
@@ -29,7 +30,7 @@ GATHER_AHEAD = 32
 """How many occurrences ahead of the one that is added to a row's sum its values are asked for."""
 
 LINE = 64
-SMALL = 16_384
+SMALL = 65_536
 """Elements below which starting the threads costs more than they save."""
 
 
@@ -63,17 +64,17 @@ def _add(total: Any, other: Any, length: int) -> None:
 
 @jit(helper=True)
 def _share(keys: Any, first: int, last: int, shift: int, distinct: bool, base: Any, stride: Any, tw: Any, tv: Any,
-           th: Any, tm: Any, length: int, row_wise: bool, hyper: Any, scalars: Any, long: Any, sums: Any
+           th: Any, tm: Any, length: int, row_wise: Any, hyper: Any, scalars: Any, long: Any, sums: Any
            ) -> None:  # fmt: skip
     """Update the rows whose run of keys starts in ``[first, last)``."""
     n = len(keys)
     low, mask = np.uint64(shift), np.uint64((1 << shift) - 1)
     weights, histories, masters, values = base[WEIGHT], base[HISTORY], base[MASTER], base[VALUES]
     to_weight, to_history, to_master, to_values = stride[WEIGHT], stride[HISTORY], stride[MASTER], stride[VALUES]
-    weight_bytes, history_bytes = length * tw.itemsize, th.itemsize if row_wise else length * th.itemsize
+    weight_bytes, history_bytes = length * tw.itemsize, length * th.itemsize if row_wise is None else th.itemsize
     ahead = min(max(AHEAD_BYTES // max(weight_bytes, 1), 4), 8)
     fixed, lanes = constants(scalars, hyper, th), np.empty(LANES, th.dtype)
-    scratch = np.empty((2, length), th.dtype)
+    scratch = np.empty((2, max(length, 1)), th.dtype)
     own_total = pointer(np.int64(scratch.ctypes.data), th, "sum")
     total = own_total
     chunk = pointer(np.int64(scratch.ctypes.data) + length * th.itemsize, th, "sum")
@@ -114,10 +115,10 @@ def _share(keys: Any, first: int, last: int, shift: int, distinct: bool, base: A
         m = pointer(masters + row * to_master, tm, "master")
         if end - i == 1:
             g = pointer(values + np.int64(keys[i] & mask) * to_values, tv, "grad")
-            if row_wise:
-                one_row(w, g, h, m, 0, length, 0, fixed, lanes)
-            else:
+            if row_wise is None:
                 elements(w, g, h, m, 0, length, fixed)
+            else:
+                one_row(w, g, h, m, 0, length, 0, fixed, lanes)
         else:
             if next_long >= long.shape[0] or long[next_long, 0] != i:
                 total = own_total
@@ -126,11 +127,12 @@ def _share(keys: Any, first: int, last: int, shift: int, distinct: bool, base: A
                     stop = min(start + CHUNK, end)
                     _sum_chunk(keys, start, stop, mask, values, to_values, GATHER_AHEAD, tv, chunk, length)
                     _add(total, chunk, length)
-            if row_wise:
-                one_row(w, total, h, m, 0, length, 0, fixed, lanes)
-            else:
+            if row_wise is None:
                 elements(w, total, h, m, 0, length, fixed)
+            else:
+                one_row(w, total, h, m, 0, length, 0, fixed, lanes)
         i = end
+    scratch[0, 0] = 0  # it is used by address above: this keeps it alive until here
 
 
 @jit()
@@ -146,21 +148,13 @@ def long_runs(keys: Any, shift: int) -> Any:
             end = i + LONG + 1
             while end < n and keys[end] >> low == keys[i] >> low:
                 end += 1
-            found[count] = i, end, chunks
+            found[count, 0], found[count, 1], found[count, 2] = i, end, chunks
             chunks += (end - i + CHUNK - 1) // CHUNK
             count += 1
             i = end
         else:
             i += 1
     return found[:count], chunks
-
-
-@jit()
-def serial(keys: Any, shift: int, distinct: bool, base: Any, stride: Any, tw: Any, tv: Any, th: Any, tm: Any,
-           length: int, row_wise: bool, hyper: Any, scalars: Any) -> None:  # fmt: skip
-    none, no_sums = np.empty((0, 3), np.int64), np.empty((0, 0), th.dtype)
-    _share(keys, 0, len(keys), shift, distinct, base, stride, tw, tv, th, tm, length, row_wise, hyper, scalars,
-           none, no_sums)  # fmt: skip
 
 
 @jit(helper=True)
@@ -173,32 +167,71 @@ def _border(short: int, long: Any) -> int:
     return short
 
 
-@jit(parallel=True)
-def parallel(keys: Any, shift: int, distinct: bool, base: Any, stride: Any, tw: Any, tv: Any, th: Any, tm: Any,
-             length: int, row_wise: bool, hyper: Any, scalars: Any, count: int) -> None:  # fmt: skip
-    n, mask = len(keys), np.uint64((1 << shift) - 1)
-    long, chunks = np.empty((0, 3), np.int64), 0
-    if not distinct:
-        long, chunks = long_runs(keys, shift)
-    sums = np.empty((chunks, length), th.dtype)
-    if chunks > 0:
-        for k in numba.prange(count):
-            r = 0
-            for c in range(chunks * k // count, chunks * (k + 1) // count):
-                while r + 1 < long.shape[0] and long[r + 1, 2] <= c:
-                    r += 1
-                start = long[r, 0] + (c - long[r, 2]) * CHUNK
-                end = min(start + CHUNK, long[r, 1])
-                out = pointer(np.int64(sums.ctypes.data) + c * length * th.itemsize, th, "sum")
-                _sum_chunk(keys, start, end, mask, base[VALUES], stride[VALUES], GATHER_AHEAD, tv, out, length)
-    rest = n
-    for r in range(long.shape[0]):
-        rest -= long[r, 1] - long[r, 0]
-    for k in numba.prange(count):
+@jit(helper=True)
+def _given(arguments: Any, th: Any) -> Any:
+    """What the block of arguments holds, see :func:`_arguments`."""
+    given = numba.carray(place(arguments), 20, np.int64)
+    keys = numba.carray(place(given[0]), given[1], np.uint64)
+    base, stride = given[8:12], given[12:16]
+    hyper = numba.carray(place(given[5]), 3, np.float64)
+    scalars = numba.carray(place(given[6]), 4, np.float64)
+    long = numba.carray(place(given[16]), (given[17], 3), np.int64)
+    sums = numba.carray(place(given[18]), (given[19], given[4]), th.dtype)
+    return keys, given[2], given[3] != 0, given[4], base, stride, hyper, scalars, long, sums
+
+
+@functools.cache
+def kernel(weight: str, values: str, history: str, master: str | None, row_wise: bool) -> int:
+    """The worker that updates rows, for operands of these formats (None: no master copy)."""
+    tw, tv, th, tm = TOKENS[weight], TOKENS[values], TOKENS[history], None if master is None else TOKENS[master]
+    rows = row_wise or None  # None or True, types that differ: only one of the two is compiled
+
+    def update(arguments: Any, k: Any, count: Any) -> None:
+        keys, shift, distinct, length, base, stride, hyper, scalars, long, sums = _given(arguments, th)
+        rest = len(keys)
+        for r in range(long.shape[0]):
+            rest -= long[r, 1] - long[r, 0]
         first = 0 if k == 0 else _border(rest * k // count, long)
-        last = n if k == count - 1 else _border(rest * (k + 1) // count, long)
-        _share(keys, first, last, shift, distinct, base, stride, tw, tv, th, tm, length, row_wise, hyper, scalars,
-               long, sums)  # fmt: skip
+        last = len(keys) if k == count - 1 else _border(rest * (k + 1) // count, long)
+        _share(keys, first, last, shift, distinct, base, stride, tw, tv, th, tm, length, rows, hyper, scalars, long,
+               sums)  # fmt: skip
+
+    return worker(update)
+
+
+@functools.cache
+def kernel_of_sums(values: str, history: str) -> int:
+    """The worker that sums the chunks of the long runs."""
+    tv, th = TOKENS[values], TOKENS[history]
+
+    def sum_chunks(arguments: Any, k: Any, count: Any) -> None:
+        keys, shift, _, length, base, stride, _, _, long, sums = _given(arguments, th)
+        mask, r = np.uint64((1 << shift) - 1), 0
+        for c in range(sums.shape[0] * k // count, sums.shape[0] * (k + 1) // count):
+            while r + 1 < long.shape[0] and long[r + 1, 2] <= c:
+                r += 1
+            start = long[r, 0] + (c - long[r, 2]) * CHUNK
+            end = min(start + CHUNK, long[r, 1])
+            out = pointer(np.int64(sums.ctypes.data) + c * length * th.itemsize, th, "sum")
+            _sum_chunk(keys, start, end, mask, base[VALUES], stride[VALUES], GATHER_AHEAD, tv, out, length)
+
+    return worker(sum_chunks)
+
+
+@jit()
+def _arguments(keys: Any, shift: int, distinct: bool, length: int, base: Any, stride: Any, hyper: Any, scalars: Any,
+               long: Any, sums: Any) -> Any:  # fmt: skip
+    block = np.empty(20, np.int64)
+    block[0], block[1], block[2], block[3], block[4] = keys.ctypes.data, len(keys), shift, distinct, length
+    block[5], block[6], block[7] = hyper.ctypes.data, scalars.ctypes.data, 0
+    for operand in range(4):
+        block[8 + operand], block[12 + operand] = base[operand], stride[operand]
+    block[16], block[17] = long.ctypes.data, long.shape[0]
+    block[18], block[19] = sums.ctypes.data, sums.shape[0]
+    return block
+
+
+_NO_LONG_RUNS = np.empty((0, 3), np.int64)
 
 
 def launch(keys: Any, shift: int, distinct: bool, base: Any, stride: Any, formats: Any, length: int, row_wise: bool,
@@ -208,13 +241,13 @@ def launch(keys: Any, shift: int, distinct: bool, base: Any, stride: Any, format
     ``distinct`` says that no row occurs twice, and that position ``i`` is the ``i``-th key's; ``formats`` are those of
     weight, values, history and master copy (None for none).
     """
-    w, v, h, m = formats
-    tokens = TOKENS[w], TOKENS[v], TOKENS[h], None if m is None else TOKENS[m]
-    if len(keys) * length < SMALL or threads < 2:
-        serial(keys, shift, distinct, base, stride, *tokens, length, row_wise, hyper, scalars)
-        return
-    with workers(threads) as count:
-        if count < 2:
-            serial(keys, shift, distinct, base, stride, *tokens, length, row_wise, hyper, scalars)
-        else:
-            parallel(keys, shift, distinct, base, stride, *tokens, length, row_wise, hyper, scalars, count)
+    if len(keys) * length < SMALL:
+        threads = 1
+    long, chunks = _NO_LONG_RUNS, 0
+    if threads > 1 and not distinct:
+        long, chunks = long_runs(keys, shift)
+    sums = np.empty((chunks, length), TOKENS[formats[2]].dtype)
+    arguments = _arguments(keys, shift, distinct, length, base, stride, hyper, scalars, long, sums)
+    if chunks:
+        run(kernel_of_sums(formats[1], formats[2]), arguments, threads)
+    run(kernel(*formats, row_wise), arguments, threads)

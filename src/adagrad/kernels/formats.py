@@ -20,7 +20,7 @@ from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, overload, register_model
 
-TOKENS = {
+TOKENS: dict[str, Any] = {
     "float32": np.empty(0, np.float32),
     "float64": np.empty(0, np.float64),
     "float16": np.empty(0, np.uint16),

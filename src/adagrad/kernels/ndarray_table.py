@@ -66,6 +66,23 @@ def _same_shape(first: int, second: int) -> bool:
 
 
 @jit(helper=True)
+def _sort(starts: Any, order: Any) -> None:
+    """Shell's sort of the positions by ``starts``: quick to compile, and needed when the order is new alone."""
+    n = len(starts)
+    for i in range(n):
+        order[i] = i
+    gap = n // 2
+    while gap > 0:
+        for i in range(gap, n):
+            moved, j = order[i], i
+            while j >= gap and starts[order[j - gap]] > starts[moved]:
+                order[j] = order[j - gap]
+                j -= gap
+            order[j] = moved
+        gap = gap * 5 // 11 if gap > 2 else gap - 1
+
+
+@jit(helper=True)
 def _disjoint(starts: Any, ends: Any, written: int, order: Any) -> bool:
     """Whether the first ``written`` spans share no byte with any other span; empty spans do not count.
 
@@ -77,8 +94,9 @@ def _disjoint(starts: Any, ends: Any, written: int, order: Any) -> bool:
     for k in range(n):
         i = order[k]
         if i < 0 or i >= n or starts[i] <= before:
-            guess = np.argsort(starts)
-            order[:n] = guess
+            _sort(starts, guess)
+            for j in range(n):
+                order[j] = guess[j]
             break
         guess[k] = i
         before = starts[i]

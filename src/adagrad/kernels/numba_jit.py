@@ -18,35 +18,11 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+import numpy as np
+from llvmlite import ir
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def jit(*, parallel: bool = False, helper: bool = False) -> Callable[[F], F]:
-    """Decorator: compile at the first call with new argument types, and keep the machine code for the next process.
-
-    A ``helper`` is called by other kernels alone: it is compiled into them, so that what is the same for all of its
-    calls is computed once, and it needs no file of its own.
-    """
-
-    def compile_lazily(function: F) -> F:
-        dispatcher = numba.jit(
-            nopython=True,
-            nogil=True,
-            error_model="numpy",
-            fastmath=False,
-            boundscheck=False,
-            parallel=parallel,
-            forceinline=helper,
-        )(function)
-        if not helper:
-            with suppress(Exception):  # no cache is slower, not wrong
-                dispatcher._cache = _Cache(function)
-        return cast(F, dispatcher)
-
-    return compile_lazily
-
+from numba.core.ccallback import CFunc
+from numba.extending import intrinsic
 
 # ------------------------------------------------------------------------------------------------ the cache on disk
 
@@ -137,6 +113,102 @@ def _private(path: Path) -> bool:
         return True
     status = path.stat()
     return status.st_uid in (os.getuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+# -------------------------------------------------------------------------------------------------------- compilation
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": False, "boundscheck": False}
+
+
+def jit(*, parallel: bool = False, helper: bool = False) -> Callable[[F], F]:
+    """Decorator: compile at the first call with new argument types, and keep the machine code for the next process.
+
+    A ``helper`` is called by other kernels alone: it is compiled into them, so that what is the same for all of its
+    calls is computed once, and it needs no file of its own.
+    """
+
+    def compile_lazily(function: F) -> F:
+        dispatcher = numba.jit(nopython=True, parallel=parallel, forceinline=helper, **_OPTIONS)(function)
+        if not helper:
+            with suppress(Exception):  # no cache is slower, not wrong
+                dispatcher._cache = _Cache(function)
+        return cast(F, dispatcher)
+
+    return compile_lazily
+
+
+# ------------------------------------------------------------------------------------------------------------ workers
+#
+# What several threads do is compiled once, as a C function `work(arguments, k, count)` that does the k-th of count
+# parts; one serial and one parallel driver call it by address. Else every kernel would be compiled into two drivers,
+# and again for each of Numba's layers around a parallel loop: a minute instead of seconds.
+
+
+def worker(function: Callable[[Any, Any, Any], None]) -> int:
+    """Compile ``function(arguments, k, count)`` and give its address; ``arguments`` is that of an int64 array."""
+    void, word = numba.types.void, numba.types.int64
+    options = {"nopython": True, **_OPTIONS}
+    compiled = CFunc(function, numba.core.sigutils.normalize_signature(void(word, word, word)), {}, options)
+    with suppress(Exception):
+        compiled._cache = _Cache(function)
+    compiled.compile()
+    _workers.append(compiled)  # its machine code lives as long as it does
+    return int(compiled.address)
+
+
+_workers: list[Any] = []
+
+
+def _call_code(typing: Any, work: Any, arguments: Any, k: Any, count: Any) -> Any:
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        word = ir.IntType(64)
+        kind = ir.FunctionType(ir.VoidType(), [word, word, word])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    word = numba.types.int64
+    return numba.types.void(word, word, word, word), generate
+
+
+call: Any = intrinsic(_call_code)
+"""Call the worker at an address: ``call(work, arguments, k, count)``."""
+
+
+def _array_code(typing: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return numba.types.voidptr(numba.types.int64), generate
+
+
+place: Any = intrinsic(_array_code)
+"""The address as a pointer, for ``numba.carray``."""
+
+
+@jit()
+def in_serial(work: int, arguments: Any) -> None:
+    """All of a worker's parts by the calling thread; ``arguments`` is an int64 array."""
+    call(work, np.int64(arguments.ctypes.data), 0, 1)
+
+
+@jit(parallel=True)
+def in_parallel(work: int, arguments: Any, count: int) -> None:
+    """``count`` parts by as many threads."""
+    address = np.int64(arguments.ctypes.data)
+    for k in numba.prange(count):
+        call(work, address, k, count)
+
+
+def run(work: int, arguments: Any, threads: int) -> None:
+    """All of a worker's parts by at most ``threads`` threads."""
+    if threads > 1:
+        with workers(threads) as count:
+            if count > 1:
+                in_parallel(work, arguments, count)
+                return
+    in_serial(work, arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------ threads

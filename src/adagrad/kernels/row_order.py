@@ -7,12 +7,13 @@ rows needs, each digit counted and moved by all workers.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numba
 import numpy as np
 
-from adagrad.kernels.numba_jit import jit, workers
+from adagrad.kernels.numba_jit import in_parallel, jit, place, worker, workers
 
 SMALL = 16_384
 """Keys below which one worker sorts faster than several."""
@@ -38,19 +39,20 @@ def _pack(indices: Any, first: int, last: int, rows: int, shift: int, keys: Any)
 
 @jit(helper=True)
 def _count(keys: Any, first: int, last: int, low: int, mask: Any, counts: Any) -> None:
-    counts[:] = 0
+    for digit in range(len(counts)):
+        counts[digit] = 0
     for i in range(first, last):
         counts[(keys[i] >> np.uint64(low)) & mask] += 1
 
 
-@jit(helper=True)
+@jit()
 def _offsets(counts: Any) -> None:
     """From counts to where each worker's keys of each digit go: digit by digit, within one worker by worker."""
     position = 0
     for digit in range(counts.shape[1]):
-        for worker in range(counts.shape[0]):
-            count = counts[worker, digit]
-            counts[worker, digit] = position
+        for k in range(counts.shape[0]):
+            count = counts[k, digit]
+            counts[k, digit] = position
             position += count
 
 
@@ -80,30 +82,59 @@ def _order_serial(indices: Any, rows: int, shift: int, passes: int, digit: int, 
     return np.int64(-1), False
 
 
-@jit(parallel=True)
+@functools.cache
+def _kernels(indices: str) -> tuple[int, int, int]:
+    """The workers that pack row ids of a dtype into keys, count a digit and move by it."""
+    dtype = np.dtype(indices).type
+
+    def pack(arguments: Any, k: Any, count: Any) -> None:
+        a = numba.carray(place(arguments), 12, np.int64)
+        ids, keys = numba.carray(place(a[0]), a[1], dtype), numba.carray(place(a[2]), a[1], np.uint64)
+        found = numba.carray(place(a[4]), (count, 2), np.int64)
+        found[k, 0], found[k, 1] = _pack(ids, a[1] * k // count, a[1] * (k + 1) // count, a[5], a[6], keys)
+
+    def count_digit(arguments: Any, k: Any, count: Any) -> None:
+        a = numba.carray(place(arguments), 12, np.int64)
+        keys, counts = numba.carray(place(a[2]), a[1], np.uint64), numba.carray(place(a[7]), (count, a[8]), np.int64)
+        _count(keys, a[1] * k // count, a[1] * (k + 1) // count, a[9], np.uint64(a[8] - 1), counts[k])
+
+    def move(arguments: Any, k: Any, count: Any) -> None:
+        a = numba.carray(place(arguments), 12, np.int64)
+        keys, out = numba.carray(place(a[2]), a[1], np.uint64), numba.carray(place(a[3]), a[1], np.uint64)
+        counts = numba.carray(place(a[7]), (count, a[8]), np.int64)
+        _move(keys, out, a[1] * k // count, a[1] * (k + 1) // count, a[9], np.uint64(a[8] - 1), counts[k])
+
+    return worker(pack), worker(count_digit), worker(move)
+
+
+@jit()
+def _arguments(indices: Any, keys: Any, spare: Any, found: Any, rows: int, shift: int, counts: Any, low: int) -> Any:
+    block = np.empty(12, np.int64)
+    block[0], block[1] = indices.ctypes.data, len(indices)
+    block[2], block[3] = keys.ctypes.data, spare.ctypes.data
+    block[4], block[5], block[6] = found.ctypes.data, rows, shift
+    block[7], block[8], block[9] = counts.ctypes.data, counts.shape[1], low
+    return block
+
+
 def _order_parallel(
     indices: Any, rows: int, shift: int, passes: int, digit: int, keys: Any, spare: Any, count: int
 ) -> Any:
-    n = len(keys)
-    bads, rising = np.empty(count, np.int64), np.empty(count, np.bool_)
-    for k in numba.prange(count):
-        bads[k], rising[k] = _pack(indices, n * k // count, n * (k + 1) // count, rows, shift, keys)
-    for k in range(count):
-        if bads[k] >= 0:
-            return bads[k], False
-    if np.all(rising):
-        return np.int64(-1), True
-    mask = np.uint64((1 << digit) - 1)
-    counts = np.empty((count, 1 << digit), np.int64)
+    pack, count_digit, move = _kernels(indices.dtype.name)
+    found, counts = np.empty((count, 2), np.int64), np.empty((count, 1 << digit), np.int64)
+    in_parallel(pack, _arguments(indices, keys, spare, found, rows, shift, counts, 0), count)
+    bad = found[:, 0]
+    if bad.max() >= 0:
+        return bad[bad >= 0][0], False
+    if found[:, 1].all():
+        return -1, True
     for p in range(passes):
         source, target = (keys, spare) if p % 2 == 0 else (spare, keys)
-        low = shift + p * digit
-        for k in numba.prange(count):
-            _count(source, n * k // count, n * (k + 1) // count, low, mask, counts[k])
+        arguments = _arguments(indices, source, target, found, rows, shift, counts, shift + p * digit)
+        in_parallel(count_digit, arguments, count)
         _offsets(counts)
-        for k in numba.prange(count):
-            _move(source, target, n * k // count, n * (k + 1) // count, low, mask, counts[k])
-    return np.int64(-1), False
+        in_parallel(move, arguments, count)
+    return -1, False
 
 
 def row_order(indices: Any, rows: int, threads: int) -> tuple[Any, int, int, bool]:

@@ -1,0 +1,85 @@
+"""The benchmarks' cases in small: every contender runs, and the library's result is the rule's."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adagrad import rule
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def modules() -> Any:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import cases
+        import peers
+        import report
+
+        yield cases, peers, report
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def small(case: Any, cases: Any) -> Any:
+    if isinstance(case, cases.Dense):
+        shapes = tuple(tuple(min(size, 40) for size in shape) for shape in case.shapes)
+        return replace(case, shapes=shapes[:9])
+    return replace(case, rows=min(case.rows, 500), lookups=min(case.lookups, 3000))
+
+
+def test_every_case_computes_the_rule(modules: Any) -> None:
+    cases, peers, _ = modules
+    for original in cases.CASES:
+        case = small(original, cases)
+        data = peers.Data.of(case)
+        weights, histories = [w.copy() for w in data.weights], [h.copy() for h in data.histories]
+        options = rule.Rule()
+        if isinstance(case, cases.Dense):
+            for w, g, h in zip(weights, data.grads, histories, strict=True):
+                rule.step(w, g, h, None, 0.01, 0.0, options)
+        else:
+            rule.step_rows(weights[0], data.indices, data.values, histories[0], None, 0.01, 0.0, options)
+        peers.Adagrad(case, data, 1)()
+        for found, expected in zip(data.weights + data.histories, weights + histories, strict=True):
+            assert np.array_equal(found.view(np.uint8), expected.view(np.uint8)), case.name
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's own optimizer makes sparse tensors
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of peers
+def test_contenders_run_and_are_reported(modules: Any, tmp_path: Path) -> None:
+    cases, peers, report = modules
+    notes: set[str] = set()
+    rows = []
+    for original in (cases.DENSE[4], cases.ROWS[0], cases.ROWS[1]):
+        case = small(original, cases)
+        found = peers.contenders(case, peers.Data.of(case), 1, notes)
+        assert {"adagrad", "limit"} <= set(found)
+        for name, contender in found.items():
+            if hasattr(contender, "prepare"):
+                contender.prepare()
+            contender()
+            rows.append({"case": case.name, "peer": name, "p50_us": 1.0 + len(name)})
+    for row in rows:
+        row |= {"machine": "m", "threads": 1, "date": "d", "versions": "v"}
+    assert rows[0]["case"] in report.table(rows, notes)
+    report.plot_ratios(tmp_path / "plot.png", rows)
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_row_ids_are_as_named(modules: Any) -> None:
+    cases, _, _ = modules
+    for case in cases.ROWS:
+        ids = case.indices()
+        assert ids.min() >= 0
+        assert ids.max() < case.rows
+        assert (len(np.unique(ids)) == len(ids)) == case.distinct
+        assert math.isclose(case.columns * case.rows, 2**26, rel_tol=0.7)
