@@ -96,6 +96,8 @@ def update(
         An earlier call on this device met a row id outside its weight, and changed nothing.
     TypeError
         An lr on the device is neither float32 nor float64.
+    ValueError
+        A dense tensor has elements but no address.
     """
     if not dense and not rows:
         return
@@ -106,16 +108,16 @@ def update(
         tables = _tables_of(device)
         weights, grads, histories, masters, lrs, wds = zip(*dense, strict=True) if dense else ((),) * 6
         settings = tables.settings([*lrs, *[u.lr for u in rows]], [*wds, *[u.wd for u in rows]], rule)
+        columns = cuda_dense.columns(weights, grads, histories, masters, rule)
+        addresses, launches = tables.addresses(columns) if dense else (settings, [])
         sparse = [(len(dense) + i, u) for i, u in enumerate(rows) if u.indices.numel()]
         skip, sorted_ids = None, []
         if sparse:
             # Every id of the call is checked before the first element changes.
             skip = torch.zeros(1, dtype=torch.int32, device=device)
             sorted_ids = [cuda_rows.sort_ids(u, skip, report) for _, u in sparse]
-        if dense:
-            addresses, launches = tables.addresses(cuda_dense.columns(weights, grads, histories, masters, rule))
-            for launch in launches:
-                cuda_dense.run(launch, addresses, settings, grad_scale, skip, found_inf)
+        for launch in launches:
+            cuda_dense.run(launch, addresses, settings, grad_scale, skip, found_inf)
         for (i, u), (ids, order) in zip(sparse, sorted_ids, strict=True):
             cuda_rows.run(u, ids, order, settings, i, rule, grad_scale, skip, found_inf)
 
@@ -256,7 +258,7 @@ class _Tables:
                 reserve.append(_pinned(size))
         host = host[: len(words)]
         host.numpy()[:] = words
-        return torch.empty_like(host, device=self._device).copy_(host, non_blocking=True)
+        return torch.empty(len(host), dtype=torch.int64, device=self._device).copy_(host, non_blocking=True)
 
 
 def _bits(lr: Tensor) -> int:

@@ -73,8 +73,9 @@ def pointer(word: tl.tensor, TYPE: tl.constexpr, ALIGNED: tl.constexpr) -> tl.te
     16-bit types hint at 8 bytes, so that a thread has the same 4 elements of every operand.
     """
     address = tl.load(word).to(tl.pointer_type(TYPE))
+    BITS: tl.constexpr = address.dtype.element_ty.primitive_bitwidth
     if ALIGNED:
-        address = tl.multiple_of(address, min(16, TYPE.primitive_bitwidth // 2))
+        address = tl.multiple_of(address, 8 if BITS == 16 else 16)
     return address
 
 

@@ -90,8 +90,8 @@ def find_chunks(ids: tl.tensor, count: tl.tensor, tile: tl.tensor, TILE: tl.cons
     before = tl.load(ids + begin - 1, mask=begin > 0, other=-1)
     # Rank within the run: the equal ids to the left, in this tile and, for the run that crosses its border, before it.
     rank = tl.sum(((row[:, None] == row[None, :]) & (lane[None, :] < lane[:, None])).to(tl.int32), axis=1).to(tl.int64)
-    if before == first:
-        rank += tl.where(row == first, begin - first_position(ids, begin, first), 0)
+    border = tl.where(before == first, begin, 0)
+    rank += tl.where(row == first, border - first_position(ids, border, first), 0)
     far = position - rank + CHUNK
     whole = tl.load(ids + far, mask=far < count, other=-1) != row
     return position, row, (position < count) & (rank % CHUNK == 0), whole, 2 * (position // CHUNK) + (rank == 0)
@@ -118,20 +118,20 @@ def add_up(source: tl.tensor, order: tl.tensor, ids: tl.tensor, count: tl.tensor
 
     Of the occurrences of one chunk, or (LATER) of the chunk sums of one run. UNROLL of them are on their way at once.
     """
-    inside_row = (column < length)[None, :]
     STEP: tl.constexpr = CHUNK if LATER else 1
     if LATER:
         end = position * 0 + count
-        place = 2 * (position // CHUNK) + 1
+        begin = 2 * (position // CHUNK) + 1
     else:
         end = tl.minimum(position + CHUNK, count)
-        place = tl.load(order + position, mask=head, other=0)
-    mask = head[:, None] & inside_row
-    total = widen(tl.load(source + place[:, None] * length + column[None, :], mask=mask), COMPUTE)
+        begin = tl.load(order + position, mask=head, other=0)
+    inside_row = (column < length)[None, :]
+    total = widen(tl.load(source + begin[:, None] * length + column[None, :], mask=head[:, None] & inside_row), COMPUTE)
     after = position + STEP
     inside = head & (after < end)
-    going = inside & (tl.load(ids + after, mask=inside, other=-1) == row)
-    while tl.max(going.to(tl.int32), axis=0) > 0:
+    # A number keeps the loop going: Triton 3.2 to 3.7 cannot compile a loop that carries a tensor for its condition.
+    more = tl.max((inside & (tl.load(ids + after, mask=inside, other=-1) == row)).to(tl.int32), axis=0)
+    while more > 0:
         for _ in tl.static_range(UNROLL):
             inside = head & (after < end)
             going = inside & (tl.load(ids + after, mask=inside, other=-1) == row)
@@ -143,6 +143,7 @@ def add_up(source: tl.tensor, order: tl.tensor, ids: tl.tensor, count: tl.tensor
             value = widen(tl.load(source + place[:, None] * length + column[None, :], mask=mask), COMPUTE)
             total = tl.where(mask, total + value, total)
             after += STEP
+        more = tl.max(going.to(tl.int32), axis=0)
     return total
 
 
@@ -214,7 +215,7 @@ def sort_ids(update: RowUpdate, skip: Tensor, report: Tensor) -> tuple[Tensor, T
     count, rows = len(update.indices), len(update.weight)
     # 32-bit keys sort in two thirds of the time.
     keys = torch.empty(count, dtype=torch.int32 if rows < 2**31 else torch.int64, device=update.indices.device)
-    check_ids[(triton.cdiv(count, IDS),)](update.indices, keys, count, rows, skip, report, BLOCK=IDS)
+    check_ids[(triton.cdiv(count, IDS),)](update.indices, keys, count, rows, skip, report, BLOCK=IDS, **EXACT)
     ids, order = torch.sort(keys, stable=True)
     return ids, order
 

@@ -14,6 +14,8 @@ kernel's own float arguments arrive as float32 and because a launch must not dep
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,13 @@ import triton.language as tl
 HEADER = tl.constexpr(8)
 SETTINGS = tl.constexpr(4)
 LANES = tl.constexpr(16)
+
+_TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])
+if _TRITON < (3, 2):
+    raise ImportError(f"triton {triton.__version__}: must be 3.2 (which comes with PyTorch 2.6) or later")
+
+FLUSHES = tl.constexpr(_TRITON < (3, 6) and os.environ.get("TRITON_INTERPRET") != "1")
+"""Whether ``div_rn`` and ``sqrt_rn`` take subnormal numbers for zero, as compiled by Triton before 3.6."""
 
 TRITON_DTYPE = {
     torch.float16: tl.float16,
@@ -30,7 +39,7 @@ TRITON_DTYPE = {
 }
 
 EXACT = {"enable_fp_fusion": False}
-"""Launch options of every kernel with arithmetic."""
+"""Launch options of every kernel."""
 
 
 @triton.jit
@@ -77,8 +86,11 @@ def write_weight(weight: tl.tensor, master: tl.tensor, offsets: tl.tensor, new: 
 
 @triton.jit
 def divide(x: tl.tensor, y: tl.tensor) -> tl.tensor:
+    """``x / y``, correctly rounded."""
     if x.dtype == tl.float64:
         quotient = x / y
+    elif FLUSHES:
+        quotient = tl.inline_asm_elementwise("div.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, True, 1)
     else:
         quotient = tl.div_rn(x, y)
     return quotient
@@ -86,8 +98,11 @@ def divide(x: tl.tensor, y: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def root(x: tl.tensor) -> tl.tensor:
+    """The square root, correctly rounded."""
     if x.dtype == tl.float64:
         result = tl.sqrt(x)
+    elif FLUSHES:
+        result = tl.inline_asm_elementwise("sqrt.rn.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     else:
         result = tl.sqrt_rn(x)
     return result

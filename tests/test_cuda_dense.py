@@ -1,0 +1,407 @@
+"""The dense CUDA kernels against the rule written out in NumPy, bit for bit.
+
+On a machine without a CUDA device Triton's interpreter runs the kernels on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device")
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+pytest.importorskip("triton")
+
+from adagrad.kernels import cuda, cuda_dense  # noqa: E402
+from adagrad.rule import Rule  # noqa: E402
+
+DTYPES = ["float32", "float64", "float16", "bfloat16"]
+BLOCK = cuda_dense.BLOCK
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """The interpreter computes with NumPy, which warns of the infinities that some tests are about."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+def computing(dtype: str) -> np.dtype[Any]:
+    return np.dtype("float64" if dtype == "float64" else "float32")
+
+
+def as_numpy(tensor: Any, dtype: str) -> np.ndarray:
+    """The values of a tensor in the computing dtype of ``dtype``."""
+    return tensor.detach().cpu().to(getattr(torch, computing(dtype).name)).numpy().copy()
+
+
+def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
+    """The values of ``array`` after rounding to ``dtype``."""
+    return torch.from_numpy(np.asarray(array)).to(getattr(torch, dtype)).to(getattr(torch, array.dtype.name)).numpy()
+
+
+def assert_same(got: np.ndarray, want: np.ndarray) -> None:
+    """Equal numbers with equal signs, NaN in the same places."""
+    np.testing.assert_array_equal(got, want)
+    number = ~np.isnan(want)
+    np.testing.assert_array_equal(np.signbit(got)[number], np.signbit(want)[number])
+
+
+def mean_square(grad: np.ndarray) -> np.ndarray:
+    """Row by row: column j into lane j mod 16, the lanes by halves, one division."""
+    zero = grad.dtype.type(0)
+    means = []
+    for row in grad.reshape(len(grad), math.prod(grad.shape[1:])):
+        lanes = [zero] * 16
+        for j, g in enumerate(row):
+            lanes[j % 16] = lanes[j % 16] + g * g
+        while len(lanes) > 1:
+            half = len(lanes) // 2
+            lanes = [a + b for a, b in zip(lanes[:half], lanes[half:], strict=True)]
+        means.append(lanes[0] / grad.dtype.type(len(row)))
+    return np.array(means, grad.dtype).reshape(-1, *[1] * (grad.ndim - 1))
+
+
+def expected(
+    weight: np.ndarray, grad: np.ndarray, history: np.ndarray, lr: float, wd: float, rule: Rule, scale: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rule, one rounding an operation: new weight and history."""
+    number = weight.dtype.type
+    g = grad / number(scale) * number(rule.rescale_grad)
+    if rule.clip_gradient is not None:
+        g = np.clip(g, -number(rule.clip_gradient), number(rule.clip_gradient))
+    if wd != 0 and not rule.decoupled_decay:
+        g = g + number(wd) * weight
+    h = history + (mean_square(g) if rule.row_wise else g * g)
+    e = number(rule.epsilon)
+    step = g / (np.sqrt(h + e) if rule.epsilon_inside else np.sqrt(h) + e)
+    if wd != 0 and rule.decoupled_decay:
+        step = step + number(wd) * weight
+    return weight - number(lr) * step, h
+
+
+def make(shape: tuple[int, ...], dtype: str, seed: int = 0, *, master: bool = False, grad_dtype: str | None = None,
+         row_wise: bool = False, lr: Any = 0.1, wd: float = 0.01) -> cuda.DenseUpdate:  # fmt: skip
+    rng = np.random.default_rng(seed)
+    wide = computing(dtype)
+
+    def tensor(values: np.ndarray, name: str) -> Any:
+        return torch.from_numpy(np.asarray(values, wide)).to(getattr(torch, name)).to(DEVICE)
+
+    copy = tensor(rng.normal(size=shape), "float32") if master else None
+    weight = tensor(rng.normal(size=shape), dtype) if copy is None else copy.to(getattr(torch, dtype))
+    grad = tensor(rng.normal(size=shape) * 10.0 ** rng.integers(-6, 3, shape), grad_dtype or dtype)
+    history = tensor(rng.random((shape[0], *[1] * (len(shape) - 1)) if row_wise else shape), wide.name)
+    return cuda.DenseUpdate(weight, grad, history, copy, lr, wd)
+
+
+def check_update(updates: list[cuda.DenseUpdate], rule: Rule, scale: float | None = None, **options: Any) -> None:
+    """Run ``updates`` in one call and compare every bit with the rule."""
+    want = []
+    for u in updates:
+        dtype = str(u.weight.dtype).removeprefix("torch.")
+        current = as_numpy(u.weight if u.master is None else u.master, dtype)
+        new, history = expected(
+            current, as_numpy(u.grad, dtype), as_numpy(u.history, dtype), float(u.lr), u.wd, rule, scale or 1.0
+        )
+        want.append((rounded(new, dtype), history, new, as_numpy(u.grad, dtype)))
+    if scale is not None:
+        options["grad_scale"] = torch.tensor(scale, device=DEVICE)
+    cuda.update(updates, [], rule, **options)
+    for u, (weight, history, new, grad) in zip(updates, want, strict=True):
+        dtype = str(u.weight.dtype).removeprefix("torch.")
+        assert_same(as_numpy(u.history, dtype), history)
+        assert_same(as_numpy(u.weight, dtype), weight)
+        assert_same(as_numpy(u.grad, dtype), grad)
+        if u.master is not None:
+            assert_same(as_numpy(u.master, dtype), new)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1])
+def test_sizes_around_a_block(dtype: str, size: int) -> None:
+    check_update([make((size,), dtype)], Rule())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_list_in_one_call(dtype: str) -> None:
+    shapes = [(3,), (), (BLOCK + 5,), (0, 4), (2, 5, 7), (1,)]
+    check_update([make(s, dtype, i, lr=0.1 / (i + 1), wd=0.01 * i) for i, s in enumerate(shapes)], Rule())
+
+
+def test_more_tensors_than_are_searched_at_once() -> None:
+    check_update([make((1 + i % 3,), "float32", i, lr=1.0 + i) for i in range(260)], Rule())
+
+
+def test_mixed_dtypes_in_one_call() -> None:
+    updates = [make((20,), dtype, i) for i, dtype in enumerate([*DTYPES, *DTYPES])]
+    updates.append(make((20,), "bfloat16", 9, master=True))
+    check_update(updates, Rule())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("grad_dtype", ["same", "float32"])
+def test_master_copy(dtype: str, grad_dtype: str) -> None:
+    updates = [
+        make((BLOCK + 3,), dtype, 1, master=True, grad_dtype=None if grad_dtype == "same" else grad_dtype),
+        make((BLOCK + 3,), dtype, 2, grad_dtype=None if grad_dtype == "same" else grad_dtype),
+    ]
+    check_update(updates, Rule())
+
+
+RULES = {
+    "plain": Rule(),
+    "rescaled": Rule(rescale_grad=-1 / 3),
+    "clipped": Rule(rescale_grad=0.1, clip_gradient=0.3),
+    "inside": Rule(epsilon=1e-10, epsilon_inside=True),
+    "decoupled": Rule(decoupled_decay=True, clip_gradient=1.0),
+    "no epsilon": Rule(epsilon=0.0),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("wd", [0.0, 0.1])
+def test_options(dtype: str, name: str, wd: float) -> None:
+    check_update([make((300,), dtype, wd=wd)], RULES[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_values(dtype: str) -> None:
+    """NaN passes through the clip, infinities are clipped, subnormals are kept, zeros have the right sign."""
+    special = [math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, -1e-40, 1e-7, 3e38, -1.5]
+    weight, grad, history = (a.ravel() for a in np.meshgrid(special, special, [0.0, 1e-42, 1.0, math.inf]))
+    for rule in (Rule(), Rule(clip_gradient=0.5), Rule(epsilon=0.0)):
+        for wd in (0.0, 0.1):
+            u = make(weight.shape, dtype, wd=wd)
+            for tensor, values in zip(u[:3], (weight, grad, history), strict=True):
+                tensor.copy_(torch.from_numpy(values))
+            check_update([u], rule)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rounds_to_nearest_even(dtype: str) -> None:
+    """All ties and their neighbours, subnormals and overflow included; lr 0 leaves the master copy as it is."""
+    low = torch.arange(0, 1 << 16, 37, dtype=torch.int32).to(torch.int16).view(getattr(torch, dtype)).float()
+    up = torch.nextafter(low.to(getattr(torch, dtype)), torch.tensor(math.inf, dtype=getattr(torch, dtype))).float()
+    middle = (low.double() + up.double()).div(2).float()
+    ties = torch.cat([middle, middle.nextafter(low), middle.nextafter(up), torch.tensor([3.4e38, 65519.0, 65520.0])])
+    master = ties[torch.isfinite(ties)].to(DEVICE)
+    weight = torch.zeros(len(master), dtype=getattr(torch, dtype), device=DEVICE)
+    u = cuda.DenseUpdate(weight, torch.ones_like(weight), torch.ones_like(master), master.clone(), 0.0, 0.0)
+    cuda.update([u], [], Rule())
+    assert torch.equal(u.master, master)
+    assert torch.equal(u.weight, master.to(weight.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 2, 16, 17, 64, 80])
+def test_row_wise(dtype: str, columns: int) -> None:
+    updates = [make((rows, columns), dtype, rows, row_wise=True, wd=0.1) for rows in (1, 9, 33)]
+    check_update(updates, Rule(row_wise=True))
+
+
+def test_row_wise_of_more_and_fewer_dimensions() -> None:
+    updates = [make(s, "float32", row_wise=True) for s in [(5,), (3, 2, 20), (4, 1, 1), (0, 7), (2, 130)]]
+    updates.append(make((6, 40), "float16", master=True, row_wise=True))
+    check_update(updates, Rule(row_wise=True, decoupled_decay=True, clip_gradient=2.0))
+
+
+@pytest.mark.parametrize("row_wise", [False, True])
+def test_tensors_without_alignment(row_wise: bool) -> None:
+    def shifted(t: Any) -> Any:
+        return torch.cat([t.reshape(-1)[:1], t.reshape(-1)])[1:].view(t.shape)
+
+    u = make((BLOCK // 16 + 1, 16), "float32", row_wise=row_wise)
+    check_update([u._replace(weight=shifted(u.weight), grad=shifted(u.grad), history=shifted(u.history))],
+                 Rule(row_wise=row_wise))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lr_dtype", ["float32", "float64"])
+def test_lr_on_the_device(dtype: str, lr_dtype: str) -> None:
+    lr = torch.tensor(0.1, dtype=getattr(torch, lr_dtype), device=DEVICE)
+    check_update([make((10,), dtype, lr=lr), make((10,), dtype, 1, lr=0.3)], Rule())
+    lr.fill_(0.7)
+    check_update([make((10,), dtype, lr=lr)], Rule())
+
+
+def test_lr_of_another_dtype_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"lr: a tensor of torch.int64: must be float32 or float64"):
+        cuda.update([make((3,), "float32", lr=torch.tensor(1, device=DEVICE))], [], Rule())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grad_scale_divides_first(dtype: str) -> None:
+    check_update([make((300,), dtype)], Rule(rescale_grad=0.7, clip_gradient=0.1), scale=3.0)
+
+
+@pytest.mark.parametrize("row_wise", [False, True])
+def test_found_inf_makes_the_call_a_no_op(row_wise: bool) -> None:
+    rule = Rule(row_wise=row_wise)
+    u = make((5, 4), "bfloat16", master=True, row_wise=row_wise)
+    before = [t.clone() for t in u[:4]]
+    cuda.update([u], [], rule, found_inf=torch.ones(1, device=DEVICE))
+    assert all(torch.equal(a, b) for a, b in zip(before, u[:4], strict=True))
+    check_update([u], rule, found_inf=torch.zeros((), device=DEVICE))
+
+
+def test_tables_are_kept_and_told_apart() -> None:
+    """Nothing is uploaded for what did not change; a change of any address, size, lr, wd or rule is seen."""
+    updates = [make((10,), "float32", i) for i in range(3)]
+    uploads = 0
+    tables = cuda._tables_of(updates[0].weight.device)
+    upload = tables._upload
+
+    def count(words: np.ndarray) -> Any:
+        nonlocal uploads
+        uploads += 1
+        return upload(words)
+
+    tables._upload = count  # type: ignore[method-assign]
+    try:
+        check_update(updates, Rule())
+        uploads = 0
+        for _ in range(3):
+            check_update(updates, Rule())
+        assert uploads == 0
+        for changed, rule, number in [
+            ([updates[0]._replace(lr=0.25), *updates[1:]], Rule(), 1),
+            ([updates[0], updates[1]._replace(wd=0.5), updates[2]], Rule(), 1),
+            (updates, Rule(epsilon=1e-3), 1),
+            ([updates[0], updates[1], make((10,), "float32", 7)], Rule(), 1),
+            ([updates[0]._replace(weight=updates[0].weight[:4], grad=updates[0].grad[:4],
+                                  history=updates[0].history[:4]), *updates[1:]], Rule(), 1),
+            (updates, Rule(), 0),
+        ]:  # fmt: skip
+            uploads = 0
+            check_update(changed, rule)
+            assert uploads == number
+    finally:
+        del tables._upload
+
+
+def test_many_tables_push_out_the_oldest() -> None:
+    u = make((4,), "float32")
+    for k in range(3 * cuda.KEPT):
+        check_update([u._replace(lr=0.1 + k)], Rule())
+    assert len(cuda._tables_of(u.weight.device)._settings) == cuda.KEPT
+
+
+def test_a_tensor_without_an_address_is_refused() -> None:
+    u = make((4,), "float32")
+    with pytest.raises(ValueError, match="without an address"):
+        cuda.update([u._replace(grad=torch.empty(4, device="meta"))], [], Rule())
+
+
+def test_nothing_to_do() -> None:
+    cuda.update([], [], Rule())
+    cuda.update([make((0,), "float32"), make((3, 0), "float32", row_wise=True)], [], Rule())
+    cuda.check()
+
+
+COMPILE = """
+import re
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+class Hopper:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device=None):
+        return 0
+
+driver.set_active(Hopper())
+compiled = []
+run = JITFunction.run
+
+def compile_only(self, *args, grid, warmup, **options):
+    compiled.append((self.__name__, options, run(self, *args, grid=grid, warmup=True, **options).asm["ptx"]))
+
+JITFunction.run = compile_only
+from adagrad.kernels import cuda
+from adagrad.rule import Rule
+
+number = torch.ones(())
+single, double, half = torch.float32, torch.float64, torch.bfloat16
+cases = (single, single, False), (single, single, True), (double, double, False), (half, single, False)
+for dtype, wide, row_wise in cases:
+    tensors = torch.zeros(9, 48, dtype=dtype), torch.zeros(9, 1 if row_wise else 48, dtype=wide)
+    dense = cuda.DenseUpdate(tensors[0], tensors[0], tensors[1], None, 0.1, 0.1)
+    rows = cuda.RowUpdate(tensors[0], torch.zeros(9, dtype=torch.int64), tensors[0], tensors[1], None, number, 0.1)
+    cuda.update([dense], [rows], Rule(row_wise=row_wise), grad_scale=number, found_inf=number)
+
+operations = re.compile(r"\\b(?:fma|mad|add|sub|mul|div|r?sqrt|rcp|min|max)[a-z0-9.]*[.]f(?:32|64)\\b")
+names = set()
+for name, options, ptx in compiled:
+    names.add(name)
+    bits = "f64" if "fp64" in str(options.get("COMPUTE")) else "f32"
+    exact = {f"{op}.rn.{bits}" for op in ("add", "sub", "mul", "div", "sqrt")}
+    found = set(operations.findall(ptx))
+    if found != (set() if name == "check_ids" else exact):
+        raise SystemExit(f"{name} {options}: {found}")
+    if name == "update_elements" and not all(re.search(f"{a}.global.v(4.b32|2.b64)", ptx) for a in ("ld", "st")):
+        raise SystemExit(f"{name} {options}: no 16-byte accesses")
+if names != {"check_ids", "update_elements", "update_rows", "update_runs"}:
+    raise SystemExit(f"compiled only {names}")
+"""
+
+
+def test_compiled_for_a_gpu_every_operation_is_rounded_by_itself() -> None:
+    """No fused multiply-add, no flush to zero, no approximate division or root. Compiling needs no device."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_captured_graph_replays_the_step() -> None:
+    lr = torch.tensor(0.1, device=DEVICE)
+    u, twin = (make((BLOCK + 1,), "float32", lr=lr) for _ in range(2))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        cuda.update([u], [], Rule())
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        cuda.update([u], [], Rule())
+    for k in range(3 * cuda.KEPT):
+        cuda.update([make((5,), "float32", lr=0.1 + k)], [], Rule())
+    lr.fill_(0.2)
+    graph.replay()
+    lr.fill_(0.1)
+    cuda.update([twin], [], Rule())
+    lr.fill_(0.2)
+    cuda.update([twin], [], Rule())
+    assert torch.equal(u.weight, twin.weight)
+    assert torch.equal(u.history, twin.history)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_more_than_2_to_the_31_elements() -> None:
+    elements = 2**31 + 10
+    if torch.cuda.mem_get_info()[0] < 12 * elements:
+        pytest.skip("needs 26 GB of device memory")
+    weight = torch.zeros(elements, dtype=torch.float16, device=DEVICE)
+    history = torch.zeros(elements, device=DEVICE)
+    grad = torch.ones_like(weight)
+    cuda.update([cuda.DenseUpdate(weight, grad, history, None, 0.5, 0.0)], [], Rule(epsilon=0.0))
+    assert weight.min().item() == weight.max().item() == -0.5
+    assert history.min().item() == history.max().item() == 1.0

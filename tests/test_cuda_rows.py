@@ -1,0 +1,333 @@
+"""The row-sparse CUDA kernels against the rule and the order of summation written out in NumPy, bit for bit.
+
+On a machine without a CUDA device Triton's interpreter runs the kernels on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from test_cuda_dense import DEVICE, DTYPES, as_numpy, assert_same, expected, make, needs_gpu, rounded
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from adagrad.kernels import cuda  # noqa: E402
+from adagrad.rule import Rule  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """The interpreter computes with NumPy, which warns of infinities. No report may be left over."""
+    with np.errstate(all="ignore"):
+        yield
+    cuda.check()
+
+
+def make_rows(ids: Any, shape: tuple[int, ...], dtype: str = "float32", seed: int = 0, *, index_dtype: str = "int64",
+              **options: Any) -> cuda.RowUpdate:  # fmt: skip
+    """An update of a weight of ``shape`` at ``ids``; options as for ``make``."""
+    weight, _, history, master, lr, wd = make(shape, dtype, seed, **options)
+    values = make((len(ids), *shape[1:]), dtype, seed + 1, grad_dtype=options.get("grad_dtype")).grad
+    indices = torch.tensor(np.array(ids, index_dtype), device=DEVICE)
+    return cuda.RowUpdate(weight, indices, values, history, master, lr, wd)
+
+
+def sums(ids: np.ndarray, values: np.ndarray) -> dict[int, np.ndarray]:
+    """Row to the sum of its values: in order, in chunks of 128 from the first, the chunks' sums in order."""
+    occurrences: dict[int, list[np.ndarray]] = {}
+    for row, value in zip(ids.tolist(), values, strict=True):
+        occurrences.setdefault(row, []).append(value)
+    totals = {}
+    for row, each in occurrences.items():
+        chunks = []
+        for start in range(0, len(each), 128):
+            chunk = each[start].copy()
+            for value in each[start + 1 : start + 128]:
+                chunk += value
+            chunks.append(chunk)
+        totals[row] = chunks[0]
+        for chunk in chunks[1:]:
+            totals[row] = totals[row] + chunk
+    return totals
+
+
+def check_rows(updates: list[cuda.RowUpdate], rule: Rule, scale: float | None = None, **options: Any) -> None:
+    """Run ``updates`` in one call and compare every bit with the rule."""
+    want = []
+    for u in updates:
+        dtype = str(u.weight.dtype).removeprefix("torch.")
+        new = as_numpy(u.weight if u.master is None else u.master, dtype)
+        weight, history = as_numpy(u.weight, dtype), as_numpy(u.history, dtype)
+        totals = sums(u.indices.cpu().numpy(), as_numpy(u.values, dtype))
+        if totals:
+            rows = np.array(list(totals))
+            new[rows], history[rows] = expected(
+                new[rows], np.stack(list(totals.values())), history[rows], float(u.lr), u.wd, rule, scale or 1.0
+            )
+            weight[rows] = rounded(new[rows], dtype)
+        want.append((weight, history, new, as_numpy(u.values, dtype)))
+    if scale is not None:
+        options["grad_scale"] = torch.tensor(scale, device=DEVICE)
+    cuda.update([], updates, rule, **options)
+    for u, (weight, history, new, values) in zip(updates, want, strict=True):
+        dtype = str(u.weight.dtype).removeprefix("torch.")
+        assert_same(as_numpy(u.history, dtype), history)
+        assert_same(as_numpy(u.weight, dtype), weight)
+        assert_same(as_numpy(u.values, dtype), values)
+        if u.master is not None:
+            assert_same(as_numpy(u.master, dtype), new)
+
+
+def zipf(count: int, rows: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.permutation(rows)[np.minimum(rng.zipf(1.3, count) - 1, rows - 1)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index_dtype", ["int32", "int64"])
+@pytest.mark.parametrize("row_wise", [False, True])
+def test_distinct_rows(dtype: str, index_dtype: str, row_wise: bool) -> None:
+    ids = np.random.default_rng(0).permutation(40)[:23]
+    check_rows([make_rows(ids, (40, 20), dtype, index_dtype=index_dtype, row_wise=row_wise)], Rule(row_wise=row_wise))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row_wise", [False, True])
+def test_frequent_and_rare_rows(dtype: str, row_wise: bool) -> None:
+    ids = zipf(500, 60)
+    assert np.bincount(ids).max() > 128, "no run of several chunks"
+    check_rows([make_rows(ids, (60, 5), dtype, row_wise=row_wise)], Rule(row_wise=row_wise))
+
+
+@pytest.mark.parametrize("columns", [(), (1,), (2,), (16,), (33,), (130,), (3, 2), (1, 1, 1)])
+@pytest.mark.parametrize("row_wise", [False, True])
+def test_row_lengths(columns: tuple[int, ...], row_wise: bool) -> None:
+    ids = [*[3] * 130, 1, 0, 3, 5, 1]
+    check_rows([make_rows(ids, (7, *columns), row_wise=row_wise)], Rule(row_wise=row_wise))
+
+
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000])
+def test_all_occurrences_of_one_row(count: int) -> None:
+    check_rows([make_rows([4] * count, (6, 3))], Rule())
+
+
+@pytest.mark.parametrize("row_wise", [False, True])
+@pytest.mark.parametrize("counts", [(127, 130, 1), (5, 300, 128, 129, 2), (129, 129, 129), (1, 257, 1, 256, 1, 2)])
+def test_runs_across_pieces(counts: tuple[int, ...], row_wise: bool) -> None:
+    """Runs that begin and end everywhere in the pieces of 128 positions that the kernels divide the work by."""
+    ids = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
+    check_rows([make_rows(ids, (len(counts), 3), row_wise=row_wise)], Rule(row_wise=row_wise))
+
+
+def test_the_order_of_summation_is_seen() -> None:
+    """Another order of these values gives other bits: the comparison with the oracle is not empty."""
+    u = make_rows(zipf(400, 3), (3, 4))
+    ids, values = u.indices.cpu().numpy(), as_numpy(u.values, "float32")
+    forward, backward = sums(ids, values), sums(ids[::-1], values[::-1])
+    assert any((forward[row] != backward[row]).any() for row in forward)
+    check_rows([u], Rule())
+
+
+def test_a_row_depends_on_its_own_values_alone() -> None:
+    """The same occurrences of row 2 amid others: the same bits."""
+    u = make_rows([2] * 300, (9, 4))
+    alone = [t.clone() for t in (u.weight, u.history)]
+    cuda.update([], [u._replace(weight=alone[0], history=alone[1])], Rule())
+    mixed = np.repeat(np.random.default_rng(0).choice([0, 1, 5, 8], 300), 2)
+    mixed[::2] = 2
+    values = torch.randn(600, 4, dtype=torch.float32).to(DEVICE)
+    values[::2] = u.values
+    indices = torch.tensor(mixed, device=DEVICE)
+    cuda.update([], [u._replace(indices=indices, values=values)], Rule())
+    assert torch.equal(u.weight[2], alone[0][2])
+    assert torch.equal(u.history[2], alone[1][2])
+
+
+RULES = {
+    "rescaled and clipped": Rule(rescale_grad=-1 / 3, clip_gradient=0.3),
+    "inside": Rule(epsilon=1e-10, epsilon_inside=True),
+    "decoupled": Rule(decoupled_decay=True),
+    "row-wise": Rule(row_wise=True, clip_gradient=0.5),
+    "row-wise, decoupled": Rule(row_wise=True, decoupled_decay=True, epsilon_inside=True),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("wd", [0.0, 0.1])
+def test_options(name: str, wd: float) -> None:
+    rule = RULES[name]
+    check_rows([make_rows(zipf(200, 20), (20, 6), wd=wd, row_wise=rule.row_wise)], rule)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("grad_dtype", ["same", "float32"])
+@pytest.mark.parametrize("row_wise", [False, True])
+def test_master_copy(dtype: str, grad_dtype: str, row_wise: bool) -> None:
+    options: dict[str, Any] = {} if grad_dtype == "same" else {"grad_dtype": grad_dtype}
+    u = make_rows(zipf(200, 20), (20, 6), dtype, master=True, row_wise=row_wise, **options)
+    check_rows([u], Rule(row_wise=row_wise))
+
+
+@pytest.mark.parametrize("row_wise", [False, True])
+def test_nan_and_infinity_stay_in_their_rows(row_wise: bool) -> None:
+    u = make_rows([0, 1, 2, 3, 1, 2, 4, 4], (6, 3), row_wise=row_wise)
+    u.values[0], u.values[1], u.values[2], u.values[3] = math.nan, math.inf, -math.inf, -0.0
+    u.values[4, 0] = -math.inf
+    check_rows([u], Rule(clip_gradient=1.0, row_wise=row_wise))
+
+
+def test_sums_begin_with_the_first_value() -> None:
+    """Not with zero: a sum of negative zeros is a negative zero, and moves a weight of zero to its other sign."""
+    u = make_rows([0, 0, 1], (2, 2), wd=0.0)
+    u.weight.fill_(-0.0)
+    u.values.fill_(-0.0)
+    check_rows([u], Rule())
+    assert not torch.signbit(u.weight).any()
+
+
+def test_several_updates_with_dense_ones_in_one_call() -> None:
+    rows = [make_rows(zipf(50, 9, i), (9, 2 + i), dtype, i, lr=0.1 + i) for i, dtype in enumerate(DTYPES)]
+    rows.insert(2, make_rows([], (4, 3)))
+    twins = [u._replace(weight=u.weight.clone(), history=u.history.clone()) for u in rows]
+    dense = [make((10,), "float32", 3, lr=0.3), make((10,), "float16", 4, lr=0.4)]
+    dense_twins = [u._replace(weight=u.weight.clone(), history=u.history.clone()) for u in dense]
+    cuda.update(dense, rows, Rule())
+    cuda.update(dense_twins, [], Rule())
+    check_rows(twins, Rule())
+    for one, other in zip([*dense, *rows], [*dense_twins, *twins], strict=True):
+        assert torch.equal(one.weight, other.weight)
+        assert torch.equal(one.history, other.history)
+
+
+def test_nothing_to_do() -> None:
+    check_rows([make_rows([], (4, 3)), make_rows([], (0, 3))], Rule())
+    check_rows([make_rows([0, 1, 1], (4, 0))], Rule())
+
+
+@pytest.mark.parametrize("lr_dtype", ["float32", "float64"])
+def test_lr_on_the_device(lr_dtype: str) -> None:
+    lr = torch.tensor(0.1, dtype=getattr(torch, lr_dtype), device=DEVICE)
+    check_rows([make_rows([0, 1, 0], (3, 2), lr=lr), make_rows([2, 1], (3, 2), "float64", lr=lr)], Rule())
+
+
+@pytest.mark.parametrize("row_wise", [False, True])
+def test_grad_scale_divides_the_sums_first(row_wise: bool) -> None:
+    u = make_rows(zipf(200, 20), (20, 6), row_wise=row_wise)
+    check_rows([u], Rule(rescale_grad=0.7, clip_gradient=0.1, row_wise=row_wise), scale=3.0)
+
+
+# --------------------------------------------------------------------------------------- calls that must change nothing
+
+
+def copies(updates: list[Any]) -> list[Any]:
+    return [t.clone() for u in updates for t in u if isinstance(t, torch.Tensor)]
+
+
+@pytest.mark.parametrize(
+    ("index_dtype", "bad", "row_wise"),
+    [("int32", bad, bad < 0) for bad in (-1, 7, 2**31 - 1, -(2**31))]
+    + [("int64", bad, bad > 0) for bad in (-1, 7, 2**32 + 1, -(2**63), 2**63 - 1)],
+)
+def test_a_row_out_of_range_makes_the_call_a_no_op(index_dtype: str, bad: int, row_wise: bool) -> None:
+    rule = Rule(row_wise=row_wise)
+    good = [make_rows([*[2] * 140, 1], (4, 3), row_wise=row_wise), make_rows([0], (4, 1), row_wise=row_wise)]
+    wrong = make_rows([3, *[0] * 150, bad, 6], (7, 3), index_dtype=index_dtype, row_wise=row_wise)
+    dense = [make((5, 2), "float32", row_wise=row_wise)]
+    everything = [*dense, *good, wrong]
+    before = copies(everything)
+    cuda.update(dense, [good[0], wrong, good[1]], rule)
+    assert all(torch.equal(a, b) for a, b in zip(before, copies(everything), strict=True))
+    with pytest.raises(IndexError, match=rf"indices: row {bad}: must be in \[0, 7\)"):
+        cuda.check(DEVICE)
+    cuda.check()
+    check_rows(good, rule)
+
+
+def test_the_next_call_raises_and_changes_nothing() -> None:
+    wrong, good = make_rows([9], (9, 2)), make_rows([3], (9, 2))
+    cuda.update([], [wrong], Rule())
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    before = copies([good])
+    with pytest.raises(IndexError, match=r"row 9: must be in \[0, 9\)"):
+        cuda.update([], [good], Rule())
+    assert all(torch.equal(a, b) for a, b in zip(before, copies([good]), strict=True))
+    check_rows([good], Rule())
+
+
+def test_ids_of_an_empty_weight_are_out_of_range() -> None:
+    cuda.update([], [make_rows([0], (0, 3))], Rule())
+    with pytest.raises(IndexError, match=r"row 0: must be in \[0, 0\)"):
+        cuda.check()
+    cuda.update([], [make_rows([5], (4, 0))], Rule())
+    with pytest.raises(IndexError, match=r"row 5: must be in \[0, 4\)"):
+        cuda.check()
+
+
+@pytest.mark.parametrize("row_wise", [False, True])
+def test_found_inf_makes_the_call_a_no_op(row_wise: bool) -> None:
+    rule = Rule(row_wise=row_wise)
+    u = make_rows([*[2] * 140, 1], (4, 3), "float16", master=True, row_wise=row_wise)
+    before = copies([u])
+    cuda.update([], [u], rule, found_inf=torch.ones(1, device=DEVICE))
+    assert all(torch.equal(a, b) for a, b in zip(before, copies([u]), strict=True))
+    check_rows([u], rule, found_inf=torch.zeros(1, device=DEVICE))
+
+
+# ------------------------------------------------------------------------------------------------ on a real device only
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row_wise", [False, True])
+def test_many_lookups(dtype: str, row_wise: bool) -> None:
+    u = make_rows(zipf(50_000, 20_000), (20_000, 64), dtype, row_wise=row_wise)
+    check_rows([u], Rule(row_wise=row_wise))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_captured_graph_replays_the_step() -> None:
+    u = make_rows(zipf(2000, 90), (90, 8))
+    twin = u._replace(weight=u.weight.clone(), history=u.history.clone())
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        cuda.update([], [u], Rule())
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        cuda.update([], [u], Rule())
+    graph.replay()
+    for _ in range(2):
+        cuda.update([], [twin], Rule())
+    assert torch.equal(u.weight, twin.weight)
+    assert torch.equal(u.history, twin.history)
+    before = u.weight.clone()
+    u.indices[5] = 90
+    graph.replay()
+    with pytest.raises(IndexError, match=r"row 90: must be in \[0, 90\)"):
+        cuda.check()
+    assert torch.equal(u.weight, before)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_table_of_more_than_2_to_the_31_elements() -> None:
+    rows = 2**31 // 64 + 10
+    if torch.cuda.mem_get_info()[0] < 12 * 64 * rows:
+        pytest.skip("needs 26 GB of device memory")
+    weight = torch.zeros(rows, 64, dtype=torch.float16, device=DEVICE)
+    history = torch.zeros(rows, 64, device=DEVICE)
+    indices = torch.tensor([rows - 1, 0, rows - 1], device=DEVICE)
+    values = torch.ones(3, 64, dtype=torch.float16, device=DEVICE)
+    cuda.update([], [cuda.RowUpdate(weight, indices, values, history, None, 0.5, 0.0)], Rule(epsilon=0.0))
+    assert weight[[0, -1]].eq(-0.5).all()
+    assert history[-1].eq(4).all()
+    assert weight.count_nonzero().item() == 128
