@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cases import CASES, SEED, Case, Dense, Rows
-from peers import Data, contenders, versions
 from tqdm import tqdm
+
+from cases import CASES, SEED, Case, Dense, Rows
+from contenders import Data, contenders, versions
 
 BLOCK_SECONDS = 0.04
 """A contender's calls in a row, in one round."""

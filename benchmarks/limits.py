@@ -7,9 +7,9 @@ from typing import Any
 
 import numba
 import numpy as np
-from cases import Dense, Rows
 
 from adagrad.kernels.formats import prefetch
+from cases import Dense, Rows
 
 AHEAD = 8
 _fast = {"nopython": True, "nogil": True, "error_model": "numpy", "cache": False}

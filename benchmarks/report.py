@@ -19,6 +19,7 @@ COLORS = {
     "adagrad.torch": "#6fb1de",
     "torch fused": "#d1495b",
     "torch foreach": "#e08d79",
+    "torch.compile": "#b56576",
     "torch loop": "#edc7b7",
     "torch sparse": "#d1495b",
     "optax": "#6a994e",
@@ -44,18 +45,19 @@ def _time(us: float) -> str:
     return f"{us:.1f} µs" if us < 1000 else f"{us / 1000:.2f} ms"
 
 
-def table(rows: list[dict[str, Any]], notes: set[str]) -> str:
-    """Medians; of peers also how many times the library's."""
+def table(rows: list[dict[str, Any]], notes: set[str], own: str = "adagrad") -> str:
+    """Medians; of peers also how many times those of ``own``, the library."""
     found = medians(rows)
     peers = [name for name in COLORS if name not in OWN and any(name in times for times in found.values())]
-    head = ["case", "limit", "adagrad", "of the limit", "adagrad.torch", *peers]
+    others = [name for name in OWN if name != own and any(name in times for times in found.values())]
+    head = ["case", "limit", own, "of the limit", *others, *peers]
     lines = [f"{rows[0]['machine']}, {rows[0]['threads']} threads, {rows[0]['date']}; {rows[0]['versions']}", ""]
     lines += ["| " + " | ".join(head) + " |", "|" + "|".join("---" for _ in head) + "|"]
     for case, times in found.items():
-        own = times["adagrad"]
-        cells = [case, _time(bound(times)), _time(own), f"{bound(times) / own:.2f}"]
-        cells.append(_time(times["adagrad.torch"]) if "adagrad.torch" in times else "")
-        cells += [f"{_time(times[p])} ({times[p] / own:.1f}x)" if p in times else "" for p in peers]
+        base = times[own]
+        cells = [case, _time(bound(times)), _time(base), f"{bound(times) / base:.2f}"]
+        cells += [_time(times[name]) if name in times else "" for name in others]
+        cells += [f"{_time(times[p])} ({times[p] / base:.1f}x)" if p in times else "" for p in peers]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *(f"- {note}" for note in sorted(notes))]
     return "\n".join(lines) + "\n"

@@ -21,7 +21,7 @@ def modules() -> Any:
     sys.path.insert(0, str(FOLDER))
     try:
         import cases
-        import peers
+        import contenders as peers
         import report
 
         yield cases, peers, report

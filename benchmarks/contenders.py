@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from cases import Case, Dense, Rows, fill
-from limits import ExactLoop, Limit
 
 import adagrad
+from cases import Case, Dense, Rows, fill
+from limits import ExactLoop, Limit
 
 LEARNING_RATE = 0.01
 

@@ -1,0 +1,165 @@
+"""Times the library and its peers on a CUDA device, and writes CSV and a table.
+
+    python benchmarks/cuda.py [--quick] [--only TEXT] [--out FOLDER]
+
+Times are those of CUDA events around one step, in rounds that go through the contenders in a new order each; the
+figures are percentiles over all rounds. The limit is a device copy of the same bytes; for row-sparse cases a sort of
+the row ids plus a copy of the bytes of the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import gc
+import itertools
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cases import SEED, Dense, Rows
+from contenders import LEARNING_RATE, versions
+from report import table
+
+CASES: list[Dense | Rows] = [
+    Dense("1 x 256M", ((256 << 20,),)),
+    Dense("1 x 16M", ((16 << 20,),)),
+    Dense("300 x 1,000", ((1000,),) * 300),
+    Dense("12 x (4096, 4096*4096, 4096*11008)", ((4096,), (4096, 4096), (4096, 11008)) * 12),
+    Dense("1 x 256M bfloat16", ((256 << 20,),), "bfloat16"),
+]
+CASES += [
+    Rows(f"{name} {ids}", rows, columns, lookups, ids, False)
+    for name, rows, columns, lookups in (
+        ("10M x 128, 262,144", 10 << 20, 128, 262_144),
+        ("10M x 64, 1M", 10 << 20, 64, 1 << 20),
+        ("1M x 64, 8,192", 1 << 20, 64, 8_192),
+    )
+    for ids in ("zipf", "uniform")
+]
+
+
+class Copy:
+    """A device copy of the bytes that a step reads and writes; for rows, a sort of the ids before it."""
+
+    def __init__(self, case: Dense | Rows, device: torch.device) -> None:
+        self.ids = None
+        if isinstance(case, Dense):
+            size = case.bytes
+        else:
+            ids = case.indices()
+            self.ids = torch.from_numpy(ids).to(device, torch.int32)
+            size = 4 * case.columns * (4 * len(np.unique(ids)) + len(ids))
+        self.source = torch.empty(size // 2, dtype=torch.uint8, device=device)
+        self.target = torch.empty_like(self.source)
+
+    def __call__(self) -> None:
+        if self.ids is not None:
+            torch.sort(self.ids)
+        self.target.copy_(self.source)
+
+
+def parameters(case: Dense | Rows, device: torch.device) -> list[torch.nn.Parameter]:
+    """Parameters with gradients on the device."""
+    if isinstance(case, Dense):
+        dtype = getattr(torch, case.dtype)
+        params = [torch.nn.Parameter(torch.rand(shape, dtype=dtype, device=device)) for shape in case.shapes]
+        for param in params:
+            param.grad = torch.rand_like(param)
+        return params
+    param = torch.nn.Parameter(torch.rand(case.rows, case.columns, device=device))
+    ids = torch.from_numpy(case.indices()).to(device)
+    values = torch.rand(len(ids), case.columns, device=device)
+    param.grad = torch.sparse_coo_tensor(ids[None], values, param.shape, check_invariants=False)
+    return [param]
+
+
+def contenders(case: Dense | Rows, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """Ours, torch's and the copy; all optimizers on the same parameters."""
+    from adagrad.torch import Adagrad
+
+    params = parameters(case, device)
+    ours = Adagrad(params, lr=LEARNING_RATE)
+    found: dict[str, Callable[[], Any]] = {"adagrad.torch": ours.step, "limit": Copy(case, device)}
+    options: dict[str, dict[str, bool]] = {"torch sparse": {}}
+    if isinstance(case, Dense):
+        options = {
+            "torch foreach": {"foreach": True},
+            "torch loop": {"foreach": False},
+            "torch fused": {"fused": True},
+        }
+    for name, arguments in options.items():
+        try:
+            optimizer = torch.optim.Adagrad(params, lr=LEARNING_RATE, **arguments)
+            optimizer.step()
+        except (RuntimeError, NotImplementedError, torch.OutOfMemoryError):
+            continue  # this version has no such implementation for CUDA, or it does not fit
+        found[name] = optimizer.step
+        if name == "torch foreach":
+            compiled = torch.optim.Adagrad(params, lr=torch.tensor(LEARNING_RATE), foreach=True)
+            found["torch.compile"] = torch.compile(compiled.step, fullgraph=False)
+    return found
+
+
+def measure(case: Dense | Rows, rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of single steps by contender."""
+    rng = random.Random(SEED)
+    found = contenders(case, device)
+    samples: dict[str, list[float]] = {name: [] for name in found}
+    for step in found.values():
+        for _ in range(3):
+            step()
+    for _ in range(rounds):
+        for name in rng.sample(sorted(found), len(found)):
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(11)]
+            found[name]()
+            events[0].record()
+            for event in events[1:]:
+                found[name]()
+                event.record()
+            torch.cuda.synchronize(device)
+            samples[name] += [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
+    return samples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three rounds instead of fifteen")
+    parser.add_argument("--only", default="", help="only cases whose name contains this text")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(1, "no CUDA device here\n")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda")
+    about = {
+        "threads": 1,
+        "machine": torch.cuda.get_device_name(device),
+        "date": datetime.date.today().isoformat(),
+        "versions": " ".join(f"{name}={version}" for name, version in versions().items()),
+    }
+    rows = []
+    for case in tqdm([case for case in CASES if arguments.only in case.name], unit="case"):
+        for name, times in measure(case, 3 if arguments.quick else 15, device).items():
+            p20, p50, p80 = (round(float(p) * 1e6, 2) for p in np.percentile(times, [20, 50, 80]))
+            row = {"case": case.name, "peer": name, "p20_us": p20, "p50_us": p50, "p80_us": p80, "calls": len(times)}
+            rows.append(row | about)
+        gc.collect()
+        torch.cuda.empty_cache()
+    with (arguments.out / "cuda.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    text = table(rows, set(), own="adagrad.torch")
+    (arguments.out / "cuda.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
