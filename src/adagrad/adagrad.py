@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from adagrad import checks, kernels
+from adagrad import checks, dialects, kernels
 from adagrad.arrays import computing_format, operand
-from adagrad.optimizer import Index, Optimizer, as_lists, register
+from adagrad.dialects import Default
+from adagrad.optimizer import Optimizer, as_lists, register
+from adagrad.rates import Index
 from adagrad.rule import Array, Rule, history_shape, is_torch
 
 
@@ -37,6 +39,14 @@ class AdaGrad(Optimizer):
         Whether to use the kernels. If False, or for gradients that are not row-sparse, :meth:`step` is called.
     initial_accumulator_value : float, default 0.0
         What histories start from. Finite, >= 0.
+    dialect : str, default "mxnet"
+        Whose AdaGrad to follow: one of :data:`adagrad.dialects.DIALECTS`. Its defaults replace those of MXNet 2, above
+        and below, for all that is not given.
+    epsilon_inside : bool, default False
+        Whether to divide by :math:`\sqrt{h + \epsilon}` instead.
+    decoupled_decay : bool, default False
+        Whether to leave :math:`\mathtt{wd} \cdot w` out of the gradient, and so out of the history, and add it to the
+        quotient instead.
     **kwargs
         rescale_grad, param_idx2name, wd, clip_gradient, lr_scheduler, sym, begin_num_update, multi_precision,
         param_dict, aggregate_num: see :class:`~adagrad.Optimizer`.
@@ -63,17 +73,26 @@ class AdaGrad(Optimizer):
 
     def __init__(
         self,
-        learning_rate: float | None = 0.01,
-        epsilon: float = 1e-6,
+        learning_rate: float | None = Default(0.01),
+        epsilon: float = Default(1e-6),
         use_fused_step: bool = True,
         *,
-        initial_accumulator_value: float = 0.0,
+        initial_accumulator_value: float = Default(0.0),
+        dialect: str = "mxnet",
+        epsilon_inside: bool | None = None,
+        decoupled_decay: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        preset = dialects.find(dialect)
+        learning_rate, epsilon, initial_accumulator_value = preset.numbers(
+            learning_rate, epsilon, initial_accumulator_value, self.row_wise
+        )
+        self.epsilon_inside, self.decoupled_decay = preset.options(epsilon_inside, decoupled_decay)
+        # Checked before the base class overwrites the base_lr of a scheduler.
         self.epsilon = checks.non_negative("epsilon", epsilon)
-        self._rule_given: tuple[Any, ...] = ()
         self.initial_accumulator_value = checks.non_negative("initial_accumulator_value", initial_accumulator_value)
+        super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
+        self._rule_given: tuple[Any, ...] = ()
 
     def create_state(self, index: Index, weight: Array) -> Array:
         """The history at its start: ``initial_accumulator_value`` everywhere, in the shape of the weight.
@@ -108,20 +127,28 @@ class AdaGrad(Optimizer):
 
         Parameters and errors as in :meth:`~adagrad.Optimizer.update`.
         """
+        if not isinstance(indices, (list, tuple)) or not isinstance(grads, (list, tuple)):
+            indices, weights, grads, states = as_lists(indices, weights, grads, states)
         if not kernels.any_row_sparse(grads):
             self.step(indices, weights, grads, states)
             return
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
-        # Everything is checked before anything changes: the whole list here, the dense part again in step.
-        plan = kernels.plan(weights, grads, states, self.rule(), fused=True)
         lrs, wds, counts = self._resolve(indices)
+        is_sparse = [kernels.is_row_sparse(grad) for grad in grads]
+        plan = kernels.plan(weights, grads, states, self.rule(), fused=True)
+        if all(is_sparse) or getattr(self.step, "__func__", None) is AdaGrad.step:
+            plan.run(lrs, wds)
+            self._count(counts)
+            return
+        # A step of a subclass is to see the dense part; the whole list has been checked, before anything changes.
+        dense = [i for i, each in enumerate(is_sparse) if not each]
+        sparse = [i for i, each in enumerate(is_sparse) if each]
         self._count(counts)
-        sparse = {i for i, grad in enumerate(grads) if kernels.is_row_sparse(grad)}
-        dense = [i for i in range(len(indices)) if i not in sparse]
-        if dense:
-            with self._counted(indices, lrs, wds):
-                self.step(*([values[i] for i in dense] for values in (indices, weights, grads, states)))
-        plan.run(lrs, wds, only=sparse)
+        with self._counted(indices, lrs, wds):
+            self.step(*([values[i] for i in dense] for values in (indices, weights, grads, states)))
+            lrs, wds, _ = self._resolve([indices[i] for i in sparse])
+            weights, grads, states = ([values[i] for i in sparse] for values in (weights, grads, states))
+            kernels.update(weights, grads, states, lrs, wds, self.rule(), fused=True)
 
     def update_multi_precision(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """The same as :meth:`~adagrad.Optimizer.update`: the kernels know master copies, nothing is copied."""
@@ -129,20 +156,31 @@ class AdaGrad(Optimizer):
 
     def rule(self) -> Rule:
         """The rule's options and scalars as they are now; checked, since attributes may have been set meanwhile."""
-        given = (self.rescale_grad, self.clip_gradient, self.epsilon)
+        given = (self.rescale_grad, self.clip_gradient, self.epsilon, self.epsilon_inside, self.decoupled_decay)
         if given != self._rule_given:
             self._rule = Rule(
                 rescale_grad=checks.finite("rescale_grad", self.rescale_grad),
                 clip_gradient=checks.positive_or_none("clip_gradient", self.clip_gradient),
                 epsilon=checks.non_negative("epsilon", self.epsilon),
+                epsilon_inside=checks.boolean("epsilon_inside", self.epsilon_inside),
+                decoupled_decay=checks.boolean("decoupled_decay", self.decoupled_decay),
                 row_wise=self.row_wise,
             )
             self._rule_given = given
         return self._rule
 
-    def check(self, weights: Any, grads: Any, states: Any) -> None:
+    def check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        self._resolve(indices)
         kernels.plan(list(weights), list(grads), list(states), self.rule(), fused=self.use_fused_step)
 
     def _saved(self) -> dict[str, Callable[[str, Any], Any]]:
-        own = {"epsilon": checks.non_negative, "initial_accumulator_value": checks.non_negative}
-        return super()._saved() | own
+        return super()._saved() | {
+            "epsilon": checks.non_negative,
+            "initial_accumulator_value": checks.non_negative,
+            "epsilon_inside": checks.boolean,
+            "decoupled_decay": checks.boolean,
+        }
+
+    def set_config(self, config: Mapping[str, Any]) -> None:
+        # Checkpoints from before the dialects, and MXNet 2's, have neither option: what they hold had them off.
+        super().set_config({"epsilon_inside": False, "decoupled_decay": False} | dict(config))

@@ -9,7 +9,7 @@ from typing import Any
 
 def describe(value: object) -> str:
     """``value`` as a message shows it: its repr, cut to a line."""
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -17,14 +17,18 @@ def real(name: str, value: Any) -> float:
     """``value`` as a float; TypeError unless it is a real number (a bool is not)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={describe(value)}: must be a number, not {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        beyond: Any = value  # an integer that no float reaches
+        return math.inf if beyond > 0 else -math.inf
 
 
 def finite(name: str, value: Any) -> float:
     """``value`` as a finite float of any sign."""
     number = real(name, value)
     if not math.isfinite(number):
-        raise ValueError(f"{name}={value!r}: must be finite")
+        raise ValueError(f"{name}={describe(value)}: must be finite")
     return number
 
 
@@ -34,7 +38,7 @@ def non_negative(name: str, value: Any) -> float:
         return value
     number = real(name, value)
     if not 0 <= number < math.inf:
-        raise ValueError(f"{name}={value!r}: must be {'>= 0' if number < 0 else 'finite and >= 0'}")
+        raise ValueError(f"{name}={describe(value)}: must be {'>= 0' if number < 0 else 'finite and >= 0'}")
     return number
 
 
@@ -44,7 +48,7 @@ def positive_or_none(name: str, value: Any) -> float | None:
         return None
     number = real(name, value)
     if not 0 < number < math.inf:
-        raise ValueError(f"{name}={value!r}: must be None or {'> 0' if number <= 0 else 'finite and > 0'}")
+        raise ValueError(f"{name}={describe(value)}: must be None or {'> 0' if number <= 0 else 'finite and > 0'}")
     return number
 
 
@@ -53,7 +57,7 @@ def integer(name: str, value: Any, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}={describe(value)}: must be an integer, not {type(value).__name__}")
     if value < minimum:
-        raise ValueError(f"{name}={value!r}: must be >= {minimum}")
+        raise ValueError(f"{name}={describe(value)}: must be >= {minimum}")
     return int(value)
 
 

@@ -21,7 +21,8 @@ class GroupAdaGrad(AdaGrad):
     see :mod:`adagrad.rule`.
 
     Parameters, errors and methods are those of :class:`~adagrad.AdaGrad`. Unlike MXNet's, which refuses it, weight
-    decay is part of the gradient here, in the history as in the step.
+    decay is part of the gradient here, in the history as in the step. Of the dialects ``"mxnet"``, ``"mxnet1"`` and
+    ``"fbgemm"`` have a row-wise AdaGrad; others lend their defaults and the places of epsilon and decay.
     """
 
     row_wise = True

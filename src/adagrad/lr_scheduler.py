@@ -117,7 +117,7 @@ class FactorScheduler(LRScheduler):
 
     def after_warmup(self, num_update: int) -> float:
         # Repeated multiplication, not a power: it rounds as MXNet's does. It goes on from the last result, if it can.
-        decays, given = (num_update - 1) // self.step, (self.base_lr, self.factor, self.stop_factor_lr)
+        decays, given = max(num_update - 1, 0) // self.step, (self.base_lr, self.factor, self.stop_factor_lr)
         before, done, lr = self._last
         if before != given or done > decays:
             done, lr = 0, self.base_lr

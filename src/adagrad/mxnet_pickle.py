@@ -25,6 +25,7 @@ from adagrad.mxnet_ndarray import Bytes, read_array
 
 OPTIMIZERS = {
     "mxnet.optimizer.adagrad.AdaGrad": "AdaGrad",
+    "mxnet.optimizer.optimizer.AdaGrad": "AdaGrad",  # of MXNet 1
     "mxnet.optimizer.contrib.GroupAdaGrad": "GroupAdaGrad",
 }
 SCHEDULERS = {

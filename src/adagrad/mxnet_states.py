@@ -1,4 +1,4 @@
-"""Reads the state files that MXNet 2.0 wrote (``Trainer.save_states``, ``Updater.get_states``), without MXNet.
+"""Reads the state files that MXNet 2.0 and 1.x wrote (``Trainer.save_states``, ``Updater.get_states``), without MXNet.
 
 The file is a pickle, which :mod:`adagrad.mxnet_pickle` reads without running it.
 """
@@ -40,9 +40,19 @@ class MXNetOptimizer:
     aggregate_num: int | float
     use_fused_step: bool
     scheduler: tuple[str, dict[str, Any]] | None
+    epsilon_inside: bool = False
+    decoupled_decay: bool = False
 
     def config(self) -> dict[str, Any]:
-        """The same in the form that ``Optimizer.set_config`` takes; histories start at 0, as all of MXNet's do."""
+        """The same in the form that ``Optimizer.set_config`` takes; histories start at 0, as all of MXNet's do.
+
+        Raises ValueError for ``clip_gradient=0``, which cannot be continued with.
+        """
+        if self.clip_gradient == 0:
+            raise ValueError(
+                "clip_gradient=0: must be None or > 0: with 0 MXNet makes dense gradients zero, and does not clip "
+                "row-sparse ones; to go on without clipping, load a file that was saved without the optimizer"
+            )
         plain = {name: value for name, value in vars(self).items() if name not in ("name", "scheduler")}
         return {"class": self.name, "lr_scheduler": self.scheduler, "initial_accumulator_value": 0.0} | plain
 
@@ -143,13 +153,14 @@ def _optimizer(found: _Attributes) -> MXNetOptimizer:
     if lr is None and schedule is None:
         raise ValueError(f"{found.name} with neither lr nor lr_scheduler")
     aggregate = found.values.get("aggregate_num")
+    first = "float_stable_eps" in found.values  # MXNet 1, whose rule is another
     return MXNetOptimizer(
         name=found.name,
         rescale_grad=found.real("rescale_grad"),
         lr=lr,
         wd=found.real("wd"),
         clip_gradient=found.real_or_none("clip_gradient"),
-        epsilon=found.real("epsilon"),
+        epsilon=found.real("float_stable_eps" if first else "epsilon"),
         begin_num_update=found.count("begin_num_update"),
         num_update=num_update,
         index_update_count={
@@ -160,9 +171,11 @@ def _optimizer(found: _Attributes) -> MXNetOptimizer:
         wd_mult={key: float(value) for key, value in found.table("wd_mult", float, int).items()},
         idx2name=found.table("idx2name", str),
         multi_precision=bool(found.get("multi_precision", bool, int)),
-        aggregate_num=math.inf if aggregate == math.inf else found.count("aggregate_num"),
-        use_fused_step=bool(found.get("use_fused_step", bool, int)),
+        aggregate_num=math.inf if aggregate == math.inf else 1 if first else found.count("aggregate_num"),
+        use_fused_step=first or bool(found.get("use_fused_step", bool, int)),
         scheduler=None if schedule is None else _scheduler(_Attributes(schedule), lr, num_update),
+        epsilon_inside=first,
+        decoupled_decay=first,
     )
 
 

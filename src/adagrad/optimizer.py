@@ -1,23 +1,25 @@
-"""The optimizer base class: hyper-parameters, per-weight lr and wd, update counts, the registry."""
+"""The optimizer base class: hyper-parameters, the steps, checkpoints of both, the registry."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
+
+import numpy as np
 
 from adagrad import checks, lr_scheduler
 from adagrad.arrays import LOW_PRECISION, operand
 from adagrad.lr_scheduler import LRScheduler
+from adagrad.rates import Index, Rates
+from adagrad.row_sparse import RowSparse
 from adagrad.rule import Array, cast, is_torch
 
-Index = int | str
 O = TypeVar("O", bound="type[Optimizer]")  # noqa: E741
 
 
-class Optimizer:
+class Optimizer(Rates):
     """Base class of optimizers, with the API of ``mxnet.optimizer.Optimizer`` (2.0).
 
     A subclass defines :meth:`create_state`, :meth:`step` and, if it has kernels, :meth:`fused_step`.
@@ -76,55 +78,11 @@ class Optimizer:
         use_fused_step: bool | None = None,
     ) -> None:
         self.rescale_grad = checks.finite("rescale_grad", rescale_grad)
-        self.wd = checks.non_negative("wd", wd)
         self.clip_gradient = checks.positive_or_none("clip_gradient", clip_gradient)
-        self.begin_num_update = checks.integer("begin_num_update", begin_num_update, 0)
         self.multi_precision = checks.boolean("multi_precision", multi_precision)
         self.use_fused_step = use_fused_step is not None and checks.boolean("use_fused_step", use_fused_step)
         self.aggregate_num = _aggregate_num(aggregate_num)
-        for name, value in (("param_idx2name", param_idx2name), ("param_dict", param_dict)):
-            if value is not None and not isinstance(value, Mapping):
-                raise TypeError(f"{name}={checks.describe(value)}: must be a dict, not {type(value).__name__}")
-        self.idx2name = dict(param_idx2name or {})
-        self.param_dict = param_dict if param_dict is not None else {}
-        self.sym_info = () if sym is None else (sym.attr_dict(), sym.list_arguments())
-
-        if learning_rate is not None:
-            learning_rate = checks.non_negative("learning_rate", learning_rate)
-        if lr_scheduler is not None and not callable(lr_scheduler):
-            raise TypeError(f"lr_scheduler={checks.describe(lr_scheduler)}: must be callable with num_update")
-        self.lr_scheduler = lr_scheduler
-        self.lr: float | None = learning_rate
-        if lr_scheduler is None:
-            self.lr = 0.01 if learning_rate is None else learning_rate
-        elif learning_rate is not None:
-            self._overwrite_base_lr(lr_scheduler, learning_rate)
-
-        self.num_update = self.begin_num_update
-        self._index_update_count: dict[Index, int] = {}
-        self._resolved: dict[Index, tuple[float, float]] = {}
-        self.lr_mult: dict[Index, float] = {}
-        self.wd_mult: dict[Index, float] = {}
-        self.set_lr_mult({})
-        self.set_wd_mult({})
-
-    @staticmethod
-    def _overwrite_base_lr(scheduler: Any, learning_rate: float) -> None:
-        before = getattr(scheduler, "base_lr", None)
-        if before == learning_rate:
-            return
-        if isinstance(scheduler, LRScheduler) and scheduler.warmup_begin_lr > learning_rate:
-            raise ValueError(
-                f"learning_rate={learning_rate!r}: overwrites the scheduler's base_lr, which must be >= its "
-                f"warmup_begin_lr={scheduler.warmup_begin_lr!r}; pass learning_rate=None to keep base_lr={before!r}"
-            )
-        warnings.warn(
-            f"learning_rate={learning_rate!r} overwrites the scheduler's base_lr={before!r}; "
-            "pass learning_rate=None to keep the scheduler's",
-            UserWarning,
-            stacklevel=4,
-        )
-        scheduler.base_lr = learning_rate
+        super().__init__(wd, learning_rate, lr_scheduler, param_idx2name, param_dict, sym, begin_num_update)
 
     # -------------------------------------------------------------------------------------------------- the registry
 
@@ -154,118 +112,6 @@ class Optimizer:
             known = ", ".join(sorted(Optimizer.opt_registry))
             raise ValueError(f"name={name!r}: no such optimizer; registered: {known}")
         return klass(**kwargs)
-
-    # --------------------------------------------------------------------------------------- learning rates and decays
-
-    @property
-    def learning_rate(self) -> float:
-        """The learning rate now: the scheduler's at ``num_update``, or the one that was set."""
-        return self._lr_at(self.num_update)
-
-    def _lr_at(self, num_update: int) -> float:
-        if self.lr_scheduler is not None:
-            return self.lr_scheduler(num_update)
-        return 0.01 if self.lr is None else self.lr
-
-    def set_learning_rate(self, lr: float) -> None:
-        """Set the learning rate; raises UserWarning, as MXNet does, when a scheduler decides on it."""
-        if self.lr_scheduler is not None:
-            raise UserWarning(f"lr={lr!r}: the optimizer has a learning-rate scheduler, which decides on it")
-        self.lr = checks.non_negative("lr", lr)
-
-    def set_lr_mult(self, args_lr_mult: Mapping[Index, float]) -> None:
-        """Set multipliers of the learning rate, by index or name, anew; those of ``sym`` stay unless named."""
-        self.lr_mult = self._multipliers("args_lr_mult", "__lr_mult__", args_lr_mult)
-
-    def set_wd_mult(self, args_wd_mult: Mapping[Index, float]) -> None:
-        """Set multipliers of the weight decay, by index or name, anew; those of ``sym`` stay unless named."""
-        self.wd_mult = self._multipliers("args_wd_mult", "__wd_mult__", args_wd_mult)
-
-    def _multipliers(self, argument: str, attribute: str, given: Mapping[Index, float]) -> dict[Index, float]:
-        if not isinstance(given, Mapping):
-            raise TypeError(f"{argument}={checks.describe(given)}: must be a dict, not {type(given).__name__}")
-        found: dict[Index, float] = {}
-        if self.sym_info:
-            attributes, names = self.sym_info
-            for name in names:
-                if attribute in attributes.get(name, {}):
-                    found[name] = checks.non_negative(f"{attribute} of {name}", float(attributes[name][attribute]))
-        for index, value in given.items():
-            found[index] = checks.non_negative(f"{argument}[{index!r}]", value)
-        return found
-
-    def _multiplier(self, index: Index, attribute: str, multipliers: Mapping[Index, float]) -> float:
-        """MXNet's order: the parameter's own, else the index's, else its name's."""
-        if index in self.param_dict:
-            return float(getattr(self.param_dict[index], attribute))
-        if index in multipliers:
-            return multipliers[index]
-        if index in self.idx2name:
-            return multipliers.get(self.idx2name[index], 1.0)
-        return 1.0
-
-    def _get_lr(self, index: Index) -> float:
-        """The learning rate of the weight ``index`` now."""
-        if index in self._resolved:
-            return self._resolved[index][0]
-        return self.learning_rate * self._multiplier(index, "lr_mult", self.lr_mult)
-
-    def _get_wd(self, index: Index) -> float:
-        """The weight decay of the weight ``index``."""
-        return self.wd * self._multiplier(index, "wd_mult", self.wd_mult)
-
-    def _get_lrs(self, indices: Sequence[Index]) -> list[float]:
-        return [self._get_lr(index) for index in indices]
-
-    def _get_wds(self, indices: Sequence[Index]) -> list[float]:
-        return [self._get_wd(index) for index in indices]
-
-    # ----------------------------------------------------------------------------------------------------- the counts
-
-    def _update_count(self, index: Index | Sequence[Index]) -> None:
-        """Count an update of the weight ``index``, or of each of several; for ``step`` methods of subclasses."""
-        for each in index if isinstance(index, (list, tuple)) else (index,):
-            if each not in self._resolved:
-                count = self._index_update_count.get(each, self.begin_num_update) + 1
-                self._index_update_count[each] = count
-                self.num_update = max(self.num_update, count)
-
-    def _resolve(self, indices: Sequence[Index]) -> tuple[list[float], list[float], dict[Index, int]]:
-        """lr and wd of each index (or one for all) and its new count, counted in order; nothing has changed yet."""
-        if self._resolved:
-            pairs = [self._resolved[index] for index in indices]
-            return [lr for lr, _ in pairs], [wd for _, wd in pairs], {}
-        counts, begin = self._index_update_count, self.begin_num_update
-        if self.lr_scheduler is None and not (self.param_dict or self.lr_mult or self.wd_mult):
-            lr, wd = checks.non_negative("lr", self.learning_rate), checks.non_negative("wd", self.wd)
-            return [lr], [wd], {index: counts.get(index, begin) + 1 for index in indices}
-        new: dict[Index, int] = {}
-        lrs: list[float] = []
-        reached, base = self.num_update, None
-        for index in indices:
-            new[index] = counts.get(index, begin) + 1
-            if base is None or new[index] > reached:
-                reached = max(reached, new[index])
-                base = self._lr_at(reached)
-            lr = base * self._multiplier(index, "lr_mult", self.lr_mult)
-            lrs.append(checks.non_negative(f"lr of index {index!r}", lr))
-        wds = [checks.non_negative(f"wd of index {index!r}", self._get_wd(index)) for index in indices]
-        return lrs, wds, new
-
-    def _count(self, new: Mapping[Index, int]) -> None:
-        """Take over the counts that :meth:`_resolve` gave."""
-        self._index_update_count.update(new)
-        self.num_update = max(self.num_update, *new.values()) if new else self.num_update
-
-    @contextmanager
-    def _counted(self, indices: Sequence[Index], lrs: Sequence[float], wds: Sequence[float]) -> Iterator[None]:
-        """Within: the indices are already counted and their lr and wd resolved, whatever a called ``step`` asks for."""
-        rates = zip(lrs, wds, strict=True) if len(lrs) > 1 else [(lrs[0], wds[0])] * len(indices)
-        self._resolved = dict(zip(indices, rates, strict=True))
-        try:
-            yield
-        finally:
-            self._resolved = {}
 
     # ------------------------------------------------------------------------------------------------------- the steps
 
@@ -326,14 +172,15 @@ class Optimizer:
             for i, weight in enumerate(weights)
         ]
         masters = [state[0] if is_low else w for is_low, w, state in zip(low, weights, states, strict=True)]
-        full = [cast(g, m) if is_low else g for is_low, g, m in zip(low, grads, masters, strict=True)]
+        full = [_cast_gradient(g, m) if is_low else g for is_low, g, m in zip(low, grads, masters, strict=True)]
         inner = [state[1] if is_low else state for is_low, state in zip(low, states, strict=True)]
         self.update(indices, masters, full, inner)
         for is_low, weight, master in zip(low, weights, masters, strict=True):
             if is_low:
-                weight[...] = cast(master, weight)
+                with np.errstate(over="ignore"):  # to infinity, as the kernels round
+                    weight[...] = cast(master, weight)
 
-    def check(self, weights: Any, grads: Any, states: Any) -> None:
+    def check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """Raise what an update with these lists would raise; for callers that split a list over several updates."""
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
@@ -394,6 +241,12 @@ class Optimizer:
             raise ValueError(f"optimizer {type(self).__name__}: its saved hyper-parameters: {error!r}") from error
         for name, value in new.items():
             setattr(self, name, value)
+
+
+def _cast_gradient(grad: Any, like: Array) -> Any:
+    if isinstance(grad, RowSparse):
+        return RowSparse(cast(grad.values, like), grad.indices, grad.shape)
+    return cast(grad, like)
 
 
 def _aggregate_num(value: Any) -> float:

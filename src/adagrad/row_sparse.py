@@ -49,8 +49,9 @@ class RowSparse:
 
     def __init__(self, values: Any, indices: Any, shape: Any) -> None:
         for name, array in (("values", values), ("indices", indices)):
-            if not isinstance(array, np.ndarray) and not is_torch(array):
-                raise TypeError(f"{name}={describe(array)}: must be a NumPy array or a torch tensor")
+            if isinstance(array, np.ma.MaskedArray) or not (isinstance(array, np.ndarray) or is_torch(array)):
+                kind = f"{type(array).__module__}.{type(array).__qualname__}"
+                raise TypeError(f"{name}={describe(array)}: must be a NumPy array or a torch tensor, not {kind}")
         try:
             shape = tuple(operator.index(size) for size in shape)
         except TypeError:

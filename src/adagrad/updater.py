@@ -7,7 +7,8 @@ import sys
 from typing import Any
 
 from adagrad import checks
-from adagrad.optimizer import Index, Optimizer, as_lists
+from adagrad.optimizer import Optimizer, as_lists
+from adagrad.rates import Index
 from adagrad.rule import is_torch
 
 
@@ -60,7 +61,7 @@ class Updater:
         states = [new[each] if each in new else self.states[each] for each in indices]
         size = int(min(self.optimizer.aggregate_num, max(len(indices), 1)))
         if size < len(indices):
-            self.optimizer.check(weights, grads, states)
+            self.optimizer.check(indices, weights, grads, states)
         for start in range(0, len(indices), size):
             part = slice(start, start + size)
             self.optimizer.update_multi_precision(indices[part], weights[part], grads[part], states[part])

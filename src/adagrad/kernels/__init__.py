@@ -55,11 +55,10 @@ class Plan:
         """Add what updates the weights at the positions ``which``, given their lrs and wds."""
         self._parts.append((which, part))
 
-    def run(self, lrs: Sequence[Any], wds: Sequence[Any], only: set[int] | None = None) -> None:
-        """Update every weight (or those at the positions ``only``), with its lr and wd, in the order of the call."""
+    def run(self, lrs: Sequence[Any], wds: Sequence[Any]) -> None:
+        """Update every weight, with its lr and wd, in the order of the call."""
         for which, part in self._parts:
-            if only is None or only.issuperset(which):
-                part(*(rates if len(rates) == 1 else [rates[i] for i in which] for rates in (lrs, wds)))
+            part(*(rates if len(rates) == 1 else [rates[i] for i in which] for rates in (lrs, wds)))
 
 
 def update(
@@ -159,6 +158,8 @@ def check_update(at: str, weight: Array, grad: Any, state: Any, rule: Rule) -> U
             _require(o, "dtype", o.format, computing, TypeError)
     for o in (g, h, m):
         if o is not None:
+            if is_torch(o.array) != is_torch(w.array):
+                raise TypeError(f"{o.name}: {_kind(o.array)}: must be {_kind(w.array)}, like the weight")
             _require(o, "device", o.device, w.device)
     for o in (w, h, m):
         if o is not None and o.memory is not None:
@@ -172,6 +173,10 @@ def check_update(at: str, weight: Array, grad: Any, state: Any, rule: Rule) -> U
 def _require(o: Operand, what: str, found: Any, expected: Any, error: type[Exception] = ValueError) -> None:
     if found != expected:
         raise error(f"{o.name}: {what} {found}: must be {expected}")
+
+
+def _kind(array: Array) -> str:
+    return "a torch tensor" if is_torch(array) else "a NumPy array"
 
 
 def as_row_sparse(name: str, grad: Any) -> RowSparse | None:
@@ -264,7 +269,8 @@ def _launch(
 ) -> None:
     cpu = _cpu()
     scalars = cpu.cpu_rule.scalars(rule)
-    cpu.cpu_dense.launch(table, total, hyper(lrs, wds, rule), scalars, formats, threads or cpu.numba_jit.max_workers())
+    rates, workers = hyper(lrs, wds, rule), threads or cpu.numba_jit.max_workers()
+    cpu.cpu_dense.launch(table, total, rates, scalars, formats, rule.row_wise, workers)
 
 
 def hyper(lrs: Sequence[float], wds: Sequence[float], rule: Rule) -> np.ndarray:

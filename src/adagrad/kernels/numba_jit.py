@@ -67,8 +67,12 @@ class _Cache(FunctionCache):  # type: ignore[misc]
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        with suppress(Exception):
+        try:
             super().save_overload(sig, data)
+        except Exception:
+            with suppress(Exception):  # a damaged index is read before it is written: begin a new one
+                self.flush()
+                super().save_overload(sig, data)
 
 
 @functools.cache
@@ -112,7 +116,11 @@ def _private(path: Path) -> bool:
     if not hasattr(os, "getuid"):
         return True
     status = path.stat()
-    return status.st_uid in (os.getuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if status.st_uid not in (os.getuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return False
+    # Nor may anyone put another folder in the place of this one; a sticky folder, as /tmp is, allows no such thing.
+    above = [folder.stat().st_mode for folder in path.resolve().parents]
+    return all(not mode & stat.S_IWOTH or mode & stat.S_ISVTX for mode in above)
 
 
 # -------------------------------------------------------------------------------------------------------- compilation
@@ -150,7 +158,7 @@ def worker(function: Callable[[Any, Any, Any], None]) -> int:
     """Compile ``function(arguments, k, count)`` and give its address; ``arguments`` is that of an int64 array."""
     void, word = numba.types.void, numba.types.int64
     options = {"nopython": True, **_OPTIONS}
-    compiled = CFunc(function, numba.core.sigutils.normalize_signature(void(word, word, word)), {}, options)
+    compiled: Any = CFunc(function, numba.core.sigutils.normalize_signature(void(word, word, word)), {}, options)
     with suppress(Exception):
         compiled._cache = _Cache(function)
     compiled.compile()

@@ -25,7 +25,7 @@ DIGIT = 11
 @jit(helper=True)
 def _pack(indices: Any, first: int, last: int, rows: int, shift: int, keys: Any) -> Any:
     """Fill ``keys``; the position of the first row id outside the weight, or -1, and whether the ids increase."""
-    increasing = True
+    increasing: Any = True
     before = np.int64(indices[first - 1]) if first > 0 else np.int64(-1)
     for i in range(first, last):
         row = np.int64(indices[i])

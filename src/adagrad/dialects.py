@@ -1,0 +1,102 @@
+"""The AdaGrad of other frameworks, as presets of the options of :class:`~adagrad.AdaGrad`: one row for each.
+
+The rule is that of :mod:`adagrad.rule` throughout; a dialect says where it has its constants, and what a framework
+takes where nothing is given. The facts are from the sources of the versions named, and were compared with what those
+compute; where a framework rounds in another order, the results are equal up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from adagrad import checks
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """What a framework calls AdaGrad.
+
+    Attributes
+    ----------
+    framework : str
+        Its name and the version that was looked at.
+    learning_rate : float or None
+        Its default; None where it has none or, as MXNet 1, asks the scheduler first.
+    epsilon, initial_accumulator_value : float
+        Its defaults.
+    epsilon_inside : bool
+        Whether it divides by ``sqrt(history + epsilon)`` rather than by ``sqrt(history) + epsilon``.
+    decoupled_decay : bool
+        Whether weight decay stays out of the gradient, and so out of the history.
+    row_wise_epsilon : float or None
+        The default of its row-wise AdaGrad, where that is another one.
+    """
+
+    framework: str
+    learning_rate: float | None
+    epsilon: float
+    initial_accumulator_value: float
+    epsilon_inside: bool = False
+    decoupled_decay: bool = False
+    row_wise_epsilon: float | None = None
+
+    def numbers(self, learning_rate: Any, epsilon: Any, initial_accumulator_value: Any, row_wise: bool) -> list[Any]:
+        """The three arguments, with the dialect's defaults for those that were not given."""
+        own_epsilon = self.row_wise_epsilon if row_wise and self.row_wise_epsilon is not None else self.epsilon
+        defaults = (self.learning_rate, own_epsilon, self.initial_accumulator_value)
+        given = (learning_rate, epsilon, initial_accumulator_value)
+        return [own if isinstance(value, Default) else value for value, own in zip(given, defaults, strict=True)]
+
+    def options(self, epsilon_inside: bool | None, decoupled_decay: bool | None) -> tuple[bool, bool]:
+        """The two options of the rule, with the dialect's for those that are None."""
+        return (
+            self.epsilon_inside if epsilon_inside is None else checks.boolean("epsilon_inside", epsilon_inside),
+            self.decoupled_decay if decoupled_decay is None else checks.boolean("decoupled_decay", decoupled_decay),
+        )
+
+
+class Default(float):
+    """The default of an argument: a number like any other, of which one can tell that the caller did not give it."""
+
+
+# fmt: off
+_MXNET2 = Dialect("MXNet 2.0.0b1", learning_rate=0.01, epsilon=1e-6, initial_accumulator_value=0.0)
+_MXNET1 = Dialect("MXNet 1.9.1", learning_rate=None, epsilon=1e-7, initial_accumulator_value=0.0,
+                  epsilon_inside=True, decoupled_decay=True, row_wise_epsilon=1e-5)
+_TORCH = Dialect("PyTorch 2.13", learning_rate=0.01, epsilon=1e-10, initial_accumulator_value=0.0)
+_OPTAX = Dialect("optax 0.2.8", learning_rate=None, epsilon=1e-7, initial_accumulator_value=0.1, epsilon_inside=True)
+_KERAS = Dialect("Keras 3.15", learning_rate=0.001, epsilon=1e-7, initial_accumulator_value=0.1,
+                 epsilon_inside=True, decoupled_decay=True)
+_TENSORFLOW = Dialect("TensorFlow 2.21, ResourceApplyAdagradV2 and tf.keras.optimizers.legacy",
+                      learning_rate=0.001, epsilon=1e-7, initial_accumulator_value=0.1)
+_FBGEMM = Dialect("FBGEMM 1.8, EXACT_ADAGRAD and EXACT_ROWWISE_ADAGRAD",
+                  learning_rate=0.01, epsilon=1e-8, initial_accumulator_value=0.0)
+_MLX = Dialect("MLX 0.32", learning_rate=None, epsilon=1e-8, initial_accumulator_value=0.0)
+# fmt: on
+
+DIALECTS: Mapping[str, Dialect] = MappingProxyType(
+    {
+        "mxnet": _MXNET2,
+        "mxnet1": _MXNET1,
+        "torch": _TORCH,
+        "optax": _OPTAX,
+        "keras": _KERAS,
+        "tensorflow": _TENSORFLOW,
+        "tf": _TENSORFLOW,
+        "fbgemm": _FBGEMM,
+        "mlx": _MLX,
+    }
+)
+"""The dialects by name; ``"mxnet"`` is the default of :class:`~adagrad.AdaGrad`."""
+
+
+def find(name: str) -> Dialect:
+    """The dialect ``name``; ValueError for an unknown one, with the names that are known."""
+    if not isinstance(name, str):
+        raise TypeError(f"dialect={checks.describe(name)}: must be a string, not {type(name).__name__}")
+    if name not in DIALECTS:
+        raise ValueError(f"dialect={name!r}: must be one of {', '.join(map(repr, DIALECTS))}")
+    return DIALECTS[name]

@@ -1,0 +1,195 @@
+"""Learning rates and weight decays of single weights, and the counts of their updates."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from adagrad import checks
+from adagrad.lr_scheduler import LRScheduler
+
+Index = int | str
+"""What tells the weights of an optimizer apart."""
+
+
+class Rates:
+    """The part of an optimizer that knows how often each weight was updated, and its lr and wd therefore.
+
+    Parameters are those of :class:`~adagrad.Optimizer`, which says what they mean.
+    """
+
+    def __init__(
+        self,
+        wd: float,
+        learning_rate: float | None,
+        lr_scheduler: Callable[[int], float] | None,
+        param_idx2name: Mapping[int, str] | None,
+        param_dict: Mapping[Index, Any] | None,
+        sym: Any,
+        begin_num_update: int,
+    ) -> None:
+        self.wd = checks.non_negative("wd", wd)
+        self.begin_num_update = checks.integer("begin_num_update", begin_num_update, 0)
+        for name, value in (("param_idx2name", param_idx2name), ("param_dict", param_dict)):
+            if value is not None and not isinstance(value, Mapping):
+                raise TypeError(f"{name}={checks.describe(value)}: must be a dict, not {type(value).__name__}")
+        self.idx2name = dict(param_idx2name or {})
+        self.param_dict = param_dict if param_dict is not None else {}
+        self.sym_info = () if sym is None else (sym.attr_dict(), sym.list_arguments())
+        if learning_rate is not None:
+            learning_rate = checks.non_negative("learning_rate", learning_rate)
+        if lr_scheduler is not None and not callable(lr_scheduler):
+            raise TypeError(f"lr_scheduler={checks.describe(lr_scheduler)}: must be callable with num_update")
+        self.lr_scheduler = lr_scheduler
+        self.lr: float | None = learning_rate
+        if lr_scheduler is None:
+            self.lr = 0.01 if learning_rate is None else learning_rate
+        elif learning_rate is not None:
+            self._overwrite_base_lr(lr_scheduler, learning_rate)
+
+        self.num_update = self.begin_num_update
+        self._index_update_count: dict[Index, int] = {}
+        self._resolved: dict[Index, tuple[float, float]] = {}
+        self.lr_mult: dict[Index, float] = {}
+        self.wd_mult: dict[Index, float] = {}
+        self.set_lr_mult({})
+        self.set_wd_mult({})
+
+    @staticmethod
+    def _overwrite_base_lr(scheduler: Any, learning_rate: float) -> None:
+        if not hasattr(scheduler, "base_lr"):
+            warnings.warn(
+                f"learning_rate={learning_rate!r} has no effect: the scheduler has no base_lr to overwrite; "
+                "pass learning_rate=None",
+                UserWarning,
+                stacklevel=5,
+            )
+            return
+        before = scheduler.base_lr
+        if before == learning_rate:
+            return
+        if isinstance(scheduler, LRScheduler) and scheduler.warmup_begin_lr > learning_rate:
+            raise ValueError(
+                f"learning_rate={learning_rate!r}: overwrites the scheduler's base_lr, which must be >= its "
+                f"warmup_begin_lr={scheduler.warmup_begin_lr!r}; pass learning_rate=None to keep base_lr={before!r}"
+            )
+        warnings.warn(
+            f"learning_rate={learning_rate!r} overwrites the scheduler's base_lr={before!r}; "
+            "pass learning_rate=None to keep the scheduler's",
+            UserWarning,
+            stacklevel=5,
+        )
+        scheduler.base_lr = learning_rate
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate now: the scheduler's at ``num_update``, or the one that was set."""
+        return self._lr_at(self.num_update)
+
+    def _lr_at(self, num_update: int) -> float:
+        if self.lr_scheduler is not None:
+            return self.lr_scheduler(num_update)
+        return 0.01 if self.lr is None else self.lr
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Set the learning rate; raises UserWarning, as MXNet does, when a scheduler decides on it."""
+        if self.lr_scheduler is not None:
+            raise UserWarning(f"lr={lr!r}: the optimizer has a learning-rate scheduler, which decides on it")
+        self.lr = checks.non_negative("lr", lr)
+
+    def set_lr_mult(self, args_lr_mult: Mapping[Index, float]) -> None:
+        """Set multipliers of the learning rate, by index or name, anew; those of ``sym`` stay unless named."""
+        self.lr_mult = self._multipliers("args_lr_mult", "__lr_mult__", args_lr_mult)
+
+    def set_wd_mult(self, args_wd_mult: Mapping[Index, float]) -> None:
+        """Set multipliers of the weight decay, by index or name, anew; those of ``sym`` stay unless named."""
+        self.wd_mult = self._multipliers("args_wd_mult", "__wd_mult__", args_wd_mult)
+
+    def _multipliers(self, argument: str, attribute: str, given: Mapping[Index, float]) -> dict[Index, float]:
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{argument}={checks.describe(given)}: must be a dict, not {type(given).__name__}")
+        found: dict[Index, float] = {}
+        if self.sym_info:
+            attributes, names = self.sym_info
+            for name in names:
+                if attribute in attributes.get(name, {}):
+                    found[name] = checks.non_negative(f"{attribute} of {name}", float(attributes[name][attribute]))
+        for index, value in given.items():
+            found[index] = checks.non_negative(f"{argument}[{index!r}]", value)
+        return found
+
+    def _multiplier(self, index: Index, attribute: str, multipliers: Mapping[Index, float]) -> float:
+        """MXNet's order: the parameter's own, else the index's, else its name's."""
+        if index in self.param_dict:
+            return float(getattr(self.param_dict[index], attribute))
+        if index in multipliers:
+            return multipliers[index]
+        if index in self.idx2name:
+            return multipliers.get(self.idx2name[index], 1.0)
+        return 1.0
+
+    def _get_lr(self, index: Index) -> float:
+        """The learning rate of the weight ``index`` now."""
+        if index in self._resolved:
+            return self._resolved[index][0]
+        return self.learning_rate * self._multiplier(index, "lr_mult", self.lr_mult)
+
+    def _get_wd(self, index: Index) -> float:
+        """The weight decay of the weight ``index``."""
+        return self.wd * self._multiplier(index, "wd_mult", self.wd_mult)
+
+    def _get_lrs(self, indices: Sequence[Index]) -> list[float]:
+        return [self._get_lr(index) for index in indices]
+
+    def _get_wds(self, indices: Sequence[Index]) -> list[float]:
+        return [self._get_wd(index) for index in indices]
+
+    # ----------------------------------------------------------------------------------------------------- the counts
+
+    def _update_count(self, index: Index | Sequence[Index]) -> None:
+        """Count an update of the weight ``index``, or of each of several; for ``step`` methods of subclasses."""
+        for each in index if isinstance(index, (list, tuple)) else (index,):
+            if each not in self._resolved:
+                count = self._index_update_count.get(each, self.begin_num_update) + 1
+                self._index_update_count[each] = count
+                self.num_update = max(self.num_update, count)
+
+    def _resolve(self, indices: Sequence[Index]) -> tuple[list[float], list[float], dict[Index, int]]:
+        """lr and wd of each index (or one for all) and its new count, counted in order; nothing has changed yet."""
+        if self._resolved:
+            pairs = [self._resolved[index] for index in indices]
+            return [lr for lr, _ in pairs], [wd for _, wd in pairs], {}
+        counts, begin = self._index_update_count, self.begin_num_update
+        if self.lr_scheduler is None and not (self.param_dict or self.lr_mult or self.wd_mult):
+            lr, wd = checks.non_negative("lr", self.learning_rate), checks.non_negative("wd", self.wd)
+            return [lr], [wd], {index: counts.get(index, begin) + 1 for index in indices}
+        new: dict[Index, int] = {}
+        lrs: list[float] = []
+        reached, base = self.num_update, None
+        for index in indices:
+            new[index] = counts.get(index, begin) + 1
+            if base is None or new[index] > reached:
+                reached = max(reached, new[index])
+                name = "lr" if self.lr_scheduler is None else f"lr_scheduler({reached})"
+                base = checks.non_negative(name, self._lr_at(reached))
+            lr = base * self._multiplier(index, "lr_mult", self.lr_mult)
+            lrs.append(checks.non_negative(f"lr of index {index!r}", lr))
+        wds = [checks.non_negative(f"wd of index {index!r}", self._get_wd(index)) for index in indices]
+        return lrs, wds, new
+
+    def _count(self, new: Mapping[Index, int]) -> None:
+        """Take over the counts that :meth:`_resolve` gave."""
+        self._index_update_count.update(new)
+        self.num_update = max(self.num_update, *new.values()) if new else self.num_update
+
+    @contextmanager
+    def _counted(self, indices: Sequence[Index], lrs: Sequence[float], wds: Sequence[float]) -> Iterator[None]:
+        """Within: the indices are already counted and their lr and wd resolved, whatever a called ``step`` asks for."""
+        rates = zip(lrs, wds, strict=True) if len(lrs) > 1 else [(lrs[0], wds[0])] * len(indices)
+        self._resolved = dict(zip(indices, rates, strict=True))
+        try:
+            yield
+        finally:
+            self._resolved = {}

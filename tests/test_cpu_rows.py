@@ -1,0 +1,326 @@
+"""The row-sparse kernels on the CPU against the oracle, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import oracle
+from adagrad import RowSparse
+from adagrad.kernels.row_order import row_order
+from support import (
+    DTYPES,
+    HYPERS,
+    KINDS,
+    Kind,
+    Operands,
+    apply,
+    assert_same,
+    assert_same_bits,
+    bits,
+    check,
+    expected,
+    lay_out,
+    layouts_of,
+    normal,
+    operands,
+    positive,
+    special,
+)
+
+FLOAT32, FLOAT64 = KINDS[:2]
+MASTER = Kind("bfloat16", "float32", True)
+HALF = Kind("float16", "float16")
+
+RUNS = [1, 2, 3, 127, 128, 129, 255, 256, 257, 511, 512, 513, 640, 641, 1023, 1024, 1025, 1300]
+"""Occurrences of one row, around the borders of chunks, and of runs that several workers share."""
+
+
+def rows(
+    rng: np.random.Generator,
+    kind: Kind,
+    shape: tuple[int, ...],
+    indices: Any,
+    *,
+    row_wise: bool = False,
+) -> Operands:
+    indices = np.asarray(indices)
+    values = normal(rng, (len(indices), *shape[1:]), DTYPES[kind.grad])
+    return operands(rng, kind, shape, row_wise=row_wise, grad=RowSparse(values, indices, shape))
+
+
+def some(rng: np.random.Generator, count: int, of: int, dtype: Any = np.int64) -> np.ndarray:
+    """Row ids of which a few are frequent, unsorted."""
+    return np.minimum(rng.zipf(1.5, count) - 1, of - 1).astype(dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("row_wise", [False, True], ids=["each", "row-wise"])
+def test_shapes_and_hyper_parameters(kind: Kind, row_wise: bool) -> None:
+    rng = np.random.default_rng(0)
+    for name, hyper in HYPERS.items():
+        for shape in [(7,), (5, 1), (6, 16), (4, 17), (9, 2, 3)]:
+            o = rows(rng, kind, shape, some(rng, 12, shape[0]), row_wise=row_wise)
+            check(o, replace(hyper, row_wise=row_wise), what=f"{name} {shape}")
+
+
+@pytest.mark.parametrize("kind", [FLOAT32, HALF, MASTER], ids=str)
+@pytest.mark.parametrize("run", RUNS)
+def test_runs(kind: Kind, run: int) -> None:
+    """A frequent row among others, its occurrences anywhere in the list."""
+    rng = np.random.default_rng(run)
+    indices = rng.permutation([3] * run + [0, 1, 1, 9] + [8] * (run // 2))
+    check(rows(rng, kind, (10, 2), indices), HYPERS["unclipped"])
+
+
+@pytest.mark.parametrize("run", [2, 130, 1025])
+def test_runs_row_wise(run: int) -> None:
+    rng = np.random.default_rng(run)
+    indices = rng.permutation([3] * run + [0, 1, 1, 9])
+    check(rows(rng, FLOAT32, (10, 18), indices, row_wise=True), replace(HYPERS["unclipped"], row_wise=True))
+
+
+@pytest.mark.usefixtures("always_parallel")
+@pytest.mark.parametrize("threads", [2, 3, 7, 64])
+@pytest.mark.parametrize("kind", [FLOAT32, MASTER], ids=str)
+def test_any_number_of_threads(kind: Kind, threads: int) -> None:
+    rng = np.random.default_rng(1)
+    cases: dict[str, Any] = {
+        "nothing": [],
+        "one": [4],
+        "one row alone": [4] * 1300,
+        "distinct": rng.permutation(10),
+        "ascending": np.arange(10),
+        "few": some(rng, 20, 10),
+        "many": some(rng, 3000, 10),
+        "long at both ends": [0] * 700 + [5] * 3 + [9] * 900,
+        "long neighbours": [3] * 513 + [4] * 514 + [5] * 512 + [6] * 1025,
+        "long, alternating": np.tile([2, 7, 1], 600),
+    }
+    for name, indices in cases.items():
+        o = rows(rng, kind, (10, 3), np.asarray(indices, np.int64))
+        check(o, HYPERS["unclipped"], threads=threads, what=f"{name}, {threads} threads")
+
+
+@pytest.mark.usefixtures("always_parallel")
+@pytest.mark.parametrize("threads", [2, 5])
+def test_any_number_of_threads_row_wise(threads: int) -> None:
+    rng = np.random.default_rng(2)
+    o = rows(rng, FLOAT32, (10, 17), some(rng, 1500, 10), row_wise=True)
+    check(o, replace(HYPERS["unclipped"], row_wise=True), threads=threads)
+
+
+@pytest.mark.parametrize("row_wise", [False, True], ids=["each", "row-wise"])
+def test_large(row_wise: bool) -> None:
+    """As large as it takes for threads to be used, against the array expression."""
+    rng = np.random.default_rng(3)
+    hyper = replace(HYPERS["unclipped"], row_wise=row_wise)
+    o = rows(rng, FLOAT32, (3000, 20), some(rng, 40_000, 3000), row_wise=row_wise)
+    other = o.copy()
+    apply([o], [hyper])
+    apply([other], [hyper], fused=False)
+    assert_same(o, other)
+
+
+def test_special_numbers() -> None:
+    rng = np.random.default_rng(4)
+    for kind in (FLOAT32, HALF, MASTER):
+        for hyper in HYPERS.values():
+            o = rows(rng, kind, (40, 3), rng.integers(0, 40, 60))
+            for array in (o.weight, o.grad.values, *([] if o.master is None else [o.master])):
+                where = rng.integers(0, array.size, 30)
+                array.reshape(-1)[where] = rng.choice(special(array.dtype), 30)
+            check(o, hyper)
+
+
+# -------------------------------------------------------------------------------------------- what must not be touched
+
+
+@pytest.mark.parametrize("kind", [FLOAT32, MASTER], ids=str)
+@pytest.mark.parametrize("hyper", [HYPERS["decay"], HYPERS["decoupled"]], ids=["coupled", "decoupled"])
+@pytest.mark.parametrize("row_wise", [False, True], ids=["each", "row-wise"])
+def test_rows_not_present_keep_their_bits(kind: Kind, hyper: oracle.Hyper, row_wise: bool) -> None:
+    """Weight decay included; NaN rows and what lies between rows too."""
+    rng = np.random.default_rng(5)
+    o = rows(rng, kind, (12, 4), [3, 8, 3], row_wise=row_wise)
+    o.weight[5] = np.nan
+    before = o.copy()
+    apply([o], [replace(hyper, row_wise=row_wise)])
+    absent = [r for r in range(12) if r not in (3, 8)]
+    for name in ("weight", "history", "master"):
+        if (array := getattr(before, name)) is not None:
+            assert array[absent].tobytes() == getattr(o, name)[absent].tobytes(), name
+    assert (bits(o.weight[[3, 8]]) != bits(before.weight[[3, 8]])).any()
+
+
+def test_a_gradient_of_zero_is_present() -> None:
+    """A row of zeros decays; a row that is not there does not."""
+    weight, history = np.ones((2, 1), np.float32), np.ones((2, 1), np.float32)
+    grad = RowSparse(np.zeros((1, 1), np.float32), np.array([1]), (2, 1))
+    apply([Operands(weight, grad, history)], [oracle.Hyper(wd=0.5)])
+    assert weight[0] == 1
+    assert weight[1] < 1
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "expression"])
+@pytest.mark.parametrize("shape", [(4, 3), (0, 3), (3, 0), (4,), (0,), (2, 0, 3)])
+def test_no_rows(fused: bool, shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(6)
+    o = rows(rng, FLOAT32, shape, np.empty(0, np.int64))
+    before = o.copy()
+    apply([o], [HYPERS["decay"]], fused=fused)
+    assert_same(o, before)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "expression"])
+@pytest.mark.parametrize("row_wise", [False, True], ids=["each", "row-wise"])
+def test_rows_without_elements(fused: bool, row_wise: bool) -> None:
+    rng = np.random.default_rng(7)
+    o = rows(rng, FLOAT32, (4, 0), [1, 1, 3], row_wise=row_wise)
+    before = o.copy()
+    apply([o], [replace(HYPERS["decay"], row_wise=row_wise)], fused=fused)
+    assert_same(o, before)
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("kind", [FLOAT32, MASTER], ids=str)
+@pytest.mark.parametrize("row_wise", [False, True], ids=["each", "row-wise"])
+def test_layouts(kind: Kind, row_wise: bool) -> None:
+    rng = np.random.default_rng(8)
+    hyper = replace(HYPERS["unclipped"], row_wise=row_wise)
+    for shape in [(9,), (6, 5), (4, 3, 6)]:
+        for operand in ("weight", "values", "history", "master"):
+            plain = rows(rng, kind, shape, some(rng, 11, shape[0]), row_wise=row_wise)
+            array = plain.grad.values if operand == "values" else getattr(plain, operand)
+            for layout in layouts_of(array.dtype) if array is not None else ():
+                o = plain.copy()
+                if operand == "values":
+                    o.grad = RowSparse(lay_out(array, layout), o.grad.indices, shape)
+                else:
+                    setattr(o, operand, lay_out(array, layout))
+                check(o, hyper, what=f"{operand} {layout} {shape}")
+
+
+@pytest.mark.usefixtures("always_parallel")
+def test_layouts_with_threads_and_long_runs() -> None:
+    rng = np.random.default_rng(9)
+    for layout in layouts_of(np.dtype(np.float32)):
+        o = rows(rng, FLOAT32, (8, 3), some(rng, 1500, 8))
+        o.weight, o.grad = lay_out(o.weight, layout), RowSparse(lay_out(o.grad.values, layout), o.grad.indices, (8, 3))
+        check(o, HYPERS["decay"], threads=3, what=layout)
+
+
+@pytest.mark.parametrize("dtype", ["i4", "i8"])
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "rows reversed", "rows stepped", "byte-swapped", "misaligned", "misaligned, byte-swapped"]
+)
+def test_indices(dtype: str, layout: str) -> None:
+    rng = np.random.default_rng(10)
+    indices = lay_out(some(rng, 40, 9, dtype), layout) if layout != "contiguous" else some(rng, 40, 9, dtype)
+    check(rows(rng, FLOAT32, (9, 2), indices), HYPERS["decay"])
+
+
+def test_read_only_and_broadcast_gradient() -> None:
+    rng = np.random.default_rng(11)
+    values = np.broadcast_to(normal(rng, 3, np.float32), (20, 3))
+    indices = np.broadcast_to(np.int64(2), 20)
+    check(operands(rng, FLOAT32, (4, 3), grad=RowSparse(values, indices, (4, 3))), HYPERS["unclipped"])
+
+
+def test_interleaved_views_of_one_table() -> None:
+    """Weight and history as the halves of each row of one array, as some embedding tables are kept."""
+    rng = np.random.default_rng(12)
+    table = np.concatenate([normal(rng, (10, 4), np.float32), positive(rng, (10, 4), np.float32)], axis=1)
+    indices = some(rng, 30, 10)
+    grad = RowSparse(normal(rng, (30, 4), np.float32), indices, (10, 4))
+    check(Operands(table[:, :4], grad, table[:, 4:]), HYPERS["unclipped"])
+    check(Operands(table[:, ::2], grad, table[:, 1::2]), HYPERS["unclipped"])
+
+
+def test_neighbouring_memory_is_not_touched() -> None:
+    rng = np.random.default_rng(13)
+    for layout in ("rows stepped", "columns stepped", "reversed and stepped"):
+        o = rows(rng, FLOAT32, (6, 5), some(rng, 700, 6))
+        o.weight, o.history = lay_out(o.weight, layout), lay_out(o.history, layout)
+        apply([o], [HYPERS["unclipped"]])
+        for array in (o.weight, o.history):
+            assert np.count_nonzero((array if array.base is None else array.base) == 77) == 60
+
+
+def test_several_weights_and_dense_ones_in_one_call() -> None:
+    rng = np.random.default_rng(14)
+    given = [
+        rows(rng, FLOAT32, (9, 4), some(rng, 30, 9)),
+        operands(rng, FLOAT32, (9, 4)),
+        rows(rng, MASTER, (5,), some(rng, 30, 5)),
+        operands(rng, FLOAT64, (3,)),
+        rows(rng, FLOAT64, (5, 2, 2), [4]),
+    ]
+    hypers = [replace(HYPERS["unclipped"], lr=0.1 * (i + 1), wd=0.01 * i) for i in range(len(given))]
+    want = [expected(o, h) for o, h in zip(given, hypers, strict=True)]
+    apply(given, hypers)
+    for i, (o, w) in enumerate(zip(given, want, strict=True)):
+        assert_same(o, w, f"weight {i}")
+
+
+# ------------------------------------------------------------------------------------------------- the order of rows
+
+
+def visited(indices: np.ndarray, number: int, threads: int) -> tuple[list[int], list[int]]:
+    keys, shift, bad, _ = row_order(indices, number, threads)
+    assert bad == -1
+    return [int(key) >> shift for key in keys], [int(key) & ((1 << shift) - 1) for key in keys]
+
+
+@pytest.mark.usefixtures("always_parallel")
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+@pytest.mark.parametrize("number", [1, 2, 3, 255, 256, 257, 2048, 2049, 70_000, 2**22 + 1, 2**31 - 1, 2**40])
+def test_rows_are_visited_in_order(number: int, threads: int) -> None:
+    """Ascending by row, each row's occurrences in their order, for tables of any height."""
+    rng = np.random.default_rng(15)
+    ids = np.concatenate([rng.integers(0, number, 300), [0, number - 1, 0, number - 1]])
+    ids = np.concatenate([ids, rng.choice(ids, 200)])
+    found, positions = visited(ids, number, threads)
+    order = np.argsort(ids, kind="stable")
+    assert positions == order.tolist()
+    assert found == ids[order].tolist()
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_ascending_rows_are_in_order_already(threads: int) -> None:
+    keys, shift, bad, distinct = row_order(np.array([0, 3, 4, 99], np.int32), 100, threads)
+    assert (bad, distinct) == (-1, True)
+    assert [int(key) >> shift for key in keys] == [0, 3, 4, 99]
+    assert visited(np.array([0, 3, 3, 99]), 100, threads) == ([0, 3, 3, 99], [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize(("ids", "at"), [([0, 5, 5], 1), ([-1], 0), ([4, 3, 2, 1, 0, -7], 5), ([2**40], 0)])
+def test_the_first_row_outside_the_weight(ids: list[int], at: int) -> None:
+    assert row_order(np.array(ids), 5, 1)[2] == at
+
+
+def test_too_many_bits() -> None:
+    with pytest.raises(ValueError, match=r"must fit 64"):
+        row_order(np.zeros(4, np.int64), 2**62, 1)
+
+
+def test_the_order_of_the_other_rows_means_nothing() -> None:
+    """A row's bits are those it has alone, wherever its occurrences stand."""
+    rng = np.random.default_rng(16)
+    mine = normal(rng, (700, 3), np.float32)
+    weight, history = normal(rng, (5, 3), np.float32), positive(rng, (5, 3), np.float32)
+    alone = Operands(weight.copy(), RowSparse(mine, np.full(700, 2), (5, 3)), history.copy())
+    apply([alone], [HYPERS["unclipped"]])
+    for others in (1, 50, 3000):
+        where = np.sort(rng.permutation(700 + others)[:700])
+        indices, values = rng.choice([0, 1, 4], 700 + others), normal(rng, (700 + others, 3), np.float32)
+        indices[where], values[where] = 2, mine
+        o = Operands(weight.copy(), RowSparse(values, indices, (5, 3)), history.copy())
+        apply([o], [HYPERS["unclipped"]])
+        assert_same_bits(o.weight[2], alone.weight[2])
+        assert_same_bits(o.history[2], alone.history[2])

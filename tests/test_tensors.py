@@ -1,0 +1,279 @@
+"""PyTorch tensors on the CPU as weights and gradients of AdaGrad: the same bits as NumPy arrays."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+import oracle
+from adagrad import AdaGrad, GroupAdaGrad, RowSparse, get_updater
+from support import BFLOAT16, HYPERS, KINDS, Kind, Operands, apply, assert_same, assert_same_bits, expected, operands
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse:UserWarning")  # torch's, on the state of its sparse tensors
+FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "expression"])
+CLASSES = pytest.mark.parametrize("klass", [AdaGrad, GroupAdaGrad])
+DTYPES = {torch.float32: "f4", torch.float64: "f8", torch.float16: "f2", torch.bfloat16: ml_dtypes.bfloat16}
+
+
+def tensor(array: np.ndarray) -> torch.Tensor:
+    """A copy as a tensor."""
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def tensors(o: Operands) -> Operands:
+    """The same operands as tensors, which share nothing with them."""
+    grad = o.grad
+    if isinstance(grad, RowSparse):
+        grad = RowSparse(tensor(grad.values), tensor(grad.indices), grad.shape)
+    else:
+        grad = tensor(grad)
+    return Operands(tensor(o.weight), grad, tensor(o.history), None if o.master is None else tensor(o.master))  # type: ignore[arg-type]
+
+
+@FUSED
+@pytest.mark.parametrize("row_wise", [False, True], ids=["each", "row-wise"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_dense(kind: Kind, row_wise: bool, fused: bool) -> None:
+    rng = np.random.default_rng(0)
+    for hyper in (HYPERS["all"], HYPERS["inside, decoupled"], HYPERS["plain"]):
+        hyper = replace(hyper, row_wise=row_wise)
+        for shape in [(0, 3), (17,), (5, 18)]:
+            o = operands(rng, kind, shape, row_wise=row_wise)
+            given = tensors(o)
+            apply([given], [hyper], fused=fused)
+            assert_same(given, expected(o, hyper), str(shape))
+            assert_same_bits(given.grad, o.grad, "the gradient is not written to")
+
+
+@FUSED
+@pytest.mark.parametrize("row_wise", [False, True], ids=["each", "row-wise"])
+@pytest.mark.parametrize("index", ["i4", "i8"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_rows(kind: Kind, index: str, row_wise: bool, fused: bool) -> None:
+    rng = np.random.default_rng(1)
+    hyper = replace(HYPERS["unclipped"], row_wise=row_wise)
+    indices = rng.permutation([0, 3, 3, 8] + [5] * 200).astype(index)
+    values = operands(rng, kind, (204, 3)).grad
+    o = operands(rng, kind, (9, 3), row_wise=row_wise, grad=RowSparse(values, indices, (9, 3)))
+    given = tensors(o)
+    apply([given], [hyper], fused=fused)
+    assert_same(given, expected(o, hyper))
+
+
+def coo(indices: list[int], values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.sparse_coo_tensor(torch.tensor([indices]), values, shape)
+
+
+@CLASSES
+@FUSED
+def test_sparse_coo_gradients(klass: type[AdaGrad], fused: bool) -> None:
+    """Coalesced or not: the same as the RowSparse of their indices and values."""
+    values = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    uncoalesced = coo([6, 2, 6, 0, 6], values, (8, 3))
+    assert not uncoalesced.is_coalesced()
+    optimizer = klass(0.1, wd=0.1, use_fused_step=fused)
+    for grad in (uncoalesced, uncoalesced.coalesce(), coo([], torch.zeros(0, 3), (8, 3))):
+        weight = torch.ones(8, 3)
+        state = optimizer.create_state(0, weight)
+        rows = RowSparse(grad._values().numpy(), grad._indices()[0].numpy(), (8, 3))
+        o = Operands(np.ones((8, 3), np.float32), rows, np.zeros(state.shape, np.float32))
+        want = expected(o, oracle.Hyper(wd=0.1, row_wise=klass is GroupAdaGrad))
+        optimizer.update(0, weight, grad, state)
+        assert_same_bits(weight, want.weight)
+        assert_same_bits(state, want.history)
+    assert not uncoalesced.is_coalesced()
+    assert_same_bits(uncoalesced._values(), values)
+
+
+@FUSED
+def test_gradients_as_an_embedding_gives_them(fused: bool) -> None:
+    """backward() of nn.Embedding(sparse=True), applied to the parameter itself."""
+    torch.manual_seed(0)
+    embedding = torch.nn.Embedding(10, 4, sparse=True)
+    optimizer = AdaGrad(0.1, wd=0.01, use_fused_step=fused)
+    weight = embedding.weight
+    state = optimizer.create_state(0, weight)
+    want, history = weight.detach().numpy().copy(), np.zeros((10, 4), np.float32)
+    for _ in range(3):
+        weight.grad = None
+        (embedding(torch.tensor([1, 7, 1, 3])) ** 2).sum().backward()
+        assert weight.grad is not None
+        assert weight.grad.is_sparse
+        indices, values = weight.grad._indices()[0].numpy(), weight.grad._values().numpy()
+        want, history, _ = oracle.row_sparse(want, list(indices), values, history, oracle.Hyper(wd=0.01))
+        optimizer.update(0, weight, weight.grad, state)
+        assert_same_bits(weight, want)
+    assert weight.requires_grad
+    assert weight.is_leaf
+
+
+@CLASSES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_states(klass: type[AdaGrad], dtype: torch.dtype) -> None:
+    weight = torch.ones(4, 3, dtype=dtype, requires_grad=True)
+    optimizer = klass(initial_accumulator_value=0.5, multi_precision=True)
+    state = optimizer.create_state(0, weight)
+    assert isinstance(state, torch.Tensor)
+    assert state.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert state.shape == ((4, 1) if klass is GroupAdaGrad else (4, 3))
+    assert (state == 0.5).all()
+    assert not state.requires_grad
+    pair = optimizer.create_state_multi_precision(0, weight)
+    assert isinstance(pair, tuple) == (dtype in (torch.float16, torch.bfloat16))
+    if isinstance(pair, tuple):
+        assert all(part.dtype == torch.float32 and not part.requires_grad for part in pair)
+
+
+@FUSED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layouts(dtype: torch.dtype, fused: bool) -> None:
+    """Transposed, stepped, channels-last, offset by two bytes: as the contiguous tensor of the same numbers."""
+    base = torch.randn(4, 6, 5, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
+    layouts = {
+        "transposed": lambda t: t.transpose(1, 3).contiguous().transpose(1, 3),
+        "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
+        "stepped": lambda t: torch.stack([t, t], dim=-1)[..., 0],
+        "offset": lambda t: torch.cat([torch.zeros(1, dtype=dtype), t.reshape(-1)])[1:].reshape(t.shape),
+        "expanded gradient": None,
+    }
+    for name, lay_out in layouts.items():
+        plain, moved = base.clone(), base.clone() if lay_out is None else lay_out(base)
+        grad = torch.ones(3, dtype=dtype).expand(4, 6, 5, 3) if lay_out is None else plain * 2
+        results = []
+        for weight, given in ((plain, grad.clone()), (moved, grad if lay_out is None else lay_out(grad))):
+            optimizer = AdaGrad(0.1, use_fused_step=fused)
+            state = optimizer.create_state(0, weight)
+            optimizer.update(0, weight, given, state)
+            results.append((weight, state))
+        for a, b in zip(*results, strict=True):
+            assert_same_bits(a.contiguous(), b.contiguous(), name)
+
+
+@FUSED
+def test_numpy_and_tensors_in_one_list(fused: bool) -> None:
+    arrays = [np.ones((3, 2), np.float32), np.ones((3, 2), np.float32)]
+    weights: list[Any] = [arrays[0], tensor(arrays[1])]
+    optimizer = AdaGrad(use_fused_step=fused)
+    states = [optimizer.create_state(i, w) for i, w in enumerate(weights)]
+    optimizer.update([0, 1], weights, [np.ones((3, 2), np.float32), torch.ones(3, 2)], states)
+    assert_same_bits(weights[0], weights[1])
+
+
+ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
+    "NumPy gradient": (
+        lambda w, s: (w, np.ones((4, 3), np.float32), s),
+        TypeError,
+        "grads[0]: a NumPy array: must be a torch tensor, like the weight",
+    ),
+    "NumPy history": (
+        lambda w, s: (w, torch.ones(4, 3), s.numpy()),
+        TypeError,
+        "history in states[0]: a NumPy array: must be a torch tensor",
+    ),
+    "NumPy weight": (
+        lambda w, s: (w.numpy(), torch.ones(4, 3), s.numpy()),
+        TypeError,
+        "grads[0]: a torch tensor: must be a NumPy array, like the weight",
+    ),
+    "NumPy values": (
+        lambda w, s: (w, RowSparse(np.ones((1, 3), np.float32), np.array([0]), (4, 3)), s),
+        TypeError,
+        "values of grads[0]: a NumPy array",
+    ),
+    "integers": (
+        lambda w, s: (w, torch.ones(4, 3, dtype=torch.int32), s),
+        TypeError,
+        "grads[0]: dtype torch.int32: must be float16, bfloat16, float32 or float64",
+    ),
+    "complex": (
+        lambda w, s: (w, torch.ones(4, 3, dtype=torch.complex64), s),
+        TypeError,
+        "grads[0]: dtype torch.complex64",
+    ),
+    "dtype": (
+        lambda w, s: (w, torch.ones(4, 3, dtype=torch.float64), s),
+        TypeError,
+        "grads[0]: dtype float64: must be float32",
+    ),
+    "shape": (lambda w, s: (w, torch.ones(3, 4), s), ValueError, "grads[0]: shape (3, 4): must be (4, 3)"),
+    "sparse, shape": (
+        lambda w, s: (w, coo([0], torch.ones(1, 3), (5, 3)), s),
+        ValueError,
+        "grads[0]: shape (5, 3): must be (4, 3)",
+    ),
+    "sparse, two dimensions": (
+        lambda w, s: (w, torch.ones(4, 3).to_sparse(), s),
+        ValueError,
+        "grads[0]: 2 sparse dimensions: must be 1, the rows",
+    ),
+    "sparse CSR": (
+        lambda w, s: (w, torch.eye(4, 3).to_sparse_csr(), s),
+        TypeError,
+        "grads[0]: layout torch.sparse_csr",
+    ),
+    "sparse weight": (
+        lambda w, s: (coo([0], torch.ones(1, 3), (4, 3)), w, s),
+        TypeError,
+        "weights[0]: layout torch.sparse_coo",
+    ),
+    "row too large": (
+        lambda w, s: (w, RowSparse(torch.ones(2, 3), torch.tensor([1, 4]), (4, 3)), s),
+        IndexError,
+        "indices of grads[0]: indices[1]=4: must be in [0, 4)",
+    ),
+    "expanded weight": (
+        lambda w, s: (torch.ones(3).expand(4, 3), w, s),
+        ValueError,
+        "weights[0]: strides (0, 4): overlaps itself",
+    ),
+    "gradient is the weight": (lambda w, s: (w, w, s), ValueError, "weights[0]: shares memory with grads[0]"),
+    "gradient is a view": (lambda w, s: (w, w.view(3, 4).view(4, 3), s), ValueError, "shares memory with grads[0]"),
+    "device": (lambda w, s: (w, torch.ones(4, 3, device="meta"), s), ValueError, "grads[0]: device meta: must be cpu"),
+    "no tensor": (lambda w, s: (w, [[0.5] * 3] * 4, s), TypeError, "grads[0]=[["),
+}
+
+
+@FUSED
+@pytest.mark.parametrize(("make", "error", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors(make: Any, error: type[Exception], message: str, fused: bool) -> None:
+    for others in (0, 1):
+        optimizer = AdaGrad(use_fused_step=fused)
+        weight, state = torch.full((4, 3), 0.5), torch.zeros(4, 3)
+        good = [(np.ones(3, np.float32), np.ones(3, np.float32), np.zeros(3, np.float32))] * others
+        given = [make(weight, state), *good]
+        with pytest.raises(error, match=re.escape(message)):
+            optimizer.update(list(range(len(given))), *([each[k] for each in given] for k in range(3)))
+        assert (weight == 0.5).all()
+        assert (state == 0).all()
+        assert all((w == 1).all() and (s == 0).all() for w, _, s in good)
+        assert optimizer._index_update_count == {}
+
+
+def test_in_many_steps_on_a_model() -> None:
+    """A model of several parameters, one call a step: fused is the expression, bit for bit."""
+    results = []
+    for fused in (True, False):
+        torch.manual_seed(2)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 1))
+        data = torch.randn(32, 6)
+        updater = get_updater(AdaGrad(0.1, wd=1e-3, clip_gradient=0.5, use_fused_step=fused, aggregate_num=np.inf))
+        parameters = list(model.parameters())
+        losses = []
+        for _ in range(15):
+            model.zero_grad()
+            loss = ((model(data) - data[:, :1]) ** 2).mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+            updater(list(range(len(parameters))), [p.grad for p in parameters], parameters)
+            losses.append(loss.item())
+        assert losses[-1] < losses[0] / 2
+        results.append([p.detach().clone() for p in parameters])
+    for one, two in zip(*results, strict=True):
+        assert_same_bits(one, two)

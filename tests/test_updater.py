@@ -1,0 +1,466 @@
+"""The updater: states by index, aggregation, all or nothing over a list, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from adagrad import AdaGrad, GroupAdaGrad, Optimizer, RowSparse, Updater, get_updater
+from adagrad.lr_scheduler import CosineScheduler, FactorScheduler, MultiFactorScheduler, PolyScheduler
+from support import BFLOAT16, assert_same_bits, normal
+
+AGGREGATES = pytest.mark.parametrize("aggregate_num", [1, 2, 3, 100, np.inf])
+
+
+def make_weights() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [
+        normal(rng, shape, dtype)
+        for shape, dtype in [((4, 3), "f4"), ((5,), "f8"), ((4, 2), "f2"), ((3, 3), "f4"), ((), "f4")]
+    ]
+
+
+def make_grads(t: int, weights: list[np.ndarray], rows: bool = True) -> list[Any]:
+    rng = np.random.default_rng(100 + t)
+    grads: list[Any] = [normal(rng, w.shape, w.dtype) for w in weights]
+    if rows:
+        grads[3] = RowSparse(normal(rng, (4, 3), "f4"), rng.integers(0, 3, 4), (3, 3))
+    return grads
+
+
+INDICES: list[Any] = [0, "one", 2, 3, "four"]
+
+
+def run(updater: Updater, weights: list[np.ndarray], steps: range, *, together: bool = True) -> None:
+    for t in steps:
+        grads = make_grads(t, weights)
+        if together:
+            updater(INDICES, grads, weights)
+        else:
+            for index, grad, weight in zip(INDICES, grads, weights, strict=True):
+                updater(index, grad, weight)
+
+
+def optimizer(**options: Any) -> AdaGrad:
+    schedule = options.pop("lr_scheduler", None) or FactorScheduler(step=2, factor=0.5, base_lr=0.3)
+    made = AdaGrad(None, lr_scheduler=schedule, wd=0.01, multi_precision=True, **options)
+    made.set_lr_mult({0: 0.5, "one": 2.0})
+    return made
+
+
+def assert_same_states(one: dict[Any, Any], two: dict[Any, Any]) -> None:
+    assert [(type(k), k) for k in one] == [(type(k), k) for k in two]
+    for index, state in one.items():
+        pairs = zip(state, two[index], strict=True) if isinstance(state, tuple) else [(state, two[index])]
+        for a, b in pairs:
+            assert_same_bits(a, b, f"state {index!r}")
+
+
+# ----------------------------------------------------------------------------------------------------------- updating
+
+
+@AGGREGATES
+@pytest.mark.parametrize("together", [True, False], ids=["lists", "one by one"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "expression"])
+def test_aggregation_changes_nothing(aggregate_num: float, together: bool, fused: bool) -> None:
+    plain, weights = optimizer(), make_weights()
+    states = [plain.create_state_multi_precision(i, w) for i, w in zip(INDICES, weights, strict=True)]
+    for t in range(4):
+        plain.update_multi_precision(INDICES, weights, make_grads(t, weights), states)
+    updater, others = get_updater(optimizer(aggregate_num=aggregate_num, use_fused_step=fused)), make_weights()
+    run(updater, others, range(4), together=together)
+    for one, two in zip(weights, others, strict=True):
+        assert_same_bits(one, two)
+    assert_same_states(dict(zip(INDICES, states, strict=True)), updater.states)
+    assert updater.optimizer.num_update == 4
+
+
+class Counting(AdaGrad):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sizes: list[int] = []
+
+    def update_multi_precision(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        self.sizes.append(len(indices))
+        super().update_multi_precision(indices, weights, grads, states)
+
+
+@pytest.mark.parametrize(
+    ("aggregate_num", "sizes"), [(1, [1] * 5), (2, [2, 2, 1]), (4, [4, 1]), (5, [5]), (np.inf, [5])]
+)
+def test_how_many_weights_go_into_one_step(aggregate_num: float, sizes: list[int]) -> None:
+    counting, weights = Counting(aggregate_num=aggregate_num), make_weights()
+    get_updater(counting)(INDICES, make_grads(0, weights), weights)
+    assert counting.sizes == sizes
+    get_updater(counting)([], [], [])
+    assert counting._index_update_count == dict.fromkeys(INDICES, 1)
+
+
+def test_the_order_of_arguments_is_mxnets() -> None:
+    """Index, gradient, weight."""
+    weight, grad = np.ones(2, np.float32), np.full(2, 3, np.float32)
+    get_updater(AdaGrad(0.5))(0, grad, weight)
+    assert (grad == 3).all()
+    assert (weight < 1).all()
+
+
+def test_bytes_as_indices() -> None:
+    updater, weight = get_updater(AdaGrad()), np.ones(2)
+    updater(b"name", np.ones(2), weight)
+    updater("name", np.ones(2), weight)
+    updater([b"name"], [np.ones(2)], [weight])
+    assert list(updater.states) == ["name"]
+    assert updater.optimizer._index_update_count == {"name": 3}
+
+
+def test_integers_and_strings_are_different_indices() -> None:
+    updater = get_updater(AdaGrad())
+    for index in (0, "0", 1):
+        updater(index, np.ones(2), np.ones(2))
+    assert [(type(index), index) for index in updater.states] == [(int, 0), (str, "0"), (int, 1)]
+
+
+def test_states_are_made_once_and_kept() -> None:
+    updater, weight = get_updater(AdaGrad(initial_accumulator_value=0.5)), np.ones(2)
+    updater(0, np.ones(2), weight)
+    state = updater.states[0]
+    updater(0, np.ones(2), weight)
+    assert updater.states[0] is state
+    assert (state == 2.5).all()
+
+
+BAD: dict[str, tuple[Any, type[Exception]]] = {
+    "shape": (lambda u, g, w, i: g.__setitem__(i, np.ones(77, np.float32)), ValueError),
+    "dtype": (lambda u, g, w, i: g.__setitem__(i, np.ones(w[i].shape, np.int8)), TypeError),
+    "no gradient": (lambda u, g, w, i: g.__setitem__(i, None), TypeError),
+    "no weight": (lambda u, g, w, i: w.__setitem__(i, [1.0]), TypeError),
+    "read-only": (lambda u, g, w, i: w[i].setflags(write=False), ValueError),
+    "same weight twice": (lambda u, g, w, i: (w.__setitem__(i, w[1]), g.__setitem__(i, g[1])), ValueError),
+    "gradient in another weight": (
+        lambda u, g, w, i: g.__setitem__(i, w[3 if i == 0 else 0][: len(w[i])] if w[i].ndim else w[0][0, 0, ...]),
+        ValueError,
+    ),
+    "row": (
+        lambda u, g, w, i: (
+            w.__setitem__(i, np.ones((4, 3), np.float32)),
+            g.__setitem__(i, RowSparse(np.ones((1, 3), np.float32), np.array([4]), (4, 3))),
+        ),
+        IndexError,
+    ),
+    "lr_mult": (
+        lambda u, g, w, i: setattr(
+            u.optimizer, "param_dict", {INDICES[i]: type("P", (), {"lr_mult": -1.0, "wd_mult": 1.0})}
+        ),
+        ValueError,
+    ),
+    "wd": (lambda u, g, w, i: setattr(u.optimizer, "wd", math.nan), ValueError),
+    "schedule": (
+        lambda u, g, w, i: setattr(u.optimizer, "lr_scheduler", lambda n: math.nan if n > 2 else 0.1),
+        ValueError,
+    ),
+    "length": (lambda u, g, w, i: g.pop(), ValueError),
+}
+
+
+@AGGREGATES
+@pytest.mark.parametrize("at", [0, 4])
+@pytest.mark.parametrize("started", [True, False], ids=["with states", "first call"])
+@pytest.mark.parametrize(("spoil", "error"), BAD.values(), ids=BAD)
+def test_all_or_nothing_over_a_list(
+    spoil: Any, error: type[Exception], started: bool, at: int, aggregate_num: float
+) -> None:
+    updater, weights = get_updater(optimizer(aggregate_num=aggregate_num)), make_weights()
+    run(updater, weights, range(2 if started else 0))
+    if not started and spoil is BAD["schedule"][0]:
+        updater.optimizer.begin_num_update = 2
+    grads = make_grads(9, weights, rows=False)
+    spoil(updater, grads, weights, at)
+    if at == 4 and started and spoil is BAD["row"][0]:
+        updater.states["four"] = np.zeros((4, 3), np.float32)
+
+    def everything() -> Any:
+        states = {
+            i: [part.tobytes() for part in (s if isinstance(s, tuple) else (s,))] for i, s in updater.states.items()
+        }
+        arrays = [w.tobytes() if isinstance(w, np.ndarray) else w for w in weights]
+        return states, arrays, dict(updater.optimizer._index_update_count), updater.optimizer.num_update
+
+    before = everything()
+    with pytest.raises(error):
+        updater(INDICES, grads, weights)
+    assert everything() == before
+
+
+def test_an_optimizer_of_ones_own() -> None:
+    class Descent(Optimizer):
+        def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+            for index, weight, grad in zip(indices, weights, grads, strict=True):
+                self._update_count(index)
+                weight -= self._get_lr(index) * grad
+
+    weights = [np.ones(2), np.ones(3)]
+    updater = get_updater(Descent(learning_rate=0.5))
+    updater([0, 1], [np.ones(2), np.ones(3)], weights)
+    assert updater.states == {0: None, 1: None}
+    assert all((w == 0.5).all() for w in weights)
+    again = get_updater(Descent(learning_rate=0.1))
+    again.set_states(updater.get_states(dump_optimizer=True))
+    again([0, 1], [np.ones(2), np.ones(3)], weights)
+    assert all((w == 0).all() for w in weights)
+    assert again.optimizer.num_update == 2
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("through", ["bytes", "file"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        FactorScheduler(step=2, factor=0.5, base_lr=0.3),
+        MultiFactorScheduler([2, 4], 0.5, 0.3, 2, 0.1, "constant"),
+        PolyScheduler(8, 0.3, 1.5, 0.01, 2, 0.1),
+        CosineScheduler(8, 0.3, 0.01),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_training_goes_on_from_a_checkpoint_as_if_nothing_had_happened(
+    through: str, schedule: Any, tmp_path: Path
+) -> None:
+    updater, weights = get_updater(optimizer(lr_scheduler=schedule)), make_weights()
+    run(updater, weights, range(3))
+    stopped = copy.deepcopy(weights)
+    again = get_updater(AdaGrad(0.7, wd=0.5, epsilon=0.1))
+    if through == "file":
+        updater.save_states(tmp_path / "states", dump_optimizer=True)
+        again.load_states(tmp_path / "states")
+    else:
+        again.set_states(updater.get_states(dump_optimizer=True))
+    assert_same_states(updater.states, again.states)
+    assert again.optimizer.config() == updater.optimizer.config()
+    run(updater, weights, range(3, 7))
+    run(again, stopped, range(3, 7))
+    for one, two in zip(weights, stopped, strict=True):
+        assert_same_bits(one, two)
+    assert_same_states(updater.states, again.states)
+
+
+def test_without_the_optimizer_the_states_alone_are_replaced() -> None:
+    updater, weights = get_updater(optimizer()), make_weights()
+    run(updater, weights, range(3))
+    again = get_updater(AdaGrad(0.7, wd=0.5, multi_precision=True))
+    before = again.optimizer.config()
+    again.set_states(updater.get_states())
+    assert again.optimizer.config() == before
+    assert_same_states(updater.states, again.states)
+
+
+def test_set_states_works_in_place_on_the_same_optimizer() -> None:
+    updater, weights = get_updater(optimizer()), make_weights()
+    run(updater, weights, range(3))
+    data = updater.get_states(dump_optimizer=True)
+    run(updater, weights, range(3, 5))
+    same = updater.optimizer
+    updater.set_states(data)
+    assert updater.optimizer is same
+    assert same.num_update == 3
+    assert same._index_update_count == dict.fromkeys(INDICES, 3)
+
+
+def test_what_was_loaded_is_not_the_bytes_that_were_given() -> None:
+    updater = get_updater(AdaGrad())
+    updater(0, np.ones(3), np.ones(3))
+    data = bytearray(updater.get_states())
+    again = get_updater(AdaGrad())
+    again.set_states(data)  # type: ignore[arg-type]
+    data[:] = bytes(len(data))
+    assert (again.states[0] == 1).all()
+    again(0, np.ones(3), np.ones(3))
+    assert (updater.states[0] == 1).all()
+    again.set_states(memoryview(updater.get_states()))  # type: ignore[arg-type]
+
+
+def test_a_schedule_of_ones_own_is_kept_and_never_saved() -> None:
+    def schedule(n: int) -> float:
+        return 1.0 / n
+
+    updater = get_updater(AdaGrad(None, lr_scheduler=schedule))
+    updater(0, np.ones(2), np.ones(2))
+    data = updater.get_states(dump_optimizer=True)
+    other = get_updater(AdaGrad(None, lr_scheduler=lambda n: 2.0 / n))
+    kept = other.optimizer.lr_scheduler
+    other.set_states(data)
+    assert other.optimizer.lr_scheduler is kept
+    assert other.optimizer.learning_rate == 2.0
+    without = get_updater(AdaGrad(0.5))
+    without.set_states(data)
+    assert without.optimizer.lr_scheduler is None
+
+
+def test_what_is_not_saved() -> None:
+    parameters = {0: type("P", (), {"lr_mult": 2.0, "wd_mult": 1.0})}
+    updater = get_updater(AdaGrad(0.5, aggregate_num=3, param_dict=parameters))
+    updater(0, np.ones(2), np.ones(2))
+    again = get_updater(AdaGrad(aggregate_num=7, use_fused_step=False, param_dict={5: 1}))
+    again.set_states(updater.get_states(dump_optimizer=True))
+    assert again.optimizer.aggregate_num == 7
+    assert again.optimizer.use_fused_step is False
+    assert again.optimizer.param_dict == {5: 1}
+    assert again.optimizer.learning_rate == 0.5
+
+
+@pytest.mark.parametrize("rows", [2, 4, 7])
+@pytest.mark.parametrize("klass", [AdaGrad, GroupAdaGrad])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, BFLOAT16], ids=["float32", "float16", "bfloat16"])
+def test_resize_rows(rows: int, klass: type[AdaGrad], dtype: Any) -> None:
+    """A vocabulary that shrinks or grows: rows that stay keep their state, new ones start as they would have."""
+    options: dict[str, Any] = {"initial_accumulator_value": 0.25, "multi_precision": True, "wd": 0.1}
+    updater, weight = get_updater(klass(0.1, **options)), normal(np.random.default_rng(1), (4, 3), dtype)
+    updater(0, np.ones((4, 3), dtype), weight)
+    new_weight = np.concatenate([weight, np.full((5, 3), 2, dtype)])[:rows].copy()
+    again = get_updater(klass(0.1, **options))
+    again.set_states(updater.get_states(), resize_rows=True)
+    fresh = again.optimizer.create_state_multi_precision(0, new_weight)
+    expected, kept = fresh if isinstance(fresh, tuple) else (fresh,), min(rows, 4)
+    old = updater.states[0] if isinstance(updater.states[0], tuple) else (updater.states[0],)
+    for part, whole in zip(expected, old, strict=True):
+        part[:kept] = whole[:kept]
+    direct = new_weight.copy()
+    again(0, np.ones((rows, 3), dtype), new_weight)
+    again.optimizer.update_multi_precision(1, direct, np.ones((rows, 3), dtype), fresh)
+    assert_same_bits(new_weight, direct)
+    assert_same_states({0: again.states[0]}, {0: fresh})
+    again(0, np.ones((rows, 3), dtype), new_weight)
+    with pytest.raises(ValueError, match="shape"):
+        again(0, np.ones((9, 3), dtype), np.ones((9, 3), dtype))
+
+
+def test_without_resize_rows_another_shape_is_refused() -> None:
+    updater = get_updater(AdaGrad())
+    updater(0, np.ones((4, 3)), np.ones((4, 3)))
+    again = get_updater(AdaGrad())
+    again.set_states(updater.get_states())
+    weight = np.ones((5, 3))
+    with pytest.raises(ValueError, match=r"history in states\[0\]: shape \(4, 3\): must be \(5, 3\)"):
+        again(0, np.ones((5, 3)), weight)
+    assert (weight == 1).all()
+    again(0, np.ones((4, 3)), np.ones((4, 3)))
+    filled = get_updater(AdaGrad())
+    filled(0, np.ones((5, 3)), np.ones((5, 3)))
+    with pytest.raises(ValueError, match=r"states\[0\]: shape \(4, 3\): must be \(5, 3\)"):
+        filled.set_states(updater.get_states())
+    assert filled.states[0].shape == (5, 3)
+    filled.set_states(updater.get_states(), resize_rows=True)
+    with pytest.raises(ValueError, match="shape"):
+        filled(0, np.ones((4, 2)), np.ones((4, 2)))  # columns are not rows
+
+
+def test_states_of_another_kind_are_refused() -> None:
+    """A history where the weight wants a master copy too, and the other way round."""
+    half, single = np.ones(3, np.float16), np.ones(3, np.float32)
+    updater = get_updater(AdaGrad(multi_precision=True))
+    updater(0, half.copy(), half)
+    updater(1, single.copy(), single)
+    data = updater.get_states()
+    again = get_updater(AdaGrad(multi_precision=True))
+    again.set_states(data)
+    for index, weight in ((0, single), (1, half)):
+        before = weight.copy()
+        with pytest.raises(ValueError, match=rf"states\[{index}\]: .*must be "):
+            again(index, np.ones_like(weight), weight)
+        assert_same_bits(weight, before)
+    again([0, 1], [np.ones_like(half), np.ones_like(single)], [half, single])
+
+
+class OtherAdaGrad(AdaGrad):
+    pass
+
+
+def test_another_class_is_refused() -> None:
+    updater = get_updater(AdaGrad(0.3))
+    updater(0, np.ones(2), np.ones(2))
+    for optimizer_class in (GroupAdaGrad, OtherAdaGrad):
+        other = get_updater(optimizer_class(0.1))
+        other(5, np.ones(2), np.ones(2))
+        state = other.states[5].copy()
+        with pytest.raises(ValueError, match=f"optimizer 'AdaGrad': must be '{optimizer_class.__name__}'"):
+            other.set_states(updater.get_states(dump_optimizer=True))
+        assert list(other.states) == [5]
+        assert_same_bits(other.states[5], state)
+        assert other.optimizer.learning_rate == 0.1
+        assert other.optimizer.num_update == 1
+
+
+def test_damaged_bytes_are_refused_and_nothing_changes() -> None:
+    updater, weights = get_updater(optimizer()), make_weights()
+    run(updater, weights, range(2))
+    data = updater.get_states(dump_optimizer=True)
+    other, others = get_updater(optimizer(lr_scheduler=PolyScheduler(9, 0.5))), make_weights()
+    run(other, others, range(1))
+    before, config = copy.deepcopy(other.states), other.optimizer.config()
+    flipped = bytearray(data)
+    flipped[-5] ^= 1
+    cases = [b"", b"abc", data[:7], data[: len(data) // 2], data[:-1], data + b"\0", bytes(flipped), bytes(len(data))]
+    for damaged in cases:
+        with pytest.raises(ValueError, match=r".") as caught:
+            other.set_states(damaged)
+        assert len(str(caught.value)) > 10
+        assert_same_states(other.states, before)
+        assert other.optimizer.config() == config
+    for wrong in ("text", None, 3, [data]):
+        with pytest.raises(TypeError, match=r"states=.*must be bytes"):
+            other.set_states(wrong)  # type: ignore[arg-type]
+
+
+def test_files(tmp_path: Path) -> None:
+    updater, weights = get_updater(optimizer()), make_weights()
+    run(updater, weights, range(2))
+    path = tmp_path / "states.safetensors"
+    path.write_bytes(b"what was there before")
+    updater.save_states(path)
+    assert path.read_bytes() == updater.get_states()
+    assert [each.name for each in tmp_path.iterdir()] == ["states.safetensors"]
+    updater.save_states(str(path), True)
+    again = get_updater(optimizer())
+    again.load_states(str(path))
+    assert_same_states(again.states, updater.states)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=r"states\.safetensors: "):
+        again.load_states(path)
+    assert_same_states(again.states, updater.states)
+    with pytest.raises(FileNotFoundError):
+        again.load_states(tmp_path / "none")
+    with pytest.raises(OSError, match=r"."):
+        updater.save_states(tmp_path / "no" / "folder")
+
+
+def test_loaded_states_move_to_tensors() -> None:
+    updater, weight = get_updater(AdaGrad(0.1, multi_precision=True)), torch.ones(4, 3, dtype=torch.bfloat16)
+    updater(0, torch.ones(4, 3, dtype=torch.bfloat16), weight)
+    again, copied = get_updater(AdaGrad(0.1, multi_precision=True)), weight.clone()
+    again.set_states(updater.get_states())
+    for each, w in ((updater, weight), (again, copied)):
+        each(0, torch.ones(4, 3, dtype=torch.bfloat16), w)
+    assert_same_bits(weight, copied)
+    assert all(isinstance(part, torch.Tensor) for part in again.states[0])
+    for one, two in zip(updater.states[0], again.states[0], strict=True):
+        assert_same_bits(one, two)
+
+
+def test_loaded_states_are_adopted_once() -> None:
+    """From then on they are the updater's own, written to in place."""
+    updater, weight = get_updater(AdaGrad()), np.ones(3)
+    updater(0, np.ones(3), weight)
+    again = get_updater(AdaGrad())
+    again.set_states(updater.get_states(), resize_rows=True)
+    again(0, np.ones(3), weight)
+    state = again.states[0]
+    again(0, np.ones(3), weight)
+    assert again.states[0] is state
+    assert (state == 3).all()
