@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -11,7 +12,7 @@ import pytest
 
 import oracle
 from adagrad import AdaGrad, GroupAdaGrad
-from adagrad.kernels import formats, strided
+from adagrad.kernels import formats, ndarray_table, strided
 from support import (
     BFLOAT16,
     DTYPES,
@@ -186,6 +187,37 @@ def test_neighbouring_memory_is_not_touched() -> None:
         owned = [np.count_nonzero(base == 77) for base in bases]
         apply([o], [HYPERS["all"]])
         assert [np.count_nonzero(base == 77) for base in bases] == owned == [60, 60]
+
+
+class Mine(np.ndarray):
+    """An array class of one's own."""
+
+
+def test_subclasses_of_arrays(tmp_path: Path) -> None:
+    rng = np.random.default_rng(19)
+    o = operands(rng, FLOAT32, (5, 4))
+    want = expected(o, HYPERS["all"])
+    mapped = np.memmap(tmp_path / "weight", np.float32, "w+", shape=(5, 4))
+    mapped[...] = o.weight
+    for weight, grad in ((o.weight.copy().view(Mine), o.grad.view(Mine)), (mapped, o.grad.view(np.matrix))):
+        given = Operands(weight, grad, o.history.copy())
+        apply([given], [HYPERS["all"]])
+        assert_same(given, want)
+        assert type(given.weight) is type(weight)
+
+
+def test_without_the_quick_way_to_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where NumPy's objects are not laid out as expected, the ordinary way gives the same."""
+    assert ndarray_table.available(), "here they are"
+    rng = np.random.default_rng(20)
+    given = [operands(rng, FLOAT32, shape) for shape in [(40,), (0,), (3, 7), ()]]
+    others = [o.copy() for o in given]
+    apply(given, [HYPERS["all"]] * 4)
+    monkeypatch.setattr(ndarray_table, "available", lambda: False)
+    assert ndarray_table.table([o.weight for o in others], [o.grad for o in others], [o.state for o in others]) is None
+    apply(others, [HYPERS["all"]] * 4)
+    for o, other in zip(given, others, strict=True):
+        assert_same(o, other)
 
 
 # --------------------------------------------------------------------------------------------------- lists and threads

@@ -275,6 +275,12 @@ def test_no_cache_at_all(tmp_path: Path) -> None:
     assert run(STEP, **variables) == run(STEP)
 
 
+def test_a_processor_without_instructions_for_float16() -> None:
+    """There float16 is read and written by integer arithmetic, to the same bits."""
+    code = STEP.replace("np.float32", "np.float16")
+    assert run(code, NUMBA_CPU_NAME="generic") == run(code)
+
+
 # --------------------------------------------------------------------------------------------------- threads and forks
 
 LAYERS = pytest.mark.parametrize("layer", ["default", "workqueue", "omp"])

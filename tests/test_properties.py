@@ -12,7 +12,7 @@ from hypothesis import assume, example, given
 from hypothesis.extra import numpy as hnp
 
 import oracle
-from adagrad import AdaGrad, GroupAdaGrad, RowSparse
+from adagrad import AdaGrad, GroupAdaGrad, RowSparse, arrays
 from support import (
     DTYPES,
     HYPERS,
@@ -254,6 +254,47 @@ def test_duplicates_are_summed_and_then_applied_once(seed: int, count: int) -> N
     present = sorted(set(indices))
     np.testing.assert_allclose(o.weight[present], other.weight[present], rtol=1e-9)
     np.testing.assert_allclose(o.history[present], other.history[present], rtol=1e-9)
+
+
+def addresses(array: np.ndarray) -> list[int]:
+    """The address of every byte of every element."""
+    starts = [array.__array_interface__["data"][0] + sum(i * s for i, s in zip(at, array.strides, strict=True))
+              for at in np.ndindex(array.shape)]  # fmt: skip
+    return [start + byte for start in starts for byte in range(array.itemsize)]
+
+
+@given(st.integers(1, 4), st.integers(0, 6), st.data(), st.booleans())
+def test_shared_memory_is_found_and_nothing_else(count: int, size: int, data: st.DataObject, fused: bool) -> None:
+    """Weights, histories and gradients anywhere in one array, contiguous, stepped, reversed, or off by a byte."""
+    memory = np.zeros(400, np.uint8)
+    layouts = [4] if data.draw(st.booleans()) else [4, 8, 12, -4, -8, 6]
+
+    def view() -> np.ndarray:
+        stride = data.draw(st.sampled_from(layouts))
+        least = max(0, -stride * (size - 1)) if size else 0
+        start = data.draw(st.integers(0, 60)) * data.draw(st.sampled_from([4, 4, 4, 1])) + least
+        return np.ndarray((size,), np.float32, memory.data, start, (stride,))
+
+    weights, grads, histories = ([view() for _ in range(count)] for _ in range(3))
+    written = [set(addresses(array)) for array in weights + histories]
+    read = set().union(*map(addresses, grads)) if size else set()
+    shared = sum(map(len, written)) != len(set().union(*written)) or any(each & read for each in written)
+    optimizer = AdaGrad(use_fused_step=fused)
+    if shared:
+        with pytest.raises(ValueError, match="shares memory with"):
+            optimizer.update(list(range(count)), weights, grads, histories)
+    else:
+        optimizer.update(list(range(count)), weights, grads, histories)
+    assert optimizer.num_update == (0 if shared else 1)
+
+
+@given(hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=4), st.data())
+def test_arrays_that_overlap_themselves_are_found(shape: tuple[int, ...], data: st.DataObject) -> None:
+    strides = tuple(data.draw(st.integers(-20, 20)) for _ in shape)
+    least = sum(max(0, -stride * (n - 1)) for stride, n in zip(strides, shape, strict=True))
+    array = np.ndarray(shape, np.float32, np.zeros(400, np.uint8).data, least, strides)
+    found = addresses(array)
+    assert arrays.overlaps_itself(array) == (len(found) != len(set(found)))
 
 
 BAD: dict[str, Any] = {

@@ -238,7 +238,7 @@ def _group(updates: list[Update], rule: Rule, *, fused: bool, threads: int | Non
     for i, u in enumerate(updates):
         if u.weight.device == "cpu" and u.indices is not None:
             _add_rows(result, i, u, rule, fused=fused, threads=threads)
-        elif not fused or not (u.weight.device == "cpu" or u.weight.device.startswith("cuda")):
+        elif not fused or not has_kernel(u):
             result.add([i], _expression(u, rule))
         elif u.weight.device != "cpu":
             devices.setdefault(u.weight.device, []).append(i)
@@ -252,6 +252,14 @@ def _group(updates: list[Update], rule: Rule, *, fused: bool, threads: int | Non
     for which in devices.values():
         result.add(which, _cuda([updates[i] for i in which], rule))
     return result
+
+
+def has_kernel(u: Update) -> bool:
+    """Whether some kernel can do it: on the CPU any, on a CUDA device one of contiguous tensors."""
+    operands = (u.weight, u.grad, u.history, u.master)
+    return u.weight.device == "cpu" or (
+        u.weight.device.startswith("cuda") and all(o is None or o.array.is_contiguous() for o in operands)
+    )
 
 
 def _formats(u: Update) -> Formats:

@@ -8,12 +8,12 @@ memory with what was given, except for gradients.
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from adagrad.kernels.dtensor import has_whole_rows, is_dtensor, local
 from adagrad.row_sparse import RowSparse
 
 Operands = tuple[Any, Any, Any, Any]
@@ -31,10 +31,8 @@ def plain(i: int, weight: Tensor, grad: Tensor | RowSparse, history: Tensor, mas
     ValueError
         For views that cannot be written through, and DTensors or sparse gradients that the rule cannot take in parts.
     """
-    operands = weight, grad, history, master
-    if any(_is_dtensor(t) for t in operands):
-        operands = _local(i, *operands, row_wise=row_wise)
-    weight, grad, history, master = operands
+    if any(map(is_dtensor, (weight, grad, history, master))):
+        weight, grad, history, master = _local(i, weight, grad, history, master, row_wise=row_wise)
     for name, tensor in (("weights", weight), ("history in states", history), ("master copy in states", master)):
         if tensor is not None and (tensor.is_neg() or tensor.is_conj()):
             raise ValueError(f"{name}[{i}]: a negated or conjugated view: must be memory that can be written to")
@@ -89,15 +87,10 @@ def _rows(i: int, weight: Tensor, grad: Tensor, history: Tensor, master: Tensor 
 # ------------------------------------------------------------------------------------------------------------ DTensors
 
 
-def _is_dtensor(tensor: Any) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
 def _local(i: int, weight: Any, grad: Any, history: Any, master: Any, *, row_wise: bool) -> Operands:
     """The local parts. A gradient that is placed otherwise, as a sum not yet taken, is redistributed first."""
     for name, tensor in (("grads", grad), ("history in states", history), ("master copy in states", master)):
-        if tensor is not None and not (_is_dtensor(weight) and _is_dtensor(tensor)):
+        if tensor is not None and not (is_dtensor(weight) and is_dtensor(tensor)):
             raise TypeError(f"{name}[{i}]: must be a DTensor like the weight, or neither of them")
     mesh, placements = weight.device_mesh, weight.placements
     for name, tensor in (("history in states", history), ("master copy in states", master)):
@@ -105,15 +98,8 @@ def _local(i: int, weight: Any, grad: Any, history: Any, master: Any, *, row_wis
             raise ValueError(f"{name}[{i}]: placements {tensor.placements}: must be {placements}, the weight's")
     if any(p.is_partial() for p in placements):
         raise ValueError(f"weights[{i}]: placements {placements}: must be replicated or sharded")
-    if row_wise and any(p.is_shard() and not p.is_shard(0) for p in placements):
+    if row_wise and not has_whole_rows(weight):
         raise ValueError(f"weights[{i}]: placements {placements}: row-wise history needs whole rows")
     if (grad.device_mesh, grad.placements) != (mesh, placements):
         grad = grad.redistribute(mesh, placements)
-    return tuple(None if t is None else _waited(t.to_local()) for t in (weight, grad, history, master))  # type: ignore[return-value]
-
-
-def _waited(tensor: Tensor) -> Tensor:
-    module = sys.modules.get("torch.distributed._functional_collectives")
-    if module is not None and isinstance(tensor, module.AsyncCollectiveTensor):
-        tensor = tensor.wait()
-    return tensor
+    return tuple(None if t is None else local(t) for t in (weight, grad, history, master))  # type: ignore[return-value]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +16,11 @@ from torch import Tensor
 
 from adagrad import kernels
 from adagrad import rule as expression
-from adagrad.arrays import Operand, bounds, overlaps_itself, refuse_shared_memory
-from adagrad.kernels import Update, tensor_table, tensor_views
+from adagrad.arrays import Operand, bounds, refuse_shared_memory
+from adagrad.kernels import Update, tensor_rows, tensor_table, tensor_views
+from adagrad.kernels.tensor_checks import check_wrapped, checked, is_memory, operands_of
 from adagrad.row_sparse import RowSparse
-from adagrad.rule import Rule, history_shape
+from adagrad.rule import Rule
 
 
 @dataclass
@@ -70,6 +70,8 @@ def update(
         CUDA device is raised by a later call instead.
     """
     calls = [_Call(batch) for batch in batches if batch.weights]
+    if not calls:
+        return
     _refuse_shared(calls)
     scale = 1.0
     if not all(call.all_on_cuda() for call in calls):
@@ -114,31 +116,43 @@ def _cuda() -> Any:
 
 
 class _Call:
-    """A batch, looked at: the table of its plain rows, the others as checked operands, and the wrapped ones."""
+    """A batch, looked at: a table of the plain updates, the plain row-sparse ones, the others as checked operands, and
+    those of tensors that only PyTorch understands."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
-        self.table = tensor_table.table(
-            batch.weights, batch.grads, batch.histories, batch.masters, batch.rule.row_wise
-        )
+        self.table = tensor_table.table(batch.weights, batch.grads, batch.histories, batch.masters, batch.rule.row_wise)
         self.groups: list[tuple[int, Sequence[int]]] = [(self.table.common, range(len(batch.weights)))]
+        self.rows: dict[int, tensor_rows.Rows] = {}
         self.others: dict[int, Update] = {}
         self.wrapped: dict[int, tensor_views.Operands] = {}
         if self.table.common < 0:
             codes = self.table.codes
             self.groups = [(int(code), np.flatnonzero(codes == code).tolist()) for code in np.unique(codes[codes >= 0])]
             for i in np.flatnonzero(codes < 0).tolist():
-                given = tensor_views.plain(i, *batch.tensors(i), row_wise=batch.rule.row_wise)
-                if all(t is None or isinstance(t, RowSparse) or is_memory(t) for t in given):
-                    self.others[i] = _checked(i, *given, batch.rule)
-                else:
-                    _check_wrapped(i, *given, batch.rule)
-                    self.wrapped[i] = given
+                self._look_at(i)
+
+    def _look_at(self, i: int) -> None:
+        """Look at an update that the table has no row for."""
+        weight, grad, history, master = self.batch.tensors(i)
+        rule = self.batch.rule
+        if isinstance(grad, Tensor) and grad.is_sparse:
+            rows = tensor_rows.rows(weight, grad, history, master, row_wise=rule.row_wise)
+            if rows is not None:
+                self.rows[i] = rows
+                return
+        given = tensor_views.plain(i, weight, grad, history, master, row_wise=rule.row_wise)
+        if all(t is None or isinstance(t, RowSparse) or is_memory(t) for t in given):
+            self.others[i] = checked(i, *given, rule)
+        else:
+            check_wrapped(i, *given, rule)
+            self.wrapped[i] = given
 
     def all_on_cuda(self) -> bool:
         """Whether the CUDA kernels update every row."""
         on_cuda = all(tensor_table.formats(code)[0] > 0 for code, _ in self.groups)
-        return on_cuda and not self.wrapped and all(map(_fits_cuda, self.others.values()))
+        on_cuda = on_cuda and all(rows.place > 0 for rows in self.rows.values())
+        return on_cuda and not self.wrapped and all(map(_on_cuda, self.others.values()))
 
     def add_jobs(
         self,
@@ -164,24 +178,40 @@ class _Call:
             for i in which:
                 weight, grad, history, master = batch.tensors(i)
                 on_cuda(i, weight, grad, None, history, master)
+        for i, rows in self.rows.items():
+            weight, _, history, master = batch.tensors(i)
+            if rows.place:
+                on_cuda(i, weight, rows.values, rows.indices, history, master)
+                continue
+            job = rows.plan(i, weight, batch.rates(i), scaled, threads)
+            if job is not None:
+                jobs.append(job)
         for i, u in self.others.items():
-            if _fits_cuda(u):
+            if _on_cuda(u):
                 master = None if u.master is None else u.master.array
-                on_cuda(i, u.weight.array, u.grad.array, u.indices, u.history.array, master)
+                indices = None if u.indices is None else u.indices.contiguous()
+                on_cuda(i, u.weight.array, u.grad.array, indices, u.history.array, master)
             else:
-                plan = kernels._group([u], scaled, fused=u.weight.device == "cpu", threads=threads)
+                plan = kernels._group([u], scaled, fused=True, threads=threads)
                 lr, wd = batch.rates(i)
                 jobs.append(functools.partial(plan.run, [lr], [wd]))
         for i, given in self.wrapped.items():
             jobs.append(functools.partial(_run_expression, *given, *batch.rates(i), scaled))
 
     def _launch(self, which: Sequence[int], formats: Any, rule: Rule, threads: int | None) -> Callable[[], None]:
-        rows, total, lrs, wds = self.table.rows, self.table.total, self.batch.lrs, self.batch.wds
+        rows, total = self.table.rows, self.table.total
+        lrs: list[Any] = self.batch.lrs
+        wds = self.batch.wds
         if len(which) < len(rows):
-            rows = rows[which]
-            total = int(rows[:, tensor_table.SIZE].sum())
-            lrs, wds = (rates if len(rates) == 1 else [rates[i] for i in which] for rates in (lrs, wds))
+            rows, total = self.table.part(list(which))
+            lrs = lrs if len(lrs) == 1 else [lrs[i] for i in which]
+            wds = wds if len(wds) == 1 else [wds[i] for i in which]
         return functools.partial(kernels._launch, rows, formats, total, lrs, wds, rule, threads)
+
+
+def _on_cuda(u: Update) -> bool:
+    """Whether the CUDA kernels take it."""
+    return u.weight.device != "cpu" and kernels.has_kernel(u)
 
 
 def _run_expression(weight: Any, grad: Any, history: Any, master: Any, lr: Any, wd: float, rule: Rule) -> None:
@@ -191,52 +221,9 @@ def _run_expression(weight: Any, grad: Any, history: Any, master: Any, lr: Any, 
         expression.step(weight, grad, history, master, lr, wd, rule)
 
 
-# ------------------------------------------------------------------------------------------------------------- checks
-
-
-def is_memory(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is its memory and nothing else: no instance of a subclass that gives it another meaning."""
-    kind = type(tensor)
-    return kind in tensor_table.PLAIN_TYPES or (
-        kind.__torch_dispatch__ is Tensor.__torch_dispatch__
-        and kind.__torch_function__ is torch._C._disabled_torch_function_impl
-    )
-
-
-def _checked(i: int, weight: Any, grad: Any, history: Any, master: Any, rule: Rule) -> Update:
-    """The operands of an update; raises what :func:`adagrad.kernels.check_update` does, and knows other devices."""
-    found = kernels.check_update(f"[{i}]", weight, grad, history if master is None else (master, history), rule)
-    for o in (found.weight, found.history, found.master, found.grad):
-        if o is None or o.array.device.type not in ("cpu", "cuda"):
-            continue
-        if o.array.numel() and not o.array.data_ptr():
-            raise ValueError(f"{o.name}: address 0: must have memory for its {o.array.numel()} elements")
-        if o is not found.grad and overlaps_itself(_addresses(o.array)):
-            raise ValueError(f"{o.name}: strides {o.array.stride()}: overlaps itself")
-    return found
-
-
-def _check_wrapped(i: int, weight: Tensor, grad: Any, history: Tensor, master: Tensor | None, rule: Rule) -> None:
-    """What can be asked of any tensor."""
-    values = grad.values if isinstance(grad, RowSparse) else grad
-    wanted = history_shape(tuple(weight.shape), row_wise=rule.row_wise)
-    for name, tensor, shape in (("grads", grad, weight.shape), ("history in states", history, wanted)):
-        if tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f"{name}[{i}]: shape {tuple(tensor.shape)}: must be {tuple(shape)}")
-    for name, tensor in (("grads", values), ("history in states", history), ("master copy in states", master)):
-        if tensor is not None and tensor.device != weight.device:
-            raise ValueError(f"{name}[{i}]: device {tensor.device}: must be {weight.device}")
-
-
-def _fits_cuda(u: Update) -> bool:
-    """Whether the CUDA kernels take it: contiguous tensors on a CUDA device."""
-    operands = (u.weight, u.grad, u.history, u.master)
-    return u.weight.device.startswith("cuda") and all(o is None or o.array.is_contiguous() for o in operands)
-
-
 def _refuse_shared(calls: list[_Call]) -> None:
     """ValueError where what a call writes to shares a byte with anything else in it."""
-    if len(calls) == 1 and not calls[0].others:
+    if len(calls) == 1 and not calls[0].others and not calls[0].rows:
         table = calls[0].table
         disjoint = tensor_table.are_disjoint(table.starts, table.ends, table.written)
     else:
@@ -245,8 +232,12 @@ def _refuse_shared(calls: list[_Call]) -> None:
             table = call.table
             spans[0].append((table.starts[: table.written], table.ends[: table.written]))
             spans[1].append((table.starts[table.written :], table.ends[table.written :]))
+            for rows in call.rows.values():
+                # Row ids lie in memory of their own: a sparse tensor made them.
+                spans[0].append((rows.starts[:3], rows.ends[:3]))
+                spans[1].append((rows.starts[3:], rows.ends[3:]))
             for u in call.others.values():
-                for k, operands in enumerate(_operands(u)):
+                for k, operands in enumerate(operands_of(u)):
                     memories = [o.memory for o in operands if o.memory is not None]
                     bounded = np.array([bounds(memory) for memory in memories], np.int64).reshape(-1, 2)
                     spans[k].append((bounded[:, 0], bounded[:, 1]))
@@ -260,31 +251,11 @@ def _refuse_shared(calls: list[_Call]) -> None:
         for i in range(len(call.batch.weights)):
             if i in call.wrapped:
                 continue
-            u = call.others.get(i) or _checked(i, *call.batch.tensors(i), call.batch.rule)
-            for all_operands, operands in zip((written, read), _operands(u), strict=True):
+            if i in call.others:
+                u = call.others[i]
+            else:
+                given = tensor_views.plain(i, *call.batch.tensors(i), row_wise=call.batch.rule.row_wise)
+                u = checked(i, *given, call.batch.rule)
+            for all_operands, operands in zip((written, read), operands_of(u), strict=True):
                 all_operands += operands
     refuse_shared_memory(written, read)
-
-
-def _operands(u: Update) -> tuple[list[Operand], list[Operand]]:
-    """What is written to, and what is read; their memory is right in its addresses on any device, not to be read."""
-    indices = None if u.indices is None else Operand(f"indices of {u.grad.name}", u.indices, "", u.weight.device, None)
-    return [_placed(o) for o in (u.weight, u.history, u.master) if o is not None], [
-        _placed(o) for o in (u.grad, indices) if o is not None
-    ]
-
-
-def _placed(o: Operand) -> Operand:
-    return o._replace(memory=_addresses(o.array) if o.array.device.type in ("cpu", "cuda") else None)
-
-
-def _addresses(tensor: Tensor) -> np.ndarray:
-    """An array that lies where ``tensor`` does."""
-    interface = {
-        "data": (tensor.data_ptr(), False),
-        "shape": tuple(tensor.shape),
-        "strides": tuple(stride * tensor.element_size() for stride in tensor.stride()),
-        "typestr": f"|V{tensor.element_size()}",
-        "version": 3,
-    }
-    return np.asarray(SimpleNamespace(__array_interface__=interface))

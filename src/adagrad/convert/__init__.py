@@ -1,0 +1,44 @@
+"""States of other frameworks' AdaGrad, turned into states for an optimizer here, and back.
+
+The history is the same quantity everywhere, so a conversion copies arrays from one form into another; the frameworks
+are not needed for it. What it does beyond that is refuse: each function is given the optimizer here that goes on with
+the states, or that they come from, and raises ValueError, with the reason, where the next step would not be the one
+that the other side would have done.
+
+=========  =========================================================  =============================
+framework  its form                                                   functions
+=========  =========================================================  =============================
+PyTorch    ``optimizer.state_dict()`` of ``torch.optim.Adagrad``      `from_torch`, `to_torch`
+optax      the ``opt_state`` of ``optax.adagrad``, alone or in a      `from_optax`, `to_optax`
+           chain
+Keras 3    ``optimizer.variables``                                    `from_keras`, `to_keras`
+FBGEMM     ``split_optimizer_states()``, ``get_optimizer_state()``    `from_fbgemm`, `to_fbgemm`
+others     arrays: slot variables of TensorFlow, ``v`` of MLX         `from_arrays`, `to_arrays`
+=========  =========================================================  =============================
+
+States are dicts of index to history, to be assigned to :attr:`adagrad.Updater.states` or given one by one to
+:meth:`adagrad.Optimizer.update`. Indices are 0, 1, ... in the order of the other side's parameters; on the way back
+states go in the order of their indices where all are integers, else in the order of the dict. Histories are copies:
+NumPy arrays, writable, in C order, float32 or float64. Master copies exist for PyTorch only.
+
+MXNet's state files need no conversion: :meth:`adagrad.Updater.load_states` reads them.
+"""
+
+from adagrad.convert.arrays import from_arrays, to_arrays
+from adagrad.convert.fbgemm import from_fbgemm, to_fbgemm
+from adagrad.convert.keras import from_keras, to_keras
+from adagrad.convert.optax import from_optax, to_optax
+from adagrad.convert.torch import from_torch, to_torch
+
+__all__ = [
+    "from_arrays",
+    "from_fbgemm",
+    "from_keras",
+    "from_optax",
+    "from_torch",
+    "to_arrays",
+    "to_fbgemm",
+    "to_keras",
+    "to_optax",
+    "to_torch",
+]

@@ -1,0 +1,85 @@
+"""The variables of ``keras.optimizers.Adagrad``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from adagrad.adagrad import AdaGrad
+from adagrad.convert.arrays import History, States, history, plain, to_arrays
+from adagrad.convert.trajectory import require_rate, require_rule, require_schedule
+from adagrad.rates import Index
+
+
+def from_keras(variables: Iterable[Any], optimizer: AdaGrad) -> States:
+    """States from the ``variables`` of ``keras.optimizers.Adagrad``: Keras 3, on any backend.
+
+    Parameters
+    ----------
+    variables : iterable
+        ``keras_optimizer.variables``, or the accumulators alone, as arrays.
+    optimizer : AdaGrad
+        Goes on with the states: made with ``dialect="keras"`` and the learning rate in the variables. A schedule goes
+        on with ``learning_rate=None, lr_scheduler=lambda t: schedule(t - 1), begin_num_update=iterations``.
+
+    Returns
+    -------
+    dict of int to array
+        By the number of the variable, as Keras has them in ``model.trainable_variables``.
+
+    Raises
+    ------
+    ValueError
+        For an optimizer of another rule or rate, variables of another optimizer, and gradients that Keras has
+        accumulated and not applied yet.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from adagrad import AdaGrad, convert
+    >>> convert.from_keras([np.full(2, 0.1, np.float32)], AdaGrad(learning_rate=0.5, dialect="keras"))
+    {0: array([0.1, 0.1], dtype=float32)}
+    """
+    require_rule(optimizer, "keras")
+    named = [(getattr(each, "name", None) or "accumulator", each) for each in variables]
+    pending = [name for name, each in named if name.endswith("gradient_accumulator") and np.any(plain(each))]
+    if pending:
+        raise ValueError(f"{pending[0]}: gradients that are not applied yet: convert right after an update")
+    found = [(name, each) for name, each in named if name.endswith("accumulator")]
+    found = [(name, each) for name, each in found if not name.endswith("gradient_accumulator")]
+    if named and not found:
+        raise ValueError(
+            f"variables: none of {len(named)} is an accumulator: must be those of keras.optimizers.Adagrad"
+        )
+    states: States = {index: history(name, each, optimizer) for index, (name, each) in enumerate(found)}
+    scalars = {name: plain(each) for name, each in named if name in ("iteration", "learning_rate")}
+    step = int(scalars.get("iteration", 0))
+    if "learning_rate" in scalars:
+        for index in states:
+            require_rate(f"variable {index}", float(scalars["learning_rate"]), 0.0, step, optimizer, index)
+    elif "iteration" in scalars:
+        require_schedule(f"iteration={step}", step, "Keras", optimizer, states)
+    return states
+
+
+def to_keras(states: Mapping[Index, Any], optimizer: AdaGrad) -> list[History]:
+    """The accumulators, each for ``Variable.assign``; inverse of :func:`from_keras`.
+
+    Parameters
+    ----------
+    states : mapping of index to state
+    optimizer : AdaGrad
+        They come from it.
+
+    Raises
+    ------
+    ValueError
+        If the optimizer has epsilon or weight decay in another place than Keras, for row-wise histories and master
+        copies, none of which Keras has.
+    """
+    histories = to_arrays(states, optimizer, "keras")
+    if optimizer.row_wise:
+        raise ValueError("row_wise=True: must be False: Keras has no row-wise history")
+    return histories

@@ -1,0 +1,147 @@
+"""The ``opt_state`` of ``optax.adagrad``."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from adagrad import checks
+from adagrad.adagrad import AdaGrad
+from adagrad.convert.arrays import States, from_arrays, to_arrays
+from adagrad.convert.trajectory import count, require_rule, require_schedule
+from adagrad.rates import Index
+
+
+def from_optax(opt_state: Any, optimizer: AdaGrad) -> States:
+    """States from the ``opt_state`` of ``optax.adagrad`` or ``optax.scale_by_rss``, alone or in a chain.
+
+    Parameters
+    ----------
+    opt_state : ScaleByRssState, or tuples of states with one in it
+    optimizer : AdaGrad
+        Goes on with the states: made with ``dialect="optax"`` and the learning rate that optax was given. A schedule
+        goes on with ``learning_rate=None, lr_scheduler=lambda t: schedule(t - 1), begin_num_update=count``.
+
+    Returns
+    -------
+    dict of int to array
+        By the number of the parameter, as in ``jax.tree.leaves(params)``.
+
+    Raises
+    ------
+    ValueError
+        For an optimizer of another rule, a schedule that it does not go on with, and transformations with a state
+        that this rule does not have, by their names.
+
+    Examples
+    --------
+    >>> from typing import NamedTuple
+    >>> import numpy as np
+    >>> from adagrad import AdaGrad, convert
+    >>> class ScaleByRssState(NamedTuple):  # of optax
+    ...     sum_of_squares: dict
+    >>> opt_state = (ScaleByRssState({"bias": np.full(2, 0.1, np.float32)}), ())
+    >>> convert.from_optax(opt_state, AdaGrad(learning_rate=0.5, dialect="optax"))
+    {0: array([0.1, 0.1], dtype=float32)}
+    """
+    require_rule(optimizer, "optax")
+    accumulator, counts = _parts(opt_state)
+    states = from_arrays(_leaves(accumulator.sum_of_squares), optimizer, "optax")
+    for step in map(int, counts):
+        require_schedule(f"count={step}", step, "optax", optimizer, states)
+    return states
+
+
+def to_optax(states: Mapping[Index, Any], optimizer: AdaGrad, opt_state: Any) -> Any:
+    """``opt_state`` with the histories and the count of updates in it; inverse of :func:`from_optax`.
+
+    Parameters
+    ----------
+    states : mapping of index to state
+        As many and of the same shapes as ``jax.tree.leaves(params)``.
+    optimizer : AdaGrad
+        They come from it.
+    opt_state : ScaleByRssState, or tuples of states with one in it
+        How the result is put together: what ``solver.init(params)`` gives.
+
+    Returns
+    -------
+    like ``opt_state``
+        With NumPy arrays, which JAX takes as they are.
+
+    Raises
+    ------
+    ValueError
+        If the optimizer does not have epsilon under the root, and for states of other shapes than those in
+        ``opt_state``.
+    """
+    histories = to_arrays(states, optimizer, "optax")
+    accumulator, _ = _parts(opt_state)
+    found = [each.shape for each in histories]
+    expected = [tuple(np.shape(each)) for each in _leaves(accumulator.sum_of_squares)]
+    if found != expected:
+        raise ValueError(
+            f"states: shapes {checks.describe(found)}: must be {checks.describe(expected)}, as in opt_state"
+        )
+    leaves = iter(histories)
+    updates = np.asarray(max((count(optimizer, index) for index in states), default=0), np.int32)
+
+    def put(node: Any) -> Any:
+        name = type(node).__name__
+        if name == "ScaleByRssState":
+            return type(node)(_rebuilt(node.sum_of_squares, leaves))
+        if name == "ScaleByScheduleState":
+            return node._replace(count=updates)
+        return node if hasattr(node, "_fields") else type(node)(put(part) for part in node)
+
+    return put(opt_state)
+
+
+def _parts(opt_state: Any) -> tuple[Any, list[Any]]:
+    """The one ScaleByRssState in a state of optax, and the counts of its schedules."""
+    found, counts, rest = [], [], [opt_state]
+    while rest:
+        part = rest.pop()
+        name = type(part).__name__
+        if isinstance(part, (tuple, list)) and not hasattr(part, "_fields"):
+            rest.extend(part)
+        elif name == "ScaleByRssState":
+            found.append(part)
+        elif name == "ScaleByScheduleState":
+            counts.append(part.count)
+        elif getattr(part, "_fields", None) != ():
+            hint = ": convert its inner_state" if hasattr(part, "inner_state") else ""
+            raise ValueError(f"opt_state: {name}: not a part of the state of optax.adagrad{hint}")
+    if len(found) != 1:
+        raise ValueError(f"opt_state: {len(found)} of ScaleByRssState in it: must be one")
+    return found[0], counts
+
+
+# The order of JAX: dicts by their keys, and None for nothing.
+
+
+def _leaves(tree: Any) -> list[Any]:
+    if tree is None:
+        return []
+    if isinstance(tree, Mapping):
+        tree = [tree[key] for key in _keys(tree)]
+    return [leaf for part in tree for leaf in _leaves(part)] if isinstance(tree, (list, tuple)) else [tree]
+
+
+def _rebuilt(tree: Any, leaves: Iterator[Any]) -> Any:
+    if tree is None:
+        return None
+    if isinstance(tree, Mapping):
+        kind: Any = type(tree)
+        return kind({key: _rebuilt(tree[key], leaves) for key in _keys(tree)})
+    if isinstance(tree, (list, tuple)):
+        parts = [_rebuilt(part, leaves) for part in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    return next(leaves)
+
+
+def _keys(tree: Mapping[Any, Any]) -> list[Any]:
+    return list(tree) if isinstance(tree, OrderedDict) else sorted(tree)

@@ -1,0 +1,178 @@
+"""The ``state_dict()`` of ``torch.optim.Adagrad``, and of :class:`adagrad.torch.Adagrad`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adagrad import checks
+from adagrad.adagrad import AdaGrad
+from adagrad.convert.arrays import States, history, single
+from adagrad.convert.trajectory import count, next_lr, ordered, require_adagrad, require_rate, require_rule
+from adagrad.rates import Index
+
+
+def from_torch(state_dict: Mapping[str, Any], optimizer: AdaGrad) -> States:
+    """States from the ``state_dict()`` of ``torch.optim.Adagrad`` or :class:`adagrad.torch.Adagrad`.
+
+    Between these two there is nothing to convert: each loads what the other saved.
+
+    Parameters
+    ----------
+    state_dict : mapping
+        With ``state`` and ``param_groups``.
+    optimizer : AdaGrad
+        Goes on with the states. Epsilon, weight decay and, at the next update, the learning rate must be those of the
+        groups: it is made with ``dialect="torch"``, and with multipliers where groups differ.
+
+    Returns
+    -------
+    dict of int to array
+        By the number of the parameter, through all groups; pairs ``(master copy, history)`` where there is a master
+        copy.
+
+    Raises
+    ------
+    ValueError
+        If an option differs, if ``lr_decay`` is not 0 and the optimizer has no ``lr_scheduler`` that goes on with it,
+        for histories in float16 or bfloat16, and for what is no such dict.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from adagrad import AdaGrad, convert
+    >>> parameter = torch.nn.Parameter(torch.ones(2))
+    >>> before = torch.optim.Adagrad([parameter], lr=0.5, initial_accumulator_value=0.1)
+    >>> convert.from_torch(before.state_dict(), AdaGrad(learning_rate=0.5, dialect="torch"))
+    {0: array([0.1, 0.1], dtype=float32)}
+    """
+    require_adagrad(optimizer)
+    try:
+        saved = state_dict["state"]
+        found = [
+            (index, {"lr_decay": 0, "weight_decay": 0} | dict(group), int(saved[index]["step"]), saved[index]["sum"])
+            for group in state_dict["param_groups"]
+            for index in group["params"]
+            if index in saved
+        ]
+        states: States = {}
+        for index, group, step, array in found:
+            what = f"parameter {index}"
+            _require_options(what, group, optimizer, index)
+            require_rate(what, float(group["lr"]), float(group["lr_decay"]), step, optimizer, index)
+            states[index] = history(f"sum of {what}", array, optimizer)
+            if "master" in saved[index]:
+                states[index] = (history(f"master of {what}", saved[index]["master"]), states[index])
+    except (TypeError, KeyError, IndexError) as error:
+        raise ValueError(f"state_dict: must be what torch.optim.Adagrad.state_dict() gives: {error!r}") from error
+    return states
+
+
+def _require_options(what: str, group: Mapping[str, Any], optimizer: AdaGrad, index: Index) -> None:
+    """The options of a parameter group that decide on the next step are the optimizer's."""
+    wd = optimizer._get_wd(index)
+    ours = {
+        "eps": ("epsilon", optimizer.epsilon),
+        "weight_decay": ("wd", wd),
+        "maximize": ("rescale_grad < 0", optimizer.rescale_grad < 0),
+        "row_wise": ("row_wise", optimizer.row_wise),
+        "epsilon_inside": ("epsilon_inside", optimizer.epsilon_inside),
+        "decoupled_decay": ("decoupled_decay", optimizer.decoupled_decay and wd != 0),
+        "clip_value": ("clip_gradient", optimizer.clip_gradient),
+    }
+    missing: dict[str, Any] = dict.fromkeys(("maximize", "row_wise", "epsilon_inside", "decoupled_decay"), False)
+    # Whether PyTorch users clip gradients before the step is not in the dict.
+    group = missing | {"clip_value": optimizer.clip_gradient} | dict(group)
+    for theirs, (name, value) in ours.items():
+        given = group[theirs] and wd != 0 if theirs == "decoupled_decay" else group[theirs]
+        if given != value:
+            raise ValueError(f"{theirs}={given!r} of {what}: must be the optimizer's {name}, which is {value!r}")
+
+
+def to_torch(
+    states: Mapping[Index, Any],
+    optimizer: AdaGrad,
+    *,
+    groups: Sequence[Sequence[Index]] | None = None,
+    ours: bool = False,
+) -> dict[str, Any]:
+    """A dict for ``torch.optim.Adagrad.load_state_dict``; inverse of :func:`from_torch`. Imports PyTorch.
+
+    Parameters
+    ----------
+    states : mapping of index to state
+    optimizer : AdaGrad
+        They come from it, and so do the options and the counts of updates. Where it has a scheduler, ``lr`` is that of
+        the next update; PyTorch's scheduler is to be made anew.
+    groups : list of lists of indices, optional
+        The indices of each parameter group, in the order of its parameters; by default one group of all.
+    ours : bool, default False
+        Whether the dict is for :class:`adagrad.torch.Adagrad`, which has all the options that ``AdaGrad`` has here.
+        Otherwise those that ``torch.optim.Adagrad`` lacks, and would ignore, are refused.
+
+    Raises
+    ------
+    ValueError
+        For options that the other side does not have, different lr or wd within a group, and groups that do not have
+        each index once.
+    """
+    import torch
+
+    _require_options_there(optimizer, ours)
+    states = ordered(states)
+    groups = [list(states)] if groups is None else [list(group) for group in groups]
+    order = [index for group in groups for index in group]
+    if len(order) != len(states) or set(order) != set(states):
+        raise ValueError(f"groups={checks.describe(groups)}: must have each index of the states once")
+    numbers = {index: number for number, index in enumerate(order)}
+    saved = {}
+    for index, number in numbers.items():
+        state = states[index]
+        pair = isinstance(state, tuple) and ours
+        saved[number] = {"step": torch.tensor(float(count(optimizer, index)))}
+        saved[number]["sum"] = torch.from_numpy(single(index, state[1] if pair else state))
+        if pair:
+            saved[number]["master"] = torch.from_numpy(single(index, state[0]))
+    made = [_group(optimizer, group, ours) | {"params": [numbers[index] for index in group]} for group in groups]
+    return {"state": saved, "param_groups": made}
+
+
+def _require_options_there(optimizer: AdaGrad, ours: bool) -> None:
+    require_adagrad(optimizer)
+    if abs(optimizer.rescale_grad) != 1:
+        raise ValueError(
+            f"rescale_grad={optimizer.rescale_grad!r}: must be 1 or -1: PyTorch does not rescale gradients"
+        )
+    if not ours:
+        require_rule(optimizer, "torch")
+        for name in ("clip_gradient", "row_wise"):
+            if value := getattr(optimizer, name):
+                raise ValueError(f"{name}={value!r}: torch.optim.Adagrad has no such option; adagrad.torch.Adagrad has")
+
+
+def _group(optimizer: AdaGrad, indices: Sequence[Index], ours: bool) -> dict[str, Any]:
+    """The options of a parameter group."""
+    rates = {(next_lr(optimizer, index, count(optimizer, index)), optimizer._get_wd(index)) for index in indices}
+    if len(rates) > 1:
+        raise ValueError(f"groups: lr and wd {sorted(rates)} in one: must be in groups of their own")
+    lr, wd = rates.pop() if rates else (optimizer.learning_rate, optimizer.wd)
+    options = {
+        "lr": lr,
+        "lr_decay": 0,
+        "eps": optimizer.epsilon,
+        "weight_decay": wd,
+        "initial_accumulator_value": optimizer.initial_accumulator_value,
+        "foreach": None,
+        "maximize": optimizer.rescale_grad < 0,
+        "differentiable": False,
+        "fused": None,
+    }
+    if not ours:
+        return options
+    return options | {
+        "clip_value": optimizer.clip_gradient,
+        "row_wise": optimizer.row_wise,
+        "multi_precision": optimizer.multi_precision,
+        "epsilon_inside": optimizer.epsilon_inside,
+        "decoupled_decay": optimizer.decoupled_decay,
+    }

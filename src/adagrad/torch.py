@@ -1,0 +1,291 @@
+"""AdaGrad as a ``torch.optim.Optimizer``, a drop-in for ``torch.optim.Adagrad``."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from adagrad import checks, dialects
+from adagrad.dialects import Default
+from adagrad.kernels import tensors
+from adagrad.torch_state import OURS, RULE, as_saved, fitted, new_state
+from adagrad.torch_step import Part, batches, update_differentiably
+
+__all__ = ["Adagrad"]
+
+
+class Adagrad(Optimizer):
+    r"""AdaGrad with the arguments, the state and the checkpoints of ``torch.optim.Adagrad``, on this library's kernels.
+
+    .. math::
+
+        g &= \mathrm{clip}(\pm g,\ \pm\mathtt{clip\_value}) + \mathtt{weight\_decay} \cdot w \\
+        h &= h + g^2 \\
+        w &= w - \frac{\mathtt{lr}}{1 + (t - 1)\,\mathtt{lr\_decay}} \cdot \frac{g}{\sqrt{h} + \mathtt{eps}}
+
+    with parameter :math:`w`, gradient :math:`g` (negated by ``maximize``), history :math:`h` and the parameter's count
+    of steps :math:`t`. The operations are rounded one by one, in this order, in float64 for float64 parameters and in
+    float32 for all others; complex numbers count as pairs of real ones.
+
+    Sparse COO gradients, as ``nn.Embedding(sparse=True)`` makes them, are not coalesced: entries of one row are summed
+    in their order, and only rows that occur are touched, by ``weight_decay`` too. There are kernels for CPU and CUDA;
+    on other devices, and for tensor subclasses, the rule is a handful of PyTorch's own operations.
+
+    Parameters
+    ----------
+    params : iterable
+        Parameters, pairs of name and parameter, or dicts of parameter groups.
+    lr : float or Tensor, default 1e-2
+        Learning rate; a tensor has one element.
+    lr_decay : float, default 0
+    weight_decay : float, default 0
+        Added to the gradient as ``weight_decay * w``.
+    initial_accumulator_value : float, default 0
+        What histories start from; a group may have its own.
+    eps : float, default 1e-10
+    foreach, fused : bool, optional
+        Accepted for compatibility: the results and the kernels are the same. ``fused=False`` leaves the scaling of
+        gradients to ``torch.amp.GradScaler``; otherwise the kernels unscale, and skip steps without a wait for the
+        device. As in PyTorch, ``fused=True`` keeps the counts on the parameters' device.
+    maximize : bool, default False
+    differentiable : bool, default False
+        Whether autograd records the step: for parameters that are not leaves. Slow.
+    clip_value : float, optional
+        Gradients are clipped to ``[-clip_value, clip_value]`` before weight decay is added. Finite, > 0.
+    row_wise : bool, default False
+        Whether histories have one value a row: the mean of the row's squares is added to it. ``sum`` has shape
+        ``(n, 1, ...)`` then.
+    multi_precision : bool, default False
+        Whether float16 and bfloat16 parameters get a float32 copy, ``master`` in the state, made at the first step,
+        that the rule acts on; the parameter is its rounding. Other changes of the parameter do not reach the copy.
+    dialect : str, default "torch"
+        Whose AdaGrad to follow: one of :data:`adagrad.dialects.DIALECTS`. Its defaults replace those of PyTorch, above
+        and below, for all that is not given.
+    epsilon_inside : bool, default False
+        Whether to divide by :math:`\sqrt{h + \mathtt{eps}}` instead.
+    decoupled_decay : bool, default False
+        Whether to leave ``weight_decay * w`` out of the gradient, and so out of the history, and add it to the quotient
+        instead.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, its value and the rule it broke. A step that is refused has changed nothing.
+
+    Notes
+    -----
+    The state of a parameter is ``step`` (a tensor of one number) and ``sum`` (the history), in float32 for float16 and
+    bfloat16 parameters, which torch.optim.Adagrad rounds when it loads them.
+
+    References
+    ----------
+    Duchi, Hazan, Singer: Adaptive Subgradient Methods for Online Learning and Stochastic Optimization.
+    JMLR 12, 2011, figure 1 (diagonal case).
+
+    Examples
+    --------
+    >>> import torch
+    >>> weight = torch.nn.Parameter(torch.ones(3))
+    >>> optimizer = Adagrad([weight], lr=0.5)
+    >>> weight.grad = torch.tensor([1.0, -2.0, 0.0])
+    >>> optimizer.step()
+    >>> weight.tolist()
+    [0.5, 1.5, 1.0]
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = Default(1e-2),
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = Default(0),
+        eps: float = Default(1e-10),
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        clip_value: float | None = None,
+        row_wise: bool = False,
+        multi_precision: bool = False,
+        dialect: str = "torch",
+        epsilon_inside: bool | None = None,
+        decoupled_decay: bool | None = None,
+    ) -> None:
+        preset = dialects.find(dialect)
+        lr, eps, initial_accumulator_value = preset.numbers(lr, eps, initial_accumulator_value, row_wise)
+        epsilon_inside, decoupled_decay = preset.options(epsilon_inside, decoupled_decay)
+        lr = 0.01 if lr is None else lr
+        defaults = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "fused": fused,
+            "clip_value": clip_value,
+            "row_wise": row_wise,
+            "multi_precision": multi_precision,
+            "epsilon_inside": epsilon_inside,
+            "decoupled_decay": decoupled_decay,
+        }
+        _check_options(defaults)
+        super().__init__(params, defaults)
+        self._set_amp_support()
+
+    def _set_amp_support(self) -> None:
+        # GradScaler reads it: whether `step` takes the attributes grad_scale and found_inf into account.
+        self._step_supports_amp_scaling = self.defaults["fused"] is not False and not self.defaults["differentiable"]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with options of its own; their state is made here."""
+        if isinstance(param_group, dict):
+            _check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self.state.update({p: new_state(p, group) for p in group["params"]})
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def share_memory(self) -> None:
+        """Move the histories, and master copies, to shared memory."""
+        for state in self.state.values():
+            for name in ("sum", "master"):
+                if name in state:
+                    state[name].share_memory_()
+
+    # ------------------------------------------------------------------------------------------------------- the step
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Evaluates the model again and returns the loss, which is returned.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            What cannot be updated; then nothing has changed. On CUDA a row id outside its parameter turns the step
+            into nothing, and a later step raises.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            self._update()
+        return loss
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _update(self) -> None:
+        parts = [
+            Part(self.defaults, group, states) for group, states in zip(self.param_groups, self._states(), strict=True)
+        ]
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and not (found_inf.is_cuda and all(part.on_cuda() for part in parts)):
+            if bool(found_inf):
+                return
+            found_inf = None
+        if self.defaults["differentiable"]:
+            update_differentiably(parts)
+        else:
+            tensors.update(batches(parts), threads=torch.get_num_threads(), grad_scale=grad_scale, found_inf=found_inf)
+        for part in parts:
+            part.commit(found_inf)
+
+    def _states(self) -> list[list[dict[str, Any]]]:
+        """The states of each group's parameters."""
+        groups = self.param_groups
+        params = groups[0]["params"] if len(groups) == 1 else [p for group in groups for p in group["params"]]
+        # The states mostly lie in the parameters' order. To look them up costs more: the hash of a tensor is Python.
+        states = list(self.state.values())
+        if len(params) != len(states) or not all(map(operator.is_, self.state, params)) or not all(states):
+            for group in groups:
+                for p in group["params"]:
+                    self.state[p] = self.state[p] or new_state(p, group)
+            states = [self.state[p] for p in params]
+        if len(groups) == 1:
+            return [states]
+        rest = iter(states)
+        return [list(itertools.islice(rest, len(group["params"]))) for group in groups]
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state that this class or ``torch.optim.Adagrad`` saved; options that it lacks stay as they are.
+
+        What the latter saved has PyTorch's rule, whatever the dialect here.
+
+        Raises
+        ------
+        ValueError
+            For other groups than these, or a state of another shape; then nothing has changed.
+        """
+        # Registered last, it sees what all other hooks made of the dict.
+        handle = self.register_load_state_dict_pre_hook(as_saved)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        before = self.__dict__.get("param_groups")
+        for i, group in enumerate(state.get("param_groups", [])):
+            for name, default in (("foreach", None), ("maximize", False), ("differentiable", False), ("fused", None)):
+                group.setdefault(name, default)
+            for name in RULE:
+                group.setdefault(name, False)
+            for name in OURS:
+                group.setdefault(name, before[i][name] if before else state["defaults"].get(name))
+            for k, p in enumerate(group["params"]):
+                loaded = state.get("state", {}).get(p)
+                if loaded:
+                    state["state"][p] = {
+                        name: fitted(f"state of parameter {k} of group {i}", p, name, value, group)
+                        for name, value in loaded.items()
+                    }
+        super().__setstate__(state)
+        self._set_amp_support()
+
+
+# --------------------------------------------------------------------------------------------------------- the options
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """The options of a group; messages begin as those of torch.optim.Adagrad do."""
+    lr = options["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element: lr has shape {tuple(lr.shape)}")
+    for name, label in (
+        ("lr", "learning rate"),
+        ("lr_decay", "lr_decay value"),
+        ("weight_decay", "weight_decay value"),
+        ("initial_accumulator_value", "initial_accumulator_value value"),
+        ("eps", "epsilon value"),
+    ):
+        value = float(options[name].detach()) if isinstance(options[name], Tensor) else checks.real(name, options[name])
+        if not 0 <= value < math.inf:
+            raise ValueError(f"Invalid {label}: {options[name]}: {name} must be finite and >= 0")
+    checks.positive_or_none("clip_value", options["clip_value"])
+    for name in ("maximize", "differentiable", "row_wise", "multi_precision", *RULE):
+        checks.boolean(name, options[name])
+    if options["fused"]:
+        if options["differentiable"]:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if options["foreach"]:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")

@@ -1,0 +1,111 @@
+"""The state of :class:`adagrad.torch.Adagrad`: how it begins, and how it comes back from checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adagrad.kernels.dtensor import from_local, has_whole_rows, is_dtensor, local, spread
+from adagrad.rule import history_shape
+
+OURS = ("clip_value", "row_wise", "multi_precision")
+"""Options that torch.optim.Adagrad does not have, nor its checkpoints."""
+
+RULE = ("epsilon_inside", "decoupled_decay")
+"""Options of the rule that torch.optim.Adagrad does not have either; its checkpoints mean False."""
+
+WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
+"""The dtype of histories and master copies, where it is not the parameter's."""
+
+
+def new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    """``step``, a tensor of one number, and ``sum``, the history, of a parameter that has not been updated yet."""
+    if group["fused"]:
+        step = torch.zeros((), dtype=torch.float32, device=p.device)
+    else:
+        wide = torch.get_default_dtype() == torch.float64
+        step = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device="cpu")
+    start = group["initial_accumulator_value"]
+    dtype = WIDE.get(p.dtype, p.dtype)
+    if group["row_wise"]:
+        return {"step": step, "sum": _row_wise_history(p, group, float(start), dtype)}
+    value = complex(start, start) if p.is_complex() else start
+    return {"step": step, "sum": torch.full_like(p, value, dtype=dtype, memory_format=torch.preserve_format)}
+
+
+def _row_wise_history(p: Tensor, group: dict[str, Any], start: float, dtype: torch.dtype) -> Tensor:
+    if p.ndim == 0:
+        raise ValueError("row_wise=True: parameter of shape (): must have rows: one dimension or more")
+    if p.is_complex():
+        raise ValueError(f"row_wise=True: parameter of {p.dtype}: must be real")
+    shape = history_shape(tuple(p.shape), row_wise=True)
+    if not is_dtensor(p):
+        return p.detach().new_full(shape, start, dtype=dtype)
+    if not has_whole_rows(p):
+        where = f"{_called(p, group)} with placements {p.placements}"  # type: ignore[attr-defined]
+        raise ValueError(f"row_wise=True: {where}: must have whole rows on a device")
+    part = local(p.detach())
+    return from_local(part.new_full(history_shape(tuple(part.shape), row_wise=True), start, dtype=dtype), p, shape)
+
+
+def _called(p: Tensor, group: dict[str, Any]) -> str:
+    k = next(k for k, q in enumerate(group["params"]) if q is p)
+    return f"parameter {group['param_names'][k]!r}" if "param_names" in group else f"parameter {k} of its group"
+
+
+def master(p: Tensor, state: dict[str, Any]) -> Tensor | None:
+    """The master copy of a parameter of low precision, a new one if the state has none; None for others."""
+    if p.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    copy = state.get("master")
+    return p.detach().to(WIDE[p.dtype], memory_format=torch.preserve_format) if copy is None else copy
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+class _Saved:
+    """A tensor of a checkpoint. PyTorch would cast a history to its parameter's dtype: this it leaves alone."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def as_saved(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A hook before loading: ``state_dict`` with its tensors hidden from casts, to be seen by :func:`fitted`."""
+    hidden = {
+        key: {name: _Saved(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+        if isinstance(state, dict)
+        else state
+        for key, state in state_dict["state"].items()
+    }
+    return {**state_dict, "state": hidden}
+
+
+def fitted(where: str, p: Tensor, name: str, value: Any, group: dict[str, Any]) -> Any:
+    """The loaded ``value`` on the parameter's device, in the dtype that this state has.
+
+    Raises ValueError, beginning with ``where``, for a history or master copy of another shape.
+    """
+    if name == "step":
+        return _count(p, value.tensor if isinstance(value, _Saved) else value, group)
+    if not isinstance(value, _Saved):
+        return value
+    tensor = value.tensor
+    if name not in ("sum", "master"):
+        return tensor.to(p.device)
+    shape = history_shape(tuple(p.shape), row_wise=group["row_wise"] and name == "sum")
+    if tuple(tensor.shape) != shape:
+        why = f"of the row-wise history of {tuple(p.shape)}" if group["row_wise"] else "the parameter's"
+        raise ValueError(f"{where}: {name}: shape {tuple(tensor.shape)}: must be {shape}, {why}")
+    tensor = tensor.to(device=p.device, dtype=WIDE.get(p.dtype, p.dtype))
+    # What one process saved has all rows: each process takes its own.
+    return spread(tensor, p) if is_dtensor(p) and not is_dtensor(tensor) else tensor
+
+
+def _count(p: Tensor, value: Any, group: dict[str, Any]) -> Tensor:
+    if group["fused"]:
+        return torch.as_tensor(value, dtype=torch.float32, device=p.device)
+    return value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float32, device="cpu")

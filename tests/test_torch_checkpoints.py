@@ -1,0 +1,240 @@
+"""Checkpoints of ``adagrad.torch.Adagrad``: its own, and those that move between it and ``torch.optim.Adagrad``."""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from adagrad.torch import Adagrad
+from support import assert_same_bits
+
+
+class Model(nn.Module):
+    """Lookups with sparse gradients, dense layers, and a part in bfloat16."""
+
+    def __init__(self, low: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.table = nn.EmbeddingBag(30, 6, mode="sum", sparse=True)
+        self.hidden = nn.Linear(6, 8)
+        self.low = nn.Linear(8, 1, dtype=low)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.low(self.hidden(self.table(ids)).relu().to(self.low.weight.dtype)).float()
+
+
+def make(seed: int = 0, low: torch.dtype = torch.bfloat16) -> Model:
+    torch.manual_seed(seed)
+    return Model(low)
+
+
+def train(model: Model, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        ids = torch.randint(30, (5, 4), generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        loss = (model(ids) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def through_a_file(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def assert_same_model(a: nn.Module, b: nn.Module) -> None:
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert_same_bits(p, q, name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight_decay": 0.05, "lr_decay": 0.1, "maximize": True},
+        {"row_wise": True, "clip_value": 0.1},
+        {"multi_precision": True, "lr": torch.tensor(0.05)},
+        {"fused": True},
+    ],
+    ids=str,
+)
+def test_resumed_training_is_the_same_to_the_bit(options: dict[str, Any]) -> None:
+    model = make()
+    optimizer = Adagrad(model.parameters(), **options)
+    train(model, optimizer, range(4))
+    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    whole = train(model, optimizer, range(4, 8))
+
+    resumed = make(1)
+    again = Adagrad(resumed.parameters(), lr=9.0)  # the options come from the checkpoint
+    resumed.load_state_dict(saved["model"])
+    again.load_state_dict(saved["optimizer"])
+    assert train(resumed, again, range(4, 8)) == whole
+    assert_same_model(model, resumed)
+    for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert optimizer.state[p].keys() == again.state[q].keys()
+        for name, value in optimizer.state[p].items():
+            assert_same_bits(value, again.state[q][name], name)
+
+
+def test_the_dict_holds_what_torch_knows_and_no_more() -> None:
+    params = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2, dtype=torch.float16))]
+    ours, theirs = Adagrad(params).state_dict(), torch.optim.Adagrad(params).state_dict()
+    assert [set(state) for state in ours["state"].values()] == [set(state) for state in theirs["state"].values()]
+    extra = {"clip_value": None, "row_wise": False, "multi_precision": False}
+    extra |= {"epsilon_inside": False, "decoupled_decay": False}
+    assert ours["param_groups"] == [theirs["param_groups"][0] | extra]
+    for i in (0, 1):
+        assert ours["state"][i]["step"].dtype == theirs["state"][i]["step"].dtype
+        assert ours["state"][i]["sum"].shape == theirs["state"][i]["sum"].shape
+    assert ours["state"][1]["sum"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
+def test_exchange_with_torch(dtype: torch.dtype, fused: bool | None) -> None:
+    """A run that changes the optimizer's class half-way, either way, is a run of torch.optim.Adagrad."""
+    if dtype.is_complex:
+        fused = None
+
+    def run(first: Any, second: Any) -> tuple[Tensor, Tensor]:
+        p = nn.Parameter(torch.linspace(-1, 1, 12, dtype=dtype).reshape(3, 4))
+        optimizer = first([p], lr=0.1, lr_decay=0.1, weight_decay=0.01, fused=fused)
+        for step in range(6):
+            if step == 3:
+                saved = through_a_file(optimizer.state_dict())
+                optimizer = second([p])
+                optimizer.load_state_dict(saved)
+            p.grad = torch.randn(3, 4, dtype=dtype, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        assert optimizer.state[p]["step"] == 6
+        assert optimizer.param_groups[0]["lr_decay"] == 0.1
+        return p.detach(), optimizer.state[p]["sum"]
+
+    theirs = torch.optim.Adagrad
+    want = run(theirs, theirs)
+    for first, second in ((Adagrad, theirs), (theirs, Adagrad), (Adagrad, Adagrad)):
+        for got, expected in zip(run(first, second), want, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_histories_survive(dtype: torch.dtype) -> None:
+    """PyTorch casts state to the parameter's dtype when it loads: 1/3 would lose 13 bits or more."""
+    p = nn.Parameter(torch.ones(3, dtype=dtype))
+    optimizer = Adagrad([p], multi_precision=True)
+    p.grad = torch.full((3,), 0.3, dtype=dtype)
+    optimizer.step()
+    saved = through_a_file(optimizer.state_dict())
+    q = nn.Parameter(torch.zeros(3, dtype=dtype))
+    again = Adagrad([q])
+    again.load_state_dict(saved)
+    for name in ("sum", "master"):
+        assert again.state[q][name].dtype == torch.float32
+        assert_same_bits(again.state[q][name], optimizer.state[p][name])
+        assert not torch.equal(again.state[q][name], again.state[q][name].to(dtype).float())
+    theirs = torch.optim.Adagrad([q])
+    theirs.load_state_dict(saved)  # which rounds them
+    assert theirs.state[q]["sum"].dtype == dtype
+    again.load_state_dict(theirs.state_dict())
+    assert again.state[q]["sum"].dtype == torch.float32
+
+
+def test_options_that_torch_does_not_save_stay() -> None:
+    params = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    optimizer = Adagrad([{"params": params[0], "clip_value": 0.5}, {"params": params[1], "multi_precision": True}])
+    saved = torch.optim.Adagrad([{"params": [p]} for p in params], lr=0.7).state_dict()
+    optimizer.load_state_dict(saved)
+    assert [g["clip_value"] for g in optimizer.param_groups] == [0.5, None]
+    assert [g["multi_precision"] for g in optimizer.param_groups] == [False, True]
+    assert [g["lr"] for g in optimizer.param_groups] == [0.7, 0.7]
+    assert not any("row_wise" in group for group in saved["param_groups"])
+
+
+def test_a_master_copy_is_made_where_the_checkpoint_has_none() -> None:
+    p = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    saved = torch.optim.Adagrad([p]).state_dict()
+    optimizer = Adagrad([p], multi_precision=True)
+    optimizer.load_state_dict(saved)
+    p.data.fill_(3.0)  # what the model is loaded with afterwards counts
+    p.grad = torch.ones(2, dtype=torch.bfloat16)
+    optimizer.step()
+    assert_same_bits(optimizer.state[p]["master"], torch.full((2,), 3 - 0.01))
+
+
+def test_old_checkpoints_count_in_numbers() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = Adagrad([p])
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["step"] = 7
+    for fused in (None, True):
+        saved["param_groups"][0]["fused"] = fused
+        optimizer.load_state_dict(saved)
+        assert torch.equal(optimizer.state[p]["step"], torch.tensor(7.0))
+
+
+def test_hooks_see_tensors() -> None:
+    p = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    optimizer = Adagrad([p])
+    saved = optimizer.state_dict()
+    seen = []
+
+    def double(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        seen.append(state_dict["state"][0]["sum"].dtype)
+        return {**state_dict, "state": {0: {"step": torch.tensor(1.0), "sum": torch.full((2,), 1 / 3)}}}
+
+    optimizer.register_load_state_dict_pre_hook(double)
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append(o.state[p]["sum"].dtype))
+    optimizer.load_state_dict(saved)
+    assert seen == [torch.float32, torch.float32]
+    assert_same_bits(optimizer.state[p]["sum"], torch.full((2,), 1 / 3))
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("what", ["shape", "row-wise", "groups"])
+def test_a_refused_checkpoint_changes_nothing(what: str) -> None:
+    p = nn.Parameter(torch.ones(3, 2))
+    optimizer = Adagrad([p], row_wise=what == "row-wise", lr=0.3)
+    p.grad = torch.ones(3, 2)
+    optimizer.step()
+    before, group = copy.deepcopy(optimizer.state[p]), dict(optimizer.param_groups[0])
+    shapes = {"shape": [(2, 3)], "row-wise": [(3, 2)], "groups": [(3, 2), (3, 2)]}[what]
+    other = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    saved = torch.optim.Adagrad(other).state_dict()
+    message = {
+        "shape": r"state of parameter 0 of group 0: sum: shape \(2, 3\): must be \(3, 2\), the parameter's",
+        "row-wise": r"sum: shape \(3, 2\): must be \(3, 1\), of the row-wise history of \(3, 2\)",
+        "groups": "doesn't match the size of optimizer's group",
+    }[what]
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0] == group
+    for name, value in before.items():
+        assert_same_bits(optimizer.state[p][name], value)
+
+
+def test_distributed_state_dicts(tmp_path: Path) -> None:
+    """By parameter names, as torch.distributed.checkpoint keeps them."""
+    model = make()
+    optimizer = Adagrad(model.parameters(), multi_precision=True)
+    train(model, optimizer, range(2))
+    saved = through_a_file(get_optimizer_state_dict(model, optimizer))
+    assert set(saved["state"]) == {name for name, _ in model.named_parameters()}
+    other = make()
+    other.load_state_dict(model.state_dict())
+    again = Adagrad(other.parameters())
+    set_optimizer_state_dict(other, again, saved)
+    assert train(model, optimizer, range(2, 4)) == train(other, again, range(2, 4))
+    assert_same_model(model, other)
+    assert again.state[other.low.weight]["sum"].dtype == torch.float32

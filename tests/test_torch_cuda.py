@@ -1,0 +1,207 @@
+"""``adagrad.torch.Adagrad`` and the CUDA kernels: how it calls them, and on a GPU the bits of the CPU.
+
+Without a GPU, the calls are made on CPU tensors that the dispatcher is told are elsewhere; Triton's interpreter runs
+the kernels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adagrad.kernels import tensor_rows, tensor_table
+from adagrad.torch import Adagrad
+from support import assert_same_bits
+
+pytest.importorskip("triton")
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "all": {"lr": 0.3, "weight_decay": 0.1, "lr_decay": 0.5, "clip_value": 0.7, "maximize": True},
+    "low precision": {"multi_precision": True, "weight_decay": 0.01},
+    "row-wise": {"row_wise": True},
+}
+
+
+def parameters(device: str = "cpu") -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    tensors = [torch.randn(5, 4), torch.randn(7, dtype=torch.float64), torch.randn(6, 8).bfloat16(), torch.randn(6, 8)]
+    return [nn.Parameter(t.to(device)) for t in tensors]
+
+
+def set_grads(params: list[nn.Parameter], seed: int) -> None:
+    """The last one's is sparse; its rows are distinct, for then the order of sums does not matter."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in params[:-1]:
+        p.grad = torch.randn(p.shape, generator=generator).to(p)
+    rows = torch.randperm(6, generator=generator)[:4][None]
+    values = torch.randn(4, 8, generator=generator)
+    last = params[-1]
+    last.grad = torch.sparse_coo_tensor(rows, values, (6, 8), check_invariants=True).to(last.device)
+
+
+def train(params: list[nn.Parameter], **options: Any) -> Adagrad:
+    optimizer = Adagrad(params, **options)
+    for step in range(3):
+        set_grads(params, step)
+        optimizer.step()
+    return optimizer
+
+
+def assert_same_training(a: Adagrad, b: Adagrad) -> None:
+    for p, q in zip(a.param_groups[0]["params"], b.param_groups[0]["params"], strict=True):
+        assert_same_bits(p.detach().cpu(), q.detach().cpu())
+        for name in a.state[p]:
+            assert_same_bits(a.state[p][name].cpu(), b.state[q][name].cpu(), name)
+
+
+# ------------------------------------------------------------------------------------------- how the kernels are called
+
+
+@pytest.fixture
+def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Within: plain CPU tensors go where plain CUDA tensors go; the calls, as they are made."""
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled for the GPU here, and take no CPU tensors")
+    from adagrad.kernels import cuda
+
+    calls = []
+    real = cuda.update
+
+    def update(dense: Any, rows: Any, rule: Any, **others: Any) -> None:
+        calls.append((len(dense), len(rows), others))
+        real(dense, rows, rule, **others)
+
+    monkeypatch.setattr(cuda, "update", update)
+    formats = tensor_table.formats
+    for module in (tensor_table, tensor_rows):
+        monkeypatch.setattr(module, "formats", lambda code: (1, formats(code)[1]))
+    with np.errstate(all="ignore"):
+        yield calls
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_calls(name: str, as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = train(parameters(), **OPTIONS[name])
+    # All of a rule in one call: what is dense, what is row-sparse.
+    assert as_if_on_cuda == [(3, 1, {"grad_scale": None, "found_inf": None})] * 3
+    monkeypatch.undo()
+    assert_same_training(ours, train(parameters(), **OPTIONS[name]))
+
+
+def test_grad_scale_and_found_inf_reach_the_kernels(as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from adagrad.torch_step import Part
+
+    monkeypatch.setattr(Part, "on_cuda", lambda self: True)
+
+    class OnDevice(Tensor):
+        """A number that says it is on a CUDA device."""
+
+        is_cuda = True
+
+    params = parameters()
+    optimizer, other = Adagrad(params), Adagrad(parameters())
+    scale, found = torch.tensor(8.0), torch.tensor(0.0).as_subclass(OnDevice)
+    for step, bad in enumerate((0.0, 1.0, 0.0)):
+        set_grads(params, step)
+        if not bad:
+            for p, q in zip(params, other.param_groups[0]["params"], strict=True):
+                q.grad = p.grad.clone()
+        for p in params:
+            p.grad = p.grad * 8
+        found.fill_(bad)
+        optimizer.grad_scale, optimizer.found_inf = scale, found
+        optimizer.step()
+        if not bad:
+            other.step()
+    scaled = [others for _, _, others in as_if_on_cuda if others["found_inf"] is not None]
+    assert [float(others["grad_scale"]) for others in scaled] == [8.0] * 3
+    assert [optimizer.state[p]["step"].item() for p in params] == [2.0] * 4
+    assert_same_training(optimizer, other)
+
+
+# ---------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_bits_of_the_cpu(name: str, fused: bool | None) -> None:
+    gpu = train(parameters("cuda"), fused=fused, **OPTIONS[name])
+    assert_same_training(gpu, train(parameters(), **OPTIONS[name]))
+    assert gpu.state[gpu.param_groups[0]["params"][0]]["step"].is_cuda == bool(fused)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_mixed_devices_and_layouts() -> None:
+    def make(device: str) -> list[nn.Parameter]:
+        torch.manual_seed(0)
+        image = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
+        weights = [image, torch.randn(6, 4)[:, ::2], torch.randn(3)]
+        return [nn.Parameter(w.to(d)) for w, d in zip(weights, (device, device, "cpu"), strict=True)]
+
+    def run(device: str) -> list[nn.Parameter]:
+        params = make(device)
+        optimizer = Adagrad(params, weight_decay=0.1)
+        for step in range(2):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).to(p.device)
+            optimizer.step()
+        return params
+
+    for p, q in zip(run("cuda"), run("cpu"), strict=True):
+        assert_same_bits(p.detach().cpu().contiguous(), q.detach().contiguous())
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("lr_decay", [0.0, 0.5])
+@pytest.mark.parametrize("fused", [None, True])
+def test_nothing_waits_for_the_device(fused: bool | None, lr_decay: float) -> None:
+    params = parameters("cuda")
+    lr = torch.tensor(0.1, device="cuda")
+    optimizer, other = Adagrad(params, lr=lr, fused=fused, lr_decay=lr_decay), Adagrad(parameters(), lr_decay=lr_decay)
+    other.param_groups[0]["lr"] = float(lr)
+    scaler = torch.amp.GradScaler("cuda", init_scale=4.0)
+    scaler.scale(lr)  # makes its tensors
+    for step, bad in enumerate((0.0, 1.0, 0.0)):
+        set_grads(params, step)
+        if not bad:
+            for p, q in zip(params, other.param_groups[0]["params"], strict=True):
+                q.grad = p.grad.cpu()
+            other.step()
+        for p in params:
+            p.grad = p.grad * 4
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0, device="cuda"), torch.tensor(bad, device="cuda")
+        try:
+            torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step compiles
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert [optimizer.state[p]["step"].item() for p in params] == [2.0] * 4
+    for p, q in zip(params, other.param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(p.detach().cpu(), q.detach(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_refused_step_changes_nothing_on_a_gpu() -> None:
+    params = parameters("cuda")
+    optimizer = train(params)
+    set_grads(params, 9)
+    before = copy.deepcopy([p.detach() for p in params])
+    optimizer.state[params[1]]["sum"] = torch.zeros(7, dtype=torch.float64)
+    with pytest.raises(ValueError, match="device cpu: must be cuda"):
+        optimizer.step()
+    for p, was in zip(params, before, strict=True):
+        assert_same_bits(p.detach().cpu(), was.cpu())

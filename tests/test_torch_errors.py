@@ -1,0 +1,302 @@
+"""What ``adagrad.torch.Adagrad`` refuses, after which nothing has changed; and tensors it cannot treat as memory."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
+
+from adagrad.kernels import tensor_layout, tensor_views
+from adagrad.torch import Adagrad
+from support import assert_same_bits
+
+
+def coo(rows: list[int], values: Tensor, shape: Any) -> Tensor:
+    return torch.sparse_coo_tensor(torch.tensor([rows]), values, shape, check_invariants=False)
+
+
+class Case:
+    """An optimizer of three parameters with gradients, one of them sparse, after a first step."""
+
+    def __init__(self, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.params = [nn.Parameter(torch.randn(4, 3)) for _ in range(3)]
+        self.optimizer = Adagrad(self.params, weight_decay=0.1, **options)
+        self.set_grads()
+        self.optimizer.step()
+        self.set_grads()
+
+    def set_grads(self) -> None:
+        for p in self.params[:2]:
+            p.grad = torch.randn(4, 3)
+        self.params[2].grad = coo([1, 3, 1], torch.randn(3, 3), (4, 3))
+
+    def everything(self) -> list[Tensor]:
+        states = [self.optimizer.state[p] for p in self.params]
+        return [*self.params, *(t for state in states for t in state.values() if isinstance(t, Tensor))]
+
+
+def replace_state(case: Case, new: Callable[[Tensor], Tensor]) -> None:
+    state = case.optimizer.state[case.params[1]]
+    state["sum"] = new(state["sum"])
+
+
+def share_memory(case: Case) -> None:
+    case.params[1].data = case.params[0].data
+
+
+def overlap(case: Case) -> None:
+    case.params[1].data = torch.zeros(4, 3)
+    case.optimizer.state[case.params[1]]["sum"] = torch.empty(0).set_(case.params[0].data.untyped_storage(), 0, (4, 3))
+
+
+def freed(case: Case) -> None:
+    case.params[1].grad.untyped_storage().resize_(0)  # type: ignore[union-attr]
+
+
+def negated(case: Case) -> None:
+    case.params[1].data = torch._neg_view(case.params[1].data)
+
+
+def set_data(k: int, new: Callable[[Tensor], Tensor]) -> Callable[[Case], None]:
+    def change(case: Case) -> None:
+        case.params[k].data = new(case.params[k].data)
+
+    return change
+
+
+def set_grad_data(new: Callable[[Tensor], Tensor]) -> Callable[[Case], None]:
+    def change(case: Case) -> None:
+        grad = case.params[1].grad
+        assert grad is not None
+        grad.data = new(grad.data)
+
+    return change
+
+
+def set_sparse(rows: list[int], values: Tensor) -> Callable[[Case], None]:
+    def change(case: Case) -> None:
+        case.params[2].grad = coo(rows, values, (4, 3))
+
+    return change
+
+
+def set_option(name: str, value: Any) -> Callable[[Case], None]:
+    return lambda case: case.optimizer.param_groups[0].__setitem__(name, value)
+
+
+REFUSED: dict[str, tuple[Callable[[Case], None], type[Exception], str]] = {
+    "row id too large": (set_sparse([0, 4], torch.ones(2, 3)), IndexError,
+                         "indices of grads[2]: indices[1]=4: must be in [0, 4)"),
+    "negative row id": (set_sparse([-1, 0], torch.ones(2, 3)), IndexError, "indices[0]=-1: must be in [0, 4)"),
+    "history of another shape": (lambda case: replace_state(case, lambda s: s[:2].clone()), ValueError,
+                                 "history in states[1]: shape (2, 3): must be (4, 3)"),
+    "history of another dtype": (lambda case: replace_state(case, Tensor.double), TypeError,
+                                 "history in states[1]: dtype float64: must be float32"),
+    "history elsewhere": (lambda case: replace_state(case, lambda s: s.to("meta")), ValueError,
+                          "history in states[1]: device meta: must be cpu"),
+    "gradient of another dtype": (set_grad_data(Tensor.double), TypeError, "grads[1]: dtype float64: must be float32"),
+    "gradient of another shape": (set_grad_data(lambda g: g[:3].clone()), ValueError,
+                                  "grads[1]: shape (3, 3): must be (4, 3)"),
+    "weight of 8 bits": (set_data(1, lambda w: w.to(torch.float8_e5m2)), TypeError,
+                         "weights[1]: dtype torch.float8_e5m2: must be float16"),
+    "weights that share memory": (share_memory, ValueError, "weights[1]: shares memory with weights[0]"),
+    "history inside a weight": (overlap, ValueError, "shares memory with"),
+    "weight that overlaps itself": (set_data(1, lambda w: w[:1].expand(4, 3)), ValueError, "overlaps itself"),
+    "gradient without memory": (freed, ValueError, "grads[1]: address 0: must have memory for its 12 elements"),
+    "negated weight": (negated, ValueError, "weights[1]: a negated or conjugated view"),
+    "a count that is no tensor": (lambda case: case.optimizer.state[case.params[0]].__setitem__("step", 1.0), TypeError,
+                                  "step: a count that is no tensor: must be a tensor of one number"),
+    "lr is not a number": (set_option("lr", math.nan), ValueError, "lr=nan: must be finite"),
+    "lr is a tensor that is not": (set_option("lr", torch.tensor(math.inf)), ValueError, "lr=inf: must be finite"),
+    "negative eps": (set_option("eps", -1.0), ValueError, "eps=-1.0: must be >= 0"),
+    "negative weight_decay": (set_option("weight_decay", -1.0), ValueError, "weight_decay=-1.0: must be >= 0"),
+    "negative lr_decay": (set_option("lr_decay", -1.0), ValueError, "lr_decay=-1.0: must be >= 0"),
+    "clip_value of 0": (set_option("clip_value", 0.0), ValueError, "clip_value=0.0: must be None or > 0"),
+    "row-wise all at once": (set_option("row_wise", True), ValueError,
+                             "history in states[0]: shape (4, 3): must be (4, 1)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_step_changes_nothing(name: str) -> None:
+    change, error, message = REFUSED[name]
+    case = Case()
+    change(case)
+    tensors = case.everything()
+    before = [t.detach().clone() for t in tensors]
+    with pytest.raises(error, match=re.escape(message)):
+        case.optimizer.step()
+    for now, was in zip(tensors, before, strict=True):
+        if now.device.type == "cpu":
+            assert_same_bits(now.double(), was.double())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
+def test_gradient_of_another_layout() -> None:
+    p = nn.Parameter(torch.ones(4, 4))
+    optimizer = Adagrad([p])
+    p.grad = torch.sparse_coo_tensor(torch.zeros(0, 1), torch.ones(1, 4, 4), (4, 4), check_invariants=False)
+    with pytest.raises(ValueError, match=re.escape("grads[0]: 0 sparse dimensions: must be 1")):
+        optimizer.step()
+    assert optimizer.state[p]["step"] == 0
+    with pytest.raises(TypeError, match=re.escape("grads[7]: layout torch.sparse_csr: must be strided or sparse_coo")):
+        tensor_views.plain(7, p, torch.eye(4).to_sparse_csr(), torch.zeros(4, 4), None, row_wise=False)
+
+
+@pytest.mark.parametrize("row", [[[0, 0], [0, 9]], [[0, 3], [0, -1]], [[3, 0], [0, 0]]], ids=str)
+def test_an_entry_outside_does_not_become_another_row(row: list[list[int]]) -> None:
+    p = nn.Parameter(torch.ones(3, 4))
+    optimizer = Adagrad([p])
+    p.grad = torch.sparse_coo_tensor(torch.tensor(row), torch.ones(2), (3, 4), check_invariants=False)
+    with pytest.raises(IndexError, match="=-1: must be in"):
+        optimizer.step()
+    assert (p == 1).all()
+
+
+def test_several_sparse_dimensions_refused() -> None:
+    for p, options, message in (
+        (nn.Parameter(torch.ones(3, 4)), {"row_wise": True}, "2 sparse dimensions: must be 1 for row-wise history"),
+        (
+            nn.Parameter(torch.ones(4, 3).t()),
+            {},
+            "2 sparse dimensions: must be 1, or the weight and its state contiguous",
+        ),
+    ):
+        optimizer = Adagrad([p], **options)
+        p.grad = torch.sparse_coo_tensor(torch.tensor([[0], [1]]), torch.ones(1), (3, 4), check_invariants=False)
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+        assert (p == 1).all()
+
+
+def test_a_parameter_twice() -> None:
+    p = nn.Parameter(torch.ones(3))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = Adagrad([p, p])
+    p.grad = torch.ones(3)
+    with pytest.raises(ValueError, match="shares memory"):
+        optimizer.step()
+    assert optimizer.state[p]["step"] == 0
+
+
+def test_parts_of_one_storage_are_not_shared_memory() -> None:
+    """Interleaved views and neighbours are told apart; gradients may share."""
+    base, q = torch.randn(4, 6), torch.zeros(0)
+    first, second = nn.Parameter(base[:, ::2]), nn.Parameter(base[:, 1::2])
+    q = nn.Parameter(base[:, ::2].clone())
+    optimizer, other = Adagrad([first, second]), Adagrad([q])
+    first.grad = second.grad = q.grad = torch.randn(4, 3)
+    optimizer.step()
+    other.step()
+    assert_same_bits(first, q)
+
+
+# ------------------------------------------------------------------------------------- tensors that are not memory
+
+
+class Named(nn.Parameter):
+    """A parameter with a name and nothing more."""
+
+
+class Logged(Tensor):
+    """A tensor that sees every operation on it."""
+
+    seen: list[str]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        Logged.seen.append(getattr(func, "__name__", str(func)))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def expected(weight: Tensor, grad: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    p = nn.Parameter(weight.clone())
+    optimizer = Adagrad([p], **options)
+    p.grad = grad.clone()
+    for _ in range(2):
+        optimizer.step()
+    return p.detach(), optimizer.state[p]["sum"]
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "clip_value": 0.5, "maximize": True}], ids=str)
+def test_subclasses(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    weight, grad = torch.randn(5, 4), torch.randn(5, 4)
+    want, want_sum = expected(weight, grad, **options)
+    Logged.seen = []
+    wrapped = nn.Parameter(TwoTensor(weight.clone(), weight.clone()))
+    logged = weight.clone().as_subclass(Logged).requires_grad_()
+    named = Named(weight.clone())
+    for p, g in ((wrapped, TwoTensor(grad, grad)), (logged, grad), (named, grad)):
+        p.grad = g
+        optimizer = Adagrad([p], **options)
+        for _ in range(2):
+            optimizer.step()
+        assert optimizer.state[p]["step"] == 2
+        plain = p.a if isinstance(p, TwoTensor) else p.detach().as_subclass(Tensor)
+        history = optimizer.state[p]["sum"]
+        assert_same_bits(plain, want)
+        assert_same_bits(history.a if isinstance(history, TwoTensor) else history.as_subclass(Tensor), want_sum)
+    assert_same_bits(wrapped.b, want)
+    assert "sqrt" in Logged.seen  # its own operations did it, not a kernel behind its back
+
+
+def test_meta_device() -> None:
+    p = nn.Parameter(torch.ones(3, 2, device="meta"))
+    optimizer = Adagrad([p], weight_decay=0.1, clip_value=1.0)
+    p.grad = torch.ones(3, 2, device="meta")
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 1
+    assert optimizer.state[p]["sum"].device.type == "meta"
+
+
+@pytest.mark.parametrize("row_wise", [False, True])
+def test_the_ordinary_way_gives_the_same_bits(row_wise: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tensors cannot be read by compiled code, each goes through the checks in Python."""
+
+    def train() -> list[Tensor]:
+        case = Case(row_wise=row_wise, lr_decay=0.1)
+        case.params.append(nn.Parameter(torch.randn(4, 3).bfloat16()))
+        case.optimizer.add_param_group({"params": case.params[3], "multi_precision": True})
+        case.params[3].grad = torch.randn(4, 3).bfloat16()
+        for _ in range(2):
+            case.optimizer.step()
+        return case.everything()
+
+    usual = train()
+    monkeypatch.setattr(tensor_layout, "_layout", lambda with_cuda: None)
+    for a, b in zip(usual, train(), strict=True):
+        assert_same_bits(a, b)
+
+
+def test_the_layout_of_this_pytorch_is_found() -> None:
+    """If this fails after an upgrade, steps over many small tensors are slow, not wrong."""
+    assert tensor_layout.layout() is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SEARCHED", 64),
+        ("_find", lambda places, unit=None: 16),
+        ("_library", lambda: object()),
+        ("_keys_of", lambda tensor: 12345),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_not_used(name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_layout, name, value)
+    assert tensor_layout._layout.__wrapped__(False) is None
+
+
+def test_the_library_does_not_import_torch() -> None:
+    code = "import sys, adagrad; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0

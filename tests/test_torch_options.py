@@ -1,0 +1,146 @@
+"""``adagrad.torch.Adagrad`` on PyTorch's own table of Adagrad configurations, and on wrong arguments."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
+
+from adagrad.torch import Adagrad
+
+INFO = next(info for info in optim_db if info.optim_cls is torch.optim.Adagrad)
+INPUTS = INFO.optim_inputs_func(device="cpu")
+ERRORS = INFO.optim_error_inputs_func(device="cpu", dtype=torch.float32)
+DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
+
+
+def parameters(dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.nn.Parameter(torch.randn(shape, dtype=dtype, generator=generator)) for shape in ((5, 3), (7,), (), (0, 2))
+    ]
+
+
+def train(optimizer: torch.optim.Optimizer, params: list[Tensor], steps: int = 6) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        for i, p in enumerate(params):
+            p.grad = torch.randn(p.shape, dtype=p.dtype, generator=generator)
+            if (i + step) % 4 == 3:
+                p.grad = None  # a parameter that takes no part in this step
+        optimizer.step()
+
+
+def test_signature() -> None:
+    theirs = inspect.signature(torch.optim.Adagrad).parameters
+    ours = inspect.signature(Adagrad).parameters
+    assert [(p.name, p.kind, p.default) for p in theirs.values()] == [
+        (p.name, p.kind, p.default) for p in list(ours.values())[: len(theirs)]
+    ]
+    extra = list(ours.values())[len(theirs) :]
+    assert {p.name: p.default for p in extra} == {
+        "clip_value": None,
+        "row_wise": False,
+        "multi_precision": False,
+        "dialect": "torch",
+        "epsilon_inside": None,
+        "decoupled_decay": None,
+    }
+    assert all(p.kind is p.KEYWORD_ONLY for p in extra)
+
+
+@pytest.mark.parametrize(
+    "flag", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", INPUTS, ids=lambda config: config.desc)
+def test_configuration(config: Any, dtype: torch.dtype, flag: dict[str, bool]) -> None:
+    """As torch.optim.Adagrad one by one, but for a few roundings: there multiply-add is fused."""
+    ours, theirs = parameters(dtype), parameters(dtype)
+    first, second = Adagrad(ours, **config.kwargs, **flag), torch.optim.Adagrad(theirs, **config.kwargs, foreach=False)
+    train(first, ours)
+    train(second, theirs)
+    single = dtype in (torch.float32, torch.complex64)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if single else {"rtol": 1e-13, "atol": 1e-14}
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, **tolerance)
+        torch.testing.assert_close(first.state[p]["sum"], second.state[q]["sum"], **tolerance)
+        assert first.state[p]["step"] == second.state[q]["step"]
+        assert first.state[p]["sum"].dtype == second.state[q]["sum"].dtype
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.optimizer_error_input.desc)
+def test_error_input(error: Any) -> None:
+    given = error.optimizer_error_input
+    params = parameters(torch.float32) if given.params is None else given.params
+    assert error.error_on is OptimizerErrorEnum.CONSTRUCTION_ERROR
+    if issubclass(error.error_type, Warning):
+        with pytest.warns(error.error_type, match=error.error_regex):
+            Adagrad(params, **given.kwargs)
+    else:
+        with pytest.raises(error.error_type, match=error.error_regex):
+            Adagrad(params, **given.kwargs)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"lr": -1.0}, ValueError, "Invalid learning rate: -1.0: lr must be finite and >= 0"),
+        ({"lr": math.nan}, ValueError, "Invalid learning rate: nan"),
+        ({"lr": torch.tensor(-0.5)}, ValueError, "Invalid learning rate: -0.5"),
+        ({"lr": "fast"}, TypeError, "lr='fast': must be a number"),
+        ({"weight_decay": -0.1}, ValueError, "Invalid weight_decay value: -0.1"),
+        (
+            {"weight_decay": math.inf},
+            ValueError,
+            "Invalid weight_decay value: inf: weight_decay must be finite and >= 0",
+        ),
+        ({"initial_accumulator_value": -1}, ValueError, "Invalid initial_accumulator_value value: -1"),
+        ({"eps": -1e-3}, ValueError, "Invalid epsilon value: -0.001: eps must be finite and >= 0"),
+        ({"clip_value": 0.0}, ValueError, "clip_value=0.0: must be None or > 0"),
+        ({"clip_value": math.inf}, ValueError, "clip_value=inf: must be None or finite and > 0"),
+        ({"row_wise": 1}, TypeError, "row_wise=1: must be True or False"),
+        ({"multi_precision": "yes"}, TypeError, "multi_precision='yes': must be True or False"),
+        ({"fused": True, "foreach": True}, RuntimeError, "`fused` and `foreach` cannot be `True` together."),
+        ({"fused": True, "differentiable": True}, RuntimeError, "`fused` does not support `differentiable`"),
+    ],
+    ids=str,
+)
+def test_wrong_option(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        Adagrad([torch.zeros(2)], **options)
+    optimizer = Adagrad([torch.zeros(2)])
+    added = torch.zeros(3)
+    with pytest.raises(error, match=re.escape(message)):
+        optimizer.add_param_group({"params": [added], **options})
+    assert len(optimizer.param_groups) == 1
+    assert added not in optimizer.state
+
+
+def test_row_wise_needs_rows_of_real_numbers() -> None:
+    optimizer = Adagrad([torch.zeros(2)], row_wise=True)
+    for parameter, message in (
+        (torch.zeros(()), "parameter of shape ()"),
+        (torch.zeros(2, dtype=torch.complex64), "real"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            optimizer.add_param_group({"params": [parameter]})
+        assert len(optimizer.param_groups) == 1
+        assert len(optimizer.state) == 1
+
+
+def test_no_warnings() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizer = Adagrad([("weight", p)])
+        p.grad = torch.ones(3)
+        optimizer.step()
+        assert repr(optimizer).startswith("Adagrad (")
