@@ -1,6 +1,6 @@
 """Times the library and its peers on the CPU, all in one run, and writes CSV, a table and plots.
 
-    python benchmarks/cpu.py [--quick] [--only TEXT] [--out FOLDER]
+    python benchmarks/cpu.py [--quick] [--rounds N] [--only TEXT] [--out FOLDER]
 
 Rounds go through the cases in a new order each, and within a case through the contenders in a new order each: a fixed
 order gave ratios that were wrong by 1.5. A contender runs a few calls in a row, each timed; the figures are
@@ -98,7 +98,8 @@ def _processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two rounds instead of seven, no 1 x 64M, no scaling")
+    parser.add_argument("--quick", action="store_true", help="no 1 x 64M, no scaling")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="only cases whose name contains this text")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -116,7 +117,7 @@ def main() -> None:
         pass
 
     cases = [case for case in CASES if arguments.only in case.name and not (arguments.quick and "64M" in case.name)]
-    samples, notes = measure(cases, 2 if arguments.quick else 7, arguments.threads)
+    samples, notes = measure(cases, arguments.rounds, arguments.threads)
     rows = write_csv(arguments.out / "cpu.csv", samples, arguments.threads)
     from report import plot_ratios, plot_scaling, table
 
@@ -126,7 +127,7 @@ def main() -> None:
         by_height = [Rows(f"height {2**e}", 2**e, 16, 4096, "uniform", True) for e in range(14, 27, 2)]
         by_lookups = [Rows(f"lookups {10**e}", 1 << 20, 64, 10**e, "uniform", False) for e in range(2, 7)]
         by_size = [Dense(f"size {10**e}", ((10**e,),)) for e in range(3, 9)]
-        scaling, _ = measure([*by_height, *by_lookups, *by_size], 3, arguments.threads)
+        scaling, _ = measure([*by_height, *by_lookups, *by_size], max(arguments.rounds // 2, 1), arguments.threads)
         ours = {key: value for key, value in scaling.items() if key[1] in ("adagrad", "torch sparse", "torch fused")}
         plot_scaling(arguments.out / "scaling.png", write_csv(arguments.out / "scaling.csv", ours, arguments.threads))
     print((arguments.out / "cpu.md").read_text())

@@ -15,22 +15,20 @@ AHEAD = 8
 _fast = {"nopython": True, "nogil": True, "error_model": "numpy", "cache": False}
 
 
-@numba.jit(parallel=True, **_fast)
-def _stream(w: Any, g: Any, h: Any, workers: int) -> None:
-    n = len(w)
-    for k in numba.prange(workers):
-        for i in range(n * k // workers, n * (k + 1) // workers):
-            x = g[i]
-            h[i] += x
-            w[i] += x
-
-
 @numba.jit(**_fast)
 def _stream_serial(w: Any, g: Any, h: Any) -> None:
     for i in range(len(w)):
         x = g[i]
         h[i] += x
         w[i] += x
+
+
+@numba.jit(parallel=True, **_fast)
+def _stream(w: Any, g: Any, h: Any, workers: int) -> None:
+    n = len(w)
+    for k in numba.prange(workers):
+        first, last = n * k // workers, n * (k + 1) // workers
+        _stream_serial(w[first:last], g[first:last], h[first:last])
 
 
 @numba.jit(**_fast)
@@ -78,8 +76,8 @@ def _gather_modify_scatter(w: Any, h: Any, v: Any, rows: Any, extra: Any, worker
 
 
 def _numbers(array: np.ndarray) -> np.ndarray:
-    """Low-precision numbers as the integers of their bits: the same bytes to move."""
-    return array.view(np.int16) if array.itemsize == 2 else array
+    """Numbers as the integers of their bits: the same bytes to move, and adding them never slows down or overflows."""
+    return array.view(f"i{array.itemsize}")
 
 
 class Limit:
@@ -100,7 +98,7 @@ class Limit:
             values = _numbers(data.values)
             self._rows_data = (
                 _numbers(data.weights[0]),
-                data.histories[0],
+                _numbers(data.histories[0]),
                 values[: len(self._rows)],
                 self._rows,
                 values[len(self._rows) :],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import re
+import subprocess
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -653,6 +655,11 @@ def test_arrays_are_checked() -> None:
         convert.from_arrays([np.ones((3, 1, 1)), np.ones((3, 2))], GroupAdaGrad(), "mxnet")
     with pytest.raises(ValueError, match="dialect='x': must be one of"):
         convert.from_arrays([], AdaGrad(), "x")
+
+
+def test_no_framework_is_imported() -> None:
+    code = "import sys, adagrad.convert; assert not {'torch', 'jax', 'optax', 'keras', 'numba'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 CALLS: list[Callable[[Any], Any]] = [

@@ -91,7 +91,7 @@ class Updater:
         return checkpoint.encode(self.states, self.optimizer.config() if dump_optimizer else None)
 
     def set_states(self, states: bytes, *, resize_rows: bool = False) -> None:
-        """Take over what :meth:`get_states` gave, or what MXNet 2.0's ``Updater.get_states`` wrote.
+        """Take over what :meth:`get_states` gave, or what MXNet's ``Updater.get_states`` wrote, of 2.0 or 1.x.
 
         The optimizer stays the same object; what is saved of it is set on it, and its class must be the one that was
         saved. States come back as NumPy arrays, and move to the weights' device when they are next used.

@@ -277,8 +277,7 @@ def _launch(
 ) -> None:
     cpu = _cpu()
     scalars = cpu.cpu_rule.scalars(rule)
-    rates, workers = hyper(lrs, wds, rule), threads or cpu.numba_jit.max_workers()
-    cpu.cpu_dense.launch(table, total, rates, scalars, formats, rule.row_wise, workers)
+    cpu.cpu_dense.launch(table, total, hyper(lrs, wds, rule), scalars, formats, rule.row_wise, threads)
 
 
 def hyper(lrs: Sequence[float], wds: Sequence[float], rule: Rule) -> np.ndarray:
@@ -342,7 +341,7 @@ def _add_rows(result: Plan, i: int, u: Update, rule: Rule, *, fused: bool, threa
     cpu = _cpu()
     indices = np.ascontiguousarray(indices, indices.dtype.newbyteorder("="))
     indices = np.require(indices, requirements="A")
-    keys, shift, bad, distinct = cpu.row_order.row_order(indices, rows, threads or cpu.numba_jit.max_workers())
+    keys, shift, bad, distinct = cpu.row_order.row_order(indices, rows, threads)
     if bad >= 0:
         _refuse_row(f"[{i}]", indices, bad, rows)
     if len(keys) and row_length(u.weight.shape):
@@ -375,10 +374,8 @@ def _rows_launch(
         base = np.array([0 if m is None else m.ctypes.data for m in buffers])
         stride = np.array([0 if m is None else m.strides[0] for m in buffers])
         cpu = _cpu()
-        scalars, workers = cpu.cpu_rule.scalars(rule), threads or cpu.numba_jit.max_workers()
-        rates = hyper(lrs, wds, rule)[0]
-        given = base, stride, _formats(u), length, rule.row_wise, rates, scalars
-        cpu.cpu_rows.launch(use, shift, distinct, *given, workers)
+        given = base, stride, _formats(u), length, rule.row_wise, hyper(lrs, wds, rule)[0], cpu.cpu_rule.scalars(rule)
+        cpu.cpu_rows.launch(use, shift, distinct, *given, threads)
         if rows is not None:
             for memory, buffer in zip(memories[:3], buffers[:3], strict=True):
                 if memory is not None and buffer is not None:

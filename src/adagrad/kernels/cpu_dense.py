@@ -146,10 +146,12 @@ SMALL = 32_768
 """Elements below which starting the threads costs more than they save."""
 
 
-def launch(table: Any, total: int, hyper: Any, scalars: Any, formats: Any, row_wise: bool, threads: int) -> None:
+def launch(
+    table: Any, total: int, hyper: Any, scalars: Any, formats: Any, row_wise: bool, threads: int | None
+) -> None:
     """Update the weights of ``table``, of ``total`` elements, all of one combination of formats.
 
     ``formats`` are those of weight, gradient, history and master copy (None for none); ``hyper`` has a row for each
-    weight, or one for all.
+    weight, or one for all; at most ``threads`` threads, or as many as Numba may use.
     """
     run(kernel(*formats, row_wise), _arguments(table, hyper, scalars, total), 1 if total < SMALL else threads)

@@ -16,7 +16,7 @@ import numpy as np
 from adagrad.kernels.cpu_dense import elements, one_row
 from adagrad.kernels.cpu_rule import constants
 from adagrad.kernels.formats import TOKENS, load, pointer, prefetch, store
-from adagrad.kernels.numba_jit import jit, place, run, worker
+from adagrad.kernels.numba_jit import jit, max_workers, place, run, worker
 from adagrad.rule import CHUNK, LANES
 
 WEIGHT, HISTORY, MASTER, VALUES = range(4)
@@ -235,14 +235,13 @@ _NO_LONG_RUNS = np.empty((0, 3), np.int64)
 
 
 def launch(keys: Any, shift: int, distinct: bool, base: Any, stride: Any, formats: Any, length: int, row_wise: bool,
-           hyper: Any, scalars: Any, threads: int) -> None:  # fmt: skip
+           hyper: Any, scalars: Any, threads: int | None) -> None:  # fmt: skip
     """Update the rows that ``keys`` name.
 
     ``distinct`` says that no row occurs twice, and that position ``i`` is the ``i``-th key's; ``formats`` are those of
-    weight, values, history and master copy (None for none).
+    weight, values, history and master copy (None for none). At most ``threads`` threads, or as many as Numba may use.
     """
-    if len(keys) * length < SMALL:
-        threads = 1
+    threads = 1 if len(keys) * length < SMALL else threads or max_workers()
     long, chunks = _NO_LONG_RUNS, 0
     if threads > 1 and not distinct:
         long, chunks = long_runs(keys, shift)

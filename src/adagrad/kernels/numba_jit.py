@@ -209,8 +209,9 @@ def in_parallel(work: int, arguments: Any, count: int) -> None:
         call(work, address, k, count)
 
 
-def run(work: int, arguments: Any, threads: int) -> None:
-    """All of a worker's parts by at most ``threads`` threads."""
+def run(work: int, arguments: Any, threads: int | None) -> None:
+    """All of a worker's parts by at most ``threads`` threads, or as many as Numba may use."""
+    threads = max_workers() if threads is None else threads
     if threads > 1:
         with workers(threads) as count:
             if count > 1:

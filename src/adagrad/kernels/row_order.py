@@ -13,9 +13,9 @@ from typing import Any
 import numba
 import numpy as np
 
-from adagrad.kernels.numba_jit import in_parallel, jit, place, worker, workers
+from adagrad.kernels.numba_jit import in_parallel, jit, max_workers, place, worker, workers
 
-SMALL = 16_384
+SMALL = 262_144
 """Keys below which one worker sorts faster than several."""
 
 DIGIT = 11
@@ -137,7 +137,7 @@ def _order_parallel(
     return -1, False
 
 
-def row_order(indices: Any, rows: int, threads: int) -> tuple[Any, int, int, bool]:
+def row_order(indices: Any, rows: int, threads: int | None) -> tuple[Any, int, int, bool]:
     """The keys in order, their ``shift``, the position of a bad row id or -1, and whether the ids strictly increase.
 
     ``indices`` are int32 or int64, contiguous and native; ``rows`` is the number of rows of the weight.
@@ -151,7 +151,8 @@ def row_order(indices: Any, rows: int, threads: int) -> tuple[Any, int, int, boo
     digit = -(-bits // passes)
     keys, spare = np.empty((2, n), np.uint64)
     sizes = indices, rows, shift, passes, digit, keys, spare
-    if n < SMALL or threads < 2:
+    threads = 1 if n < SMALL else threads or max_workers()
+    if threads < 2:
         bad, increasing = _order_serial(*sizes)
     else:
         with workers(threads) as count:
