@@ -207,10 +207,14 @@ CONTENDERS: list[Any] = [
 PACKAGES = ("adagrad", "numpy", "numba", "torch", "optax", "jax", "fbgemm-gpu-cpu")
 
 
-def contenders(case: Case, data: Data, threads: int, notes: set[str]) -> dict[str, Any]:
-    """Those that can run the case; who is left out, and why, goes to ``notes``."""
+def contenders(
+    case: Case, data: Data, threads: int, notes: set[str], names: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Those (of ``names``, or of all) that can run the case; who is not installed goes to ``notes``."""
     found = {}
     for make in CONTENDERS:
+        if names and make.name not in names:
+            continue
         if (make.name == "torch sparse") != isinstance(case, Rows) and make.name.startswith("torch"):
             continue
         if make is ExactLoop and not (isinstance(case, Dense) and case.dtype == "float32"):

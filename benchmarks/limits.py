@@ -88,10 +88,10 @@ class Limit:
     def __init__(self, case: Any, data: Any, threads: int) -> None:
         self.threads = threads
         if isinstance(case, Dense):
-            self._arrays = [
-                tuple(_numbers(a).reshape(-1) for a in given)
-                for given in zip(data.weights, data.grads, data.histories, strict=True)
-            ]
+            operands = data.weights, data.grads, data.histories
+            # Many weights are laid end to end: the limit is one launch over all.
+            self._arrays = [_numbers(np.concatenate([a.reshape(-1) for a in given]) if len(given) > 1
+                                     else given[0].reshape(-1)) for given in operands]  # fmt: skip
         else:
             assert isinstance(case, Rows)
             self._rows = np.unique(data.indices)
@@ -109,11 +109,11 @@ class Limit:
         if self._arrays is None:
             _gather_modify_scatter(*self._rows_data, self.threads)
         else:
-            for w, g, h in self._arrays:
-                if len(w) < 32_768 or self.threads < 2:
-                    _stream_serial(w, g, h)
-                else:
-                    _stream(w, g, h, self.threads)
+            w, g, h = self._arrays
+            if len(w) < 32_768 or self.threads < 2:
+                _stream_serial(w, g, h)
+            else:
+                _stream(w, g, h, self.threads)
 
 
 class ExactLoop:

@@ -82,7 +82,7 @@ def plot_ratios(path: Path, rows: list[dict[str, Any]]) -> None:
     axes.set_xscale("log")
     axes.set_yticks(range(len(found)), list(found))
     axes.invert_yaxis()
-    axes.set_xlabel("time of a step, as a multiple of what memory and arithmetic allow (1 = the physical limit)")
+    axes.set_xlabel("time of a step / physical limit")
     axes.grid(axis="x", which="both", color="#eeeeee")
     axes.set_axisbelow(True)
     used = {peer for times in found.values() for peer in times}
@@ -91,7 +91,7 @@ def plot_ratios(path: Path, rows: list[dict[str, Any]]) -> None:
         names = [peer for peer, c in COLORS.items() if c == color and peer in used]
         own = names[0] in OWN
         axes.scatter([], [], color=color, marker="D" if own else "o", label=", ".join(names))
-    axes.legend(loc="lower right", frameon=True)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     axes.set_title(f"AdaGrad step on {rows[0]['machine']} ({rows[0]['date']})", fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import adagrad
 import oracle
@@ -696,10 +697,10 @@ def test_repeated_copies_of_an_optimizer_are_independent() -> None:
     assert (optimizer.num_update, other.num_update) == (0, 1)
 
 
-class OnDevice(np.ndarray):
-    """An array that says it is elsewhere."""
+class OnDevice(torch.Tensor):
+    """A tensor that says it is elsewhere."""
 
-    device = "cuda:0"
+    device = "cuda:0"  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("klass", [AdaGrad, Recording], ids=["step as it is", "step of a subclass"])
@@ -708,18 +709,18 @@ def test_mixed_lists_on_a_device(klass: type[AdaGrad], monkeypatch: pytest.Monke
     launches = []
 
     def launch(updates: Any, rule: Any) -> Any:
-        return lambda lrs, wds: launches.append([(u.weight.array[0, 0], u.indices is not None) for u in updates])
+        return lambda lrs, wds: launches.append([(int(u.weight.array[0]), u.indices is not None) for u in updates])
 
     monkeypatch.setattr(
         kernels, "operand", lambda *given: arrays.operand(*given)._replace(device="cuda:0", memory=None)
     )
     monkeypatch.setattr(kernels, "_cuda", launch)
-    weights = [np.full((4, 2), i, np.float32).view(OnDevice) for i in range(4)]
-    grads: list[Any] = [np.ones_like(w) for w in weights]
+    weights = [torch.full((4,), i, dtype=torch.float32) for i in range(4)]
+    grads: list[Any] = [torch.ones(4) for _ in weights]
     for i in (1, 2):
-        grads[i] = RowSparse(np.ones((1, 2), np.float32), np.array([3]).view(OnDevice), (4, 2))
+        grads[i] = RowSparse(torch.ones(1), torch.tensor([3]).as_subclass(OnDevice), (4,))
     optimizer = klass()
-    optimizer.update(list(range(4)), weights, grads, [np.zeros((4, 2), np.float32) for _ in weights])
+    optimizer.update(list(range(4)), weights, grads, [torch.zeros(4) for _ in weights])
     updates = [(0, False), (1, True), (2, True), (3, False)]
     assert sorted(update for launch in launches for update in launch) == updates
     assert klass is Recording or len(launches) == 1
