@@ -17,7 +17,7 @@ import adagrad
 from adagrad.kernels import numba_jit
 
 SOURCES = str(Path(adagrad.__file__).parents[1])
-LIMIT = 120
+LIMIT = 300
 """Seconds after which a process is taken to hang."""
 
 posix = pytest.mark.skipif(os.name != "posix", reason="forks, permissions and peaks of memory are asked of POSIX")
@@ -371,7 +371,7 @@ def test_after_a_fork(layer: str, alone: list[str]) -> None:
         reading, writing = os.pipe()
         child = os.fork()
         if not child:
-            signal.alarm(60)
+            signal.alarm(240)
             text = train(1)
             if depth:
                 text += " " + in_child(depth - 1)

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adagrad import kernels
 from adagrad.arrays import Operand, overlaps_itself
-from adagrad.kernels import Update
+from adagrad.kernels.checked import Update, check_update
 from adagrad.kernels.tensor_layout import PLAIN_TYPES
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Rule, history_shape
@@ -27,8 +26,8 @@ def is_memory(tensor: Tensor) -> bool:
 
 
 def checked(i: int, weight: Any, grad: Any, history: Any, master: Any, rule: Rule) -> Update:
-    """The operands of an update; raises what :func:`adagrad.kernels.check_update` does, and knows other devices."""
-    found = kernels.check_update(f"[{i}]", weight, grad, history if master is None else (master, history), rule)
+    """The operands of an update; raises what :func:`check_update` does, and knows other devices."""
+    found = check_update(f"[{i}]", weight, grad, history if master is None else (master, history), rule)
     for o in (found.weight, found.history, found.master, found.grad):
         if o is None or o.array.device.type not in ("cpu", "cuda"):
             continue

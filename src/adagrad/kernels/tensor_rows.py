@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from adagrad import kernels
-from adagrad.kernels import cpu_rows, cpu_rule, row_order
+from adagrad.kernels import checked, cpu_rows, cpu_rule, row_order
 from adagrad.kernels.cpu_rows import HISTORY, MASTER, VALUES, WEIGHT
 from adagrad.kernels.ndarray_table import _word
 from adagrad.kernels.numba_jit import jit, max_workers
@@ -87,7 +87,7 @@ class Rows(NamedTuple):
         indices = self.indices.numpy()
         keys, shift, bad, distinct = row_order.row_order(indices, len(weight), workers)
         if bad >= 0:
-            kernels._refuse_row(f"[{i}]", indices, bad, len(weight))
+            checked.refuse_row(f"[{i}]", indices, bad, len(weight))
         if not len(keys) or not self.length:
             return None
         hyper = kernels.hyper([rates[0]], [rates[1]], rule)[0]

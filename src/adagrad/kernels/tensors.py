@@ -17,7 +17,8 @@ from torch import Tensor
 from adagrad import kernels
 from adagrad import rule as expression
 from adagrad.arrays import Operand, bounds, refuse_shared_memory
-from adagrad.kernels import Update, tensor_rows, tensor_table, tensor_views
+from adagrad.kernels import tensor_rows, tensor_table, tensor_views
+from adagrad.kernels.checked import Update
 from adagrad.kernels.tensor_checks import check_wrapped, checked, is_memory, operands_of
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Rule
