@@ -711,9 +711,8 @@ def test_mixed_lists_on_a_device(klass: type[AdaGrad], monkeypatch: pytest.Monke
     def launch(updates: Any, rule: Any) -> Any:
         return lambda lrs, wds: launches.append([(int(u.weight.array[0]), u.indices is not None) for u in updates])
 
-    monkeypatch.setattr(
-        kernels, "operand", lambda *given: arrays.operand(*given)._replace(device="cuda:0", memory=None)
-    )
+    as_operand = arrays._tensor
+    monkeypatch.setattr(arrays, "_tensor", lambda *given: as_operand(*given)._replace(device="cuda:0", memory=None))
     monkeypatch.setattr(kernels, "_cuda", launch)
     weights = [torch.full((4,), i, dtype=torch.float32) for i in range(4)]
     grads: list[Any] = [torch.ones(4) for _ in weights]
