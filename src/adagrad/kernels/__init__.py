@@ -105,9 +105,9 @@ def plan(
 @functools.cache
 def _cpu() -> Any:
     """The CPU's kernels, imported at the first use: Numba takes its time."""
-    from adagrad.kernels import cpu_dense, cpu_rows, cpu_rule, ndarray_table, numba_jit, row_order
+    from adagrad.kernels import cpu_dense, cpu_rows, cpu_rule, ndarray_table, row_order
 
-    modules = (cpu_dense, cpu_rows, cpu_rule, ndarray_table, numba_jit, row_order)
+    modules = (cpu_dense, cpu_rows, cpu_rule, ndarray_table, row_order)
     return SimpleNamespace(**{module.__name__.rpartition(".")[2]: module for module in modules})
 
 
@@ -289,12 +289,13 @@ def _cuda(updates: list[Update], rule: Rule) -> Callable[[Any, Any], None]:
 
     def run(lrs: Sequence[Any], wds: Sequence[Any]) -> None:
         dense, rows = [], []
+        lrs, wds = (rates if len(rates) > 1 else [rates[0]] * len(updates) for rates in (lrs, wds))
         for u, lr, wd in zip(updates, lrs, wds, strict=True):
             arrays = u.history.array, None if u.master is None else u.master.array, lr, wd
             if u.indices is None:
                 dense.append(cuda.DenseUpdate(u.weight.array, u.grad.array, *arrays))
             else:
-                rows.append(cuda.RowUpdate(u.weight.array, u.indices, u.grad.array, *arrays))
+                rows.append(cuda.RowUpdate(u.weight.array, u.indices.contiguous(), u.grad.array, *arrays))
         cuda.update(dense, rows, rule)
 
     return run

@@ -184,14 +184,14 @@ call: Any = intrinsic(_call_code)
 """Call the worker at an address: ``call(work, arguments, k, count)``."""
 
 
-def _array_code(typing: Any, address: Any) -> Any:
+def _place_code(typing: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
 
     return numba.types.voidptr(numba.types.int64), generate
 
 
-place: Any = intrinsic(_array_code)
+place: Any = intrinsic(_place_code)
 """The address as a pointer, for ``numba.carray``."""
 
 

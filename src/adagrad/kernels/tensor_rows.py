@@ -16,7 +16,7 @@ from adagrad import kernels
 from adagrad.kernels import checked, cpu_rows, cpu_rule, row_order
 from adagrad.kernels.cpu_rows import HISTORY, MASTER, VALUES, WEIGHT
 from adagrad.kernels.ndarray_table import _word
-from adagrad.kernels.numba_jit import jit, max_workers
+from adagrad.kernels.numba_jit import jit
 from adagrad.kernels.tensor_layout import (
     CONTIGUOUS,
     COUNT,
@@ -83,9 +83,8 @@ class Rows(NamedTuple):
 
     def plan(self, i: int, weight: Tensor, rates: Any, rule: Rule, threads: int | None) -> Callable[[], None] | None:
         """What carries it out on the CPU, if there is anything to do; IndexError for a row id outside the weight."""
-        workers = threads or max_workers()
         indices = self.indices.numpy()
-        keys, shift, bad, distinct = row_order.row_order(indices, len(weight), workers)
+        keys, shift, bad, distinct = row_order.row_order(indices, len(weight), threads)
         if bad >= 0:
             checked.refuse_row(f"[{i}]", indices, bad, len(weight))
         if not len(keys) or not self.length:
@@ -94,7 +93,7 @@ class Rows(NamedTuple):
 
         def run(values: Tensor = self.values) -> None:
             cpu_rows.launch(keys, shift, distinct, self.starts, self.stride, self.formats, self.length, rule.row_wise,
-                            hyper, cpu_rule.scalars(rule), workers)  # fmt: skip
+                            hyper, cpu_rule.scalars(rule), threads)  # fmt: skip
 
         return run
 
