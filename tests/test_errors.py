@@ -278,6 +278,12 @@ CASES: dict[str, Case] = {
         ValueError,
         "indices=[{duplicate}]: must be distinct within one call",
     ),
+    "index a float": (
+        lambda c: c.indices.__setitem__(c.at, 1.5),
+        TypeError,
+        "index=1.5: must be an integer or a string, not float",
+    ),
+    "index none": (lambda c: c.indices.__setitem__(c.at, None), TypeError, "index=None: must be an integer or"),
     "index not hashable": (lambda c: c.indices.__setitem__(c.at, []), TypeError, "must be integers or strings"),
     # rows
     "row negative": (

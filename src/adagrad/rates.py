@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -162,6 +163,9 @@ class Rates:
             pairs = [self._resolved[index] for index in indices]
             return [lr for lr, _ in pairs], [wd for _, wd in pairs], {}
         counts, begin = self._index_update_count, self.begin_num_update
+        if not all(map(counts.__contains__, indices)):
+            for index in indices:
+                _check_index(index)
         if self.lr_scheduler is None and not (self.param_dict or self.lr_mult or self.wd_mult):
             lr, wd = checks.non_negative("lr", self.learning_rate), checks.non_negative("wd", self.wd)
             return [lr], [wd], {index: counts.get(index, begin) + 1 for index in indices}
@@ -193,3 +197,9 @@ class Rates:
             yield
         finally:
             self._resolved = {}
+
+
+def _check_index(index: Any) -> None:
+    """TypeError unless it is what a checkpoint can hold: an integer or a string."""
+    if isinstance(index, bool) or not isinstance(index, (str, numbers.Integral)):
+        raise TypeError(f"index={checks.describe(index)}: must be an integer or a string, not {type(index).__name__}")
