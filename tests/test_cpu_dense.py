@@ -139,6 +139,20 @@ def test_around_a_tile(row_wise: bool, beside: int) -> None:
         check(o, replace(HYPERS["decay"], row_wise=row_wise), what=str(shape))
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_row_longer_than_a_tile(kind: Kind) -> None:
+    """Row-wise, the lanes go on from one tile to the next, wherever a tile begins."""
+    rng = np.random.default_rng(16)
+    for shape in [(2, 3 * strided.TILE + 5), (3, 5, strided.TILE // 2 + 7), (1, strided.TILE // 3, 7)]:
+        for name in ("unclipped", "clip", "decoupled", "inside"):
+            o = operands(rng, kind, shape, row_wise=True)
+            layouts = [str(rng.choice(layouts_of(array.dtype)[1:])) for array in (o.weight, o.grad, o.history)]
+            o.weight, o.grad, o.history = map(lay_out, (o.weight, o.grad, o.history), layouts)
+            if o.master is not None:
+                o.master = lay_out(o.master, "columns stepped")
+            check(o, replace(HYPERS[name], row_wise=True), what=f"{layouts} {shape} {name}")
+
+
 def test_zero_dimensional_misaligned() -> None:
     o = operands(np.random.default_rng(7), FLOAT32, ())
     o.weight = lay_out(o.weight.reshape(1), "misaligned, byte-swapped").reshape(())

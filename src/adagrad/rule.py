@@ -96,10 +96,15 @@ def mean_square(grad: Array) -> Array:
     for start in range(0, length, LANES):
         part = square[:, start : start + LANES]
         lanes[:, : part.shape[1]] = lanes[:, : part.shape[1]] + part
+    return mean_of_lanes(lanes, length).reshape(history_shape(grad.shape, row_wise=True))
+
+
+def mean_of_lanes(lanes: Array, length: int) -> Array:
+    """The mean of rows of ``length`` elements, shape ``(n, 1)``, of which ``lanes`` holds the partial sums."""
     while lanes.shape[1] > 1:
         half = lanes.shape[1] // 2
         lanes = lanes[:, :half] + lanes[:, half:]
-    return (lanes / _scalar(max(length, 1), grad)).reshape(history_shape(grad.shape, row_wise=True))
+    return lanes / _scalar(max(length, 1), lanes)
 
 
 def history_shape(shape: tuple[int, ...], *, row_wise: bool) -> tuple[int, ...]:

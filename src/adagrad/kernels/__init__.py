@@ -182,15 +182,8 @@ def _dense(updates: list[Update], formats: Formats, rule: Rule, threads: int | N
 
 
 def _table(updates: Sequence[Update], rule: Rule) -> np.ndarray:
-    return np.array([_table_row([_memory(o) for o in (u.weight, u.grad, u.history, u.master)], rule) for u in updates])
-
-
-def _table_row(memories: Sequence[np.ndarray | None], rule: Rule) -> list[int]:
-    """A row of the dense kernels' table: four addresses, the size, the length of a row."""
-    weight = memories[0]
-    addresses = [0 if memory is None else memory.ctypes.data for memory in memories]
-    length = row_length(weight.shape) if rule.row_wise and weight is not None else 0
-    return [*addresses, 0 if weight is None else weight.size, length]
+    row = _cpu().cpu_dense.table_row
+    return np.array([row([_memory(o) for o in (u.weight, u.grad, u.history, u.master)], rule) for u in updates])
 
 
 def _memory(o: Operand | None) -> np.ndarray | None:
@@ -200,12 +193,9 @@ def _memory(o: Operand | None) -> np.ndarray | None:
 def _strided(u: Update, rule: Rule, threads: int | None) -> Callable[[Any, Any], None]:
     from adagrad.kernels import strided
 
-    pieces = strided.row_blocks if rule.row_wise else strided.tiles
-
     def run(lrs: Sequence[float], wds: Sequence[float]) -> None:
-        for piece in pieces(*(_memory(o) for o in (u.weight, u.grad, u.history, u.master))):
-            table = np.array([_table_row([*piece, *[None] * (4 - len(piece))], rule)])
-            _launch(table, _formats(u), piece[0].size, lrs, wds, rule, threads)
+        memories = [_memory(o) for o in (u.weight, u.grad, u.history, u.master)]
+        strided.update(memories, _formats(u), hyper(lrs, wds, rule), rule, threads)
 
     return run
 

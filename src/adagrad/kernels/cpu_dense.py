@@ -9,15 +9,17 @@ C-contiguous and aligned; see :mod:`adagrad.kernels` for what makes it so.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numba
 import numpy as np
 
+from adagrad.arrays import row_length
 from adagrad.kernels.cpu_rule import constants, descend, effective_gradient
 from adagrad.kernels.formats import TOKENS, load, master_or, pointer, store
 from adagrad.kernels.numba_jit import jit, place, run, worker
-from adagrad.rule import LANES
+from adagrad.rule import LANES, Rule
 
 WEIGHT, GRAD, HISTORY, MASTER, SIZE, ROW = range(6)
 COLUMNS = 6
@@ -25,6 +27,14 @@ COLUMNS = 6
 
 ALIGN = 16
 """Elements: where workers part, so that no two write to one cache line of a float32 array."""
+
+
+def table_row(memories: Sequence[np.ndarray | None], rule: Rule) -> list[int]:
+    """A row of the address table, for the memory of weight, gradient, history and master copy (None for none)."""
+    weight = memories[0]
+    addresses = [0 if memory is None else memory.ctypes.data for memory in memories]
+    length = row_length(weight.shape) if rule.row_wise and weight is not None else 0
+    return [*addresses, 0 if weight is None else weight.size, length]
 
 
 @jit(helper=True)
@@ -48,40 +58,56 @@ def one_row(
     w: Any, g: Any, h: Any, m: Any, start: int, length: int, r: int, constants: Any, lanes: Any
 ) -> None:
     """Row-wise: the ``length`` elements from ``start`` on share the history value ``h[r]``."""
+    for lane in range(LANES):
+        lanes[lane] = 0
+    _add_squares(master_or(w, m), g, start, start + length, constants, lanes)
+    history = load(h, r) + _fold(lanes) / lanes.dtype.type(length)
+    _descend_row(w, g, m, start, start + length, history, constants)
+    store(h, r, history)
+
+
+@jit(helper=True)
+def _descend_row(w: Any, g: Any, m: Any, start: int, stop: int, history: Any, constants: Any) -> None:
+    """The elements from ``start`` to ``stop`` descend, given the new history value of their row."""
     rescale, clip, inside, outside, lr, decay, shrink = constants
     source = master_or(w, m)
-    history = load(h, r) + _mean_square(source, g, start, length, decay, rescale, clip, lanes)
-    for i in range(start, start + length):
+    for i in range(start, stop):
         weight = load(source, i)
         grad = effective_gradient(load(g, i), weight, decay, rescale, clip)
         weight = descend(weight, grad, history, lr, shrink, inside, outside)
         if m is not None:
             store(m, i, weight)
         store(w, i, weight)
-    store(h, r, history)
 
 
 @jit(helper=True)
-def _mean_square(w: Any, g: Any, start: int, length: int, decay: Any, rescale: Any, clip: Any, lanes: Any) -> Any:
-    """Mean of the squared effective gradient over one row, in the order of :func:`adagrad.rule.mean_square`."""
-    for lane in range(LANES):
-        lanes[lane] = 0
-    whole = length - length % LANES
-    for block in range(0, whole, LANES):
+def _add_squares(source: Any, g: Any, start: int, stop: int, constants: Any, lanes: Any) -> None:
+    """Add the squared effective gradients from ``start`` to ``stop`` to the lanes, the first of them to lane 0.
+
+    The order is that of :func:`adagrad.rule.mean_square`.
+    """
+    rescale, clip, _, _, _, decay, _ = constants
+    whole = start + (stop - start) // LANES * LANES
+    for block in range(start, whole, LANES):
         for lane in range(LANES):
-            i = start + block + lane
-            grad = effective_gradient(load(g, i), load(w, i), decay, rescale, clip)
+            i = block + lane
+            grad = effective_gradient(load(g, i), load(source, i), decay, rescale, clip)
             lanes[lane] += grad * grad
-    for lane in range(length - whole):
-        i = start + whole + lane
-        grad = effective_gradient(load(g, i), load(w, i), decay, rescale, clip)
+    for lane in range(stop - whole):
+        i = whole + lane
+        grad = effective_gradient(load(g, i), load(source, i), decay, rescale, clip)
         lanes[lane] += grad * grad
+
+
+@jit(helper=True)
+def _fold(lanes: Any) -> Any:
+    """The sum of the lanes, by halves; it overwrites them."""
     half = LANES // 2
     while half > 0:
         for lane in range(half):
             lanes[lane] += lanes[lane + half]
         half //= 2
-    return lanes[0] / lanes.dtype.type(length)
+    return lanes[0]
 
 
 @jit(helper=True)
@@ -123,14 +149,44 @@ def kernel(weight: str, grad: str, history: str, master: str | None, row_wise: b
     rows = row_wise or None  # None or True, types that differ: only one of the two is compiled
 
     def dense(arguments: Any, k: Any, count: Any) -> None:
-        given = numba.carray(place(arguments), 6, np.int64)
-        table = numba.carray(place(given[0]), (given[1], COLUMNS), np.int64)
-        hyper = numba.carray(place(given[2]), (given[3], 3), np.float64)
-        scalars = numba.carray(place(given[4]), 4, np.float64)
-        total = given[5]
+        table, hyper, scalars, total = _given(arguments)
         _share(table, hyper, scalars, tw, tg, th, tm, rows, total * k // count, total * (k + 1) // count)
 
     return worker(dense)
+
+
+@functools.cache
+def row_part_kernel(weight: str, grad: str, history: str, master: str | None, descending: bool) -> int:
+    """The worker for a part of one row.
+
+    A first pass adds the squares of the part to the lanes that ``HISTORY`` points to, those of the first element to
+    lane 0; a second, ``descending``, finds there the new history value of the row.
+    """
+    tw, tg, th, tm = TOKENS[weight], TOKENS[grad], TOKENS[history], None if master is None else TOKENS[master]
+    second = descending or None  # types that differ, as above
+
+    def row_part(arguments: Any, k: Any, count: Any) -> None:
+        table, hyper, scalars, _ = _given(arguments)
+        w, g = pointer(table[0, WEIGHT], tw, "weight"), pointer(table[0, GRAD], tg, "grad")
+        m = pointer(table[0, MASTER], tm, "master")
+        size, fixed = table[0, SIZE], constants(scalars, hyper[0], th)
+        if second is None:
+            lanes = numba.carray(place(table[0, HISTORY]), LANES, th.dtype)
+            _add_squares(master_or(w, m), g, 0, size, fixed, lanes)
+        else:
+            _descend_row(w, g, m, 0, size, load(pointer(table[0, HISTORY], th, "history"), 0), fixed)
+
+    return worker(row_part)
+
+
+@jit(helper=True)
+def _given(arguments: Any) -> Any:
+    """What the block of arguments holds, see :func:`_arguments`."""
+    given = numba.carray(place(arguments), 6, np.int64)
+    table = numba.carray(place(given[0]), (given[1], COLUMNS), np.int64)
+    hyper = numba.carray(place(given[2]), (given[3], 3), np.float64)
+    scalars = numba.carray(place(given[4]), 4, np.float64)
+    return table, hyper, scalars, given[5]
 
 
 @jit()
@@ -155,3 +211,8 @@ def launch(
     weight, or one for all; at most ``threads`` threads, or as many as Numba may use.
     """
     run(kernel(*formats, row_wise), _arguments(table, hyper, scalars, total), 1 if total < SMALL else threads)
+
+
+def launch_row_part(table: Any, hyper: Any, scalars: Any, formats: Any, descending: bool) -> None:
+    """One pass over a part of one row, see :func:`row_part_kernel`; ``table`` and ``hyper`` have one row."""
+    run(row_part_kernel(*formats, descending), _arguments(table, hyper, scalars, 0), 1)

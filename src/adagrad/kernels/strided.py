@@ -6,27 +6,82 @@ What a kernel can address as it is passes through uncopied; the rest goes throug
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from adagrad.arrays import row_length
+from adagrad.kernels import cpu_dense
+from adagrad.kernels.cpu_rule import scalars
+from adagrad.rule import LANES, Rule, mean_of_lanes
 
 TILE = 16_384
 """Elements of a buffer."""
 
 
+def update(
+    memories: Sequence[np.ndarray | None], formats: Any, hyper: np.ndarray, rule: Rule, threads: int | None
+) -> None:
+    """Update one weight, given the memory of weight, gradient, history and master copy (None for none)."""
+    weight, grad, history, master = memories
+    if weight is None or grad is None or history is None:
+        raise TypeError("weight, grad and history: must be in the CPU's memory")
+    if rule.row_wise and row_length(weight.shape) > TILE:
+        for r in range(len(weight)):
+            row = slice(r, r + 1)
+            copy = None if master is None else master[row]
+            _long_row(weight[row], grad[row], history[row], copy, formats, hyper, rule)
+        return
+    pieces = row_blocks if rule.row_wise else tiles
+    for piece in pieces(weight, grad, history, master):
+        table = np.array([cpu_dense.table_row([*piece, *[None] * (4 - len(piece))], rule)])
+        cpu_dense.launch(table, piece[0].size, hyper, scalars(rule), formats, rule.row_wise, threads)
+
+
+def _long_row(
+    row: np.ndarray, grad: np.ndarray, history: np.ndarray, master: np.ndarray | None, formats: Any, hyper: np.ndarray,
+    rule: Rule,
+) -> None:  # fmt: skip
+    """Row-wise, one row longer than a buffer: a pass over its pieces for the history, another for the weight."""
+    lanes = np.zeros(LANES, history.dtype.newbyteorder("="))
+    for size in _pass(row, grad, lanes, master, formats, hyper, rule, descending=False):
+        lanes[:] = np.roll(lanes, -size)  # the next piece begins in lane 0, wherever in the row that is
+    with np.errstate(all="ignore"):
+        new = history + mean_of_lanes(np.roll(lanes, row.size)[None], row.size).reshape(history.shape)
+    for _ in _pass(row, grad, new, master, formats, hyper, rule, descending=True):
+        pass
+    history[...] = new
+
+
+def _pass(
+    row: Any, grad: Any, shared: np.ndarray, master: Any | None, formats: Any, hyper: np.ndarray, rule: Rule,
+    *, descending: bool,
+) -> Iterator[int]:  # fmt: skip
+    """One pass over the pieces of a row, in order, giving the size of each when it is done."""
+    operands, written = [row, grad] + ([] if master is None else [master]), [descending, False, descending]
+    for w, g, *m in _pieces(operands, written, order="C"):
+        addresses = [array.ctypes.data for array in (w, g, shared, *m)] + ([] if m else [0])
+        cpu_dense.launch_row_part(np.array([[*addresses, w.size, 0]]), hyper, scalars(rule), formats, descending)
+        yield w.size
+
+
 def tiles(weight: Any, grad: Any, history: Any, master: Any | None) -> Iterator[list[np.ndarray]]:
     """Contiguous, aligned, native one-dimensional pieces of the operands; what is written to them is written back."""
-    operands: Any = [weight, grad, history] + ([] if master is None else [master])
-    write: Any = ["readwrite", "nbo", "aligned", "contig"]
-    read: Any = ["readonly", "nbo", "aligned", "contig"]
+    operands = [weight, grad, history] + ([] if master is None else [master])
+    return _pieces(operands, [True, False, True, True], order="K")
+
+
+def _pieces(operands: Any, written: list[bool], order: Any) -> Iterator[list[np.ndarray]]:
+    layout = ["nbo", "aligned", "contig"]
+    flags: Any = [["readwrite" if write else "readonly", *layout] for write in written]
     with np.nditer(
         operands,
         flags=["external_loop", "buffered", "growinner", "zerosize_ok"],
-        op_flags=[write, read, write, write][: len(operands)],
+        op_flags=flags[: len(operands)],
         op_dtypes=[o.dtype.newbyteorder("=") for o in operands],
         casting="equiv",
-        order="K",
+        order=order,
         buffersize=TILE,
     ) as pieces:
         if pieces.itersize:
@@ -35,7 +90,7 @@ def tiles(weight: Any, grad: Any, history: Any, master: Any | None) -> Iterator[
 
 
 def row_blocks(weight: Any, grad: Any, history: Any, master: Any | None) -> Iterator[list[np.ndarray]]:
-    """The same, by whole rows: a block of at least one row, copied to a buffer and back."""
+    """The same, by whole rows, which fit a buffer: a block of them is copied there and back."""
     operands = [weight, grad, history] + ([] if master is None else [master])
     rows = max(TILE // max(math.prod(weight.shape[1:]), 1), 1)
     for start in range(0, len(weight), rows):
