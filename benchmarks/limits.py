@@ -7,12 +7,29 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-from adagrad.kernels.formats import prefetch
 from cases import Dense, Rows
 
 AHEAD = 8
 _fast = {"nopython": True, "nogil": True, "error_model": "numpy", "cache": False}
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(typing: Any, address: Any) -> Any:
+    """Ask for the cache line at ``address``, to be written soon."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        form = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, form, "llvm.prefetch.p0")
+        builder.call(function, [builder.inttoptr(args[0], byte), word(1), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 @numba.jit(**_fast)

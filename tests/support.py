@@ -14,7 +14,7 @@ import torch
 
 import oracle
 from adagrad import RowSparse, kernels
-from adagrad.kernels import cpu_dense, cpu_rows, row_order
+from adagrad.kernels import cpu_dense, cpu_rows
 from adagrad.rule import Rule
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -257,6 +257,6 @@ def assert_same(actual: Operands, want: Operands, what: str = "") -> None:
 def always_parallel() -> Iterator[None]:
     """Within: every launch goes to the parallel kernels, whatever its size; the call's ``threads`` are the workers."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (cpu_dense, cpu_rows, row_order):
+        for module in (cpu_dense, cpu_rows):
             patch.setattr(module, "SMALL", 0)
         yield

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 
 import oracle
 from adagrad import RowSparse
-from adagrad.kernels.row_order import row_order
+from adagrad.kernels import row_groups
 from support import (
     DTYPES,
     HYPERS,
@@ -268,45 +269,69 @@ def test_several_weights_and_dense_ones_in_one_call() -> None:
         assert_same(o, w, f"weight {i}")
 
 
-# ------------------------------------------------------------------------------------------------- the order of rows
+# ------------------------------------------------------------------------------------------------------ groups of rows
 
 
-def visited(indices: np.ndarray, number: int, threads: int) -> tuple[list[int], list[int]]:
-    keys, shift, bad, _ = row_order(indices, number, threads)
-    assert bad == -1
-    return [int(key) >> shift for key in keys], [int(key) & ((1 << shift) - 1) for key in keys]
+@numba.njit
+def grouped_by(ids: np.ndarray, k: int, count: int) -> Any:
+    positions = row_groups.own_positions(ids, k, count)
+    return positions, row_groups.number_rows(ids, positions)
 
 
-@pytest.mark.usefixtures("always_parallel")
+def grouped(ids: np.ndarray, count: int) -> dict[int, list[int]]:
+    """The positions of each row, as ``count`` workers have them."""
+    found: dict[int, list[int]] = {}
+    for k in range(count):
+        positions, (numbers, rows, counts) = grouped_by(ids, k, count)
+        assert positions.tolist() == sorted(positions.tolist())
+        for number, (row, occurrences) in enumerate(zip(rows.tolist(), counts.tolist(), strict=True)):
+            assert row not in found, "two workers, or two numbers, for one row"
+            found[row] = positions[numbers == number].tolist()
+            assert len(found[row]) == occurrences
+    return found
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
-@pytest.mark.parametrize("number", [1, 2, 3, 255, 256, 257, 2048, 2049, 70_000, 2**22 + 1, 2**31 - 1, 2**40])
-def test_rows_are_visited_in_order(number: int, threads: int) -> None:
-    """Ascending by row, each row's occurrences in their order, for tables of any height."""
+@pytest.mark.parametrize("number", [1, 2, 3, 255, 256, 257, 2048, 70_000, 2**22 + 1, 2**31 - 1, 2**40, 2**62])
+def test_groups_are_the_rows(number: int, threads: int) -> None:
+    """Every occurrence in the group of its row, in order, for tables of any height."""
     rng = np.random.default_rng(15)
-    ids = np.concatenate([rng.integers(0, number, 300), [0, number - 1, 0, number - 1]])
-    ids = np.concatenate([ids, rng.choice(ids, 200)])
-    found, positions = visited(ids, number, threads)
-    order = np.argsort(ids, kind="stable")
-    assert positions == order.tolist()
-    assert found == ids[order].tolist()
+    for count in (0, 1, 40, 3000):
+        ids = rng.integers(0, number, count)
+        ids = np.concatenate([ids, [0, number - 1, 0, number - 1], rng.choice(ids, count // 2)]) if count else ids
+        want: dict[int, list[int]] = {}
+        for i, row in enumerate(ids.tolist()):
+            want.setdefault(row, []).append(i)
+        assert grouped(ids, threads) == want
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-def test_ascending_rows_are_in_order_already(threads: int) -> None:
-    keys, shift, bad, distinct = row_order(np.array([0, 3, 4, 99], np.int32), 100, threads)
-    assert (bad, distinct) == (-1, True)
-    assert [int(key) >> shift for key in keys] == [0, 3, 4, 99]
-    assert visited(np.array([0, 3, 3, 99]), 100, threads) == ([0, 3, 3, 99], [0, 1, 2, 3])
+@pytest.mark.parametrize("step", [1, 2, 3, 64, 1024, 2**20, 2**32 + 1, 0x9E3779B9])
+def test_rows_at_a_regular_distance(step: int) -> None:
+    ids = np.tile(np.arange(5000) * step, 2)
+    found = grouped(ids, 2)
+    assert found == {i * step: [i, i + 5000] for i in range(5000)}
 
 
-@pytest.mark.parametrize(("ids", "at"), [([0, 5, 5], 1), ([-1], 0), ([4, 3, 2, 1, 0, -7], 5), ([2**40], 0)])
-def test_the_first_row_outside_the_weight(ids: list[int], at: int) -> None:
-    assert row_order(np.array(ids), 5, 1)[2] == at
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_row_ids_are_copied_and_checked(dtype: Any) -> None:
+    def check_ids(ids: list[int], height: int = 5) -> tuple[int, bool]:
+        given = np.array(ids, dtype)
+        rows, bad, increasing = row_groups.checked_rows(given, height)
+        assert rows.dtype == (np.int32 if height <= 2**31 else np.int64)
+        assert rows.tolist() == ids
+        assert not np.shares_memory(rows, given)
+        return bad, increasing
 
-
-def test_too_many_bits() -> None:
-    with pytest.raises(ValueError, match=r"must fit 64"):
-        row_order(np.zeros(4, np.int64), 2**62, 1)
+    assert check_ids([0, 1, 2, 4]) == (-1, True)
+    assert check_ids([]) == (-1, True)
+    assert check_ids([3]) == (-1, True)
+    assert check_ids([0, 1, 1, 4]) == (-1, False)
+    assert check_ids([1, 0]) == (-1, False)
+    assert check_ids([0, 1, 2, 3, 4, 0]) == (-1, False)
+    assert check_ids([0, 2**31 - 1], 2**31) == (-1, True)
+    assert check_ids([2**31 - 1, 0], 2**31 + 1) == (-1, False)
+    for ids, at in ([0, 5, 5], 1), ([-1], 0), ([4, 3, 2, 1, 0, -7], 5), ([2**31 - 1], 0), ([0, 1, 2, 3, 4, 5], 5):
+        assert check_ids(ids) == (at, False)
 
 
 def test_the_order_of_the_other_rows_means_nothing() -> None:

@@ -105,9 +105,9 @@ def plan(
 @functools.cache
 def _cpu() -> Any:
     """The CPU's kernels, imported at the first use: Numba takes its time."""
-    from adagrad.kernels import cpu_dense, cpu_rows, cpu_rule, ndarray_table, row_order
+    from adagrad.kernels import cpu_dense, cpu_rows, cpu_rule, ndarray_table, row_groups
 
-    modules = (cpu_dense, cpu_rows, cpu_rule, ndarray_table, row_order)
+    modules = (cpu_dense, cpu_rows, cpu_rule, ndarray_table, row_groups)
     return SimpleNamespace(**{module.__name__.rpartition(".")[2]: module for module in modules})
 
 
@@ -212,45 +212,37 @@ def _add_rows(result: Plan, i: int, u: Update, rule: Rule, *, fused: bool, threa
     cpu = _cpu()
     indices = np.ascontiguousarray(indices, indices.dtype.newbyteorder("="))
     indices = np.require(indices, requirements="A")
-    keys, shift, bad, distinct = cpu.row_order.row_order(indices, rows, threads)
+    ids, bad, distinct = cpu.row_groups.checked_rows(indices, rows)
     if bad >= 0:
         refuse_row(f"[{i}]", indices, bad, rows)
-    if len(keys) and row_length(u.weight.shape):
-        result.add([i], _rows_launch(u, keys, shift, distinct, rule, threads))
+    if len(ids) and row_length(u.weight.shape):
+        result.add([i], _rows_launch(u, ids, distinct, rule, threads))
 
 
 def _rows_launch(
-    u: Update, keys: np.ndarray, shift: int, distinct: bool, rule: Rule, threads: int | None
+    u: Update, ids: np.ndarray, distinct: bool, rule: Rule, threads: int | None
 ) -> Callable[[Any, Any], None]:
     length = row_length(u.weight.shape)
 
     def run(lrs: Sequence[float], wds: Sequence[float]) -> None:
         memories = [_memory(o) for o in (u.weight, u.history, u.master, u.grad)]
-        use = keys
-        rows = None
+        buffers, use, present = memories, ids, None
         if not all(m is None or _rows_are_plain(m) for m in memories):
-            # The rows present, gathered into buffers: then row r of a buffer belongs to the r-th distinct key.
-            ids = keys >> np.uint64(shift)
-            starts = np.concatenate(([True], ids[1:] != ids[:-1]))
-            rows = ids[starts].astype(np.int64)
-            use = ((np.cumsum(starts) - 1).astype(np.uint64) << np.uint64(shift)) | (
-                keys & np.uint64((1 << shift) - 1)
-            )
-            gathered = [m if m is None else m[rows] for m in memories[:3]]
+            # The rows present, gathered into buffers: row r of a buffer is the r-th of them.
+            present, use = np.unique(ids, return_inverse=True)
+            gathered = [m if m is None else m[present] for m in memories[:3]]
             plain = [m if m is None else np.ascontiguousarray(m, m.dtype.newbyteorder("=")) for m in
-                     [*gathered, memories[3]]]
+                     [*gathered, memories[3]]]  # fmt: skip
             buffers = [m if m is None else np.require(m, requirements=["C", "A"]) for m in plain]
-        else:
-            buffers = memories
         base = np.array([0 if m is None else m.ctypes.data for m in buffers])
         stride = np.array([0 if m is None else m.strides[0] for m in buffers])
         cpu = _cpu()
         given = base, stride, _formats(u), length, rule.row_wise, hyper(lrs, wds, rule)[0], cpu.cpu_rule.scalars(rule)
-        cpu.cpu_rows.launch(use, shift, distinct, *given, threads)
-        if rows is not None:
+        cpu.cpu_rows.launch(use, distinct, *given, threads)
+        if present is not None:
             for memory, buffer in zip(memories[:3], buffers[:3], strict=True):
                 if memory is not None and buffer is not None:
-                    memory[rows] = buffer
+                    memory[present] = buffer
 
     return run
 

@@ -16,9 +16,10 @@ import numba
 import numpy as np
 
 from adagrad.arrays import row_length
+from adagrad.kernels.blocks import ask, filled, first, fold, load_block, number, store_block
 from adagrad.kernels.cpu_rule import constants, descend, effective_gradient
 from adagrad.kernels.formats import TOKENS, load, master_or, pointer, store
-from adagrad.kernels.numba_jit import jit, place, run, worker
+from adagrad.kernels.numba_jit import jit, max_workers, place, run, worker, workers
 from adagrad.rule import LANES, Rule
 
 WEIGHT, GRAD, HISTORY, MASTER, SIZE, ROW = range(6)
@@ -38,76 +39,96 @@ def table_row(memories: Sequence[np.ndarray | None], rule: Rule) -> list[int]:
 
 
 @jit(helper=True)
-def elements(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, constants: Any) -> None:
-    """Element-wise: every element from ``start`` to ``stop`` has its own history value."""
-    rescale, clip, inside, outside, lr, decay, shrink = constants
-    source = master_or(w, m)
-    for i in range(start, stop):
-        weight = load(source, i)
-        grad = effective_gradient(load(g, i), weight, decay, rescale, clip)
-        history = load(h, i) + grad * grad
-        weight = descend(weight, grad, history, lr, shrink, inside, outside)
-        store(h, i, history)
-        if m is not None:
-            store(m, i, weight)
-        store(w, i, weight)
+def elements(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, constants: Any, coming: Any) -> None:
+    """Element-wise: every element from ``start`` to ``stop`` has its own history value.
+
+    ``coming`` is None, or the operands of a row that comes soon: their memory is asked for block by block.
+    """
+    whole = stop - (stop - start) % LANES
+    for i in range(start, whole, LANES):
+        _update_block(w, g, h, m, i, None, constants, coming)
+    if whole < stop:
+        _update_block(w, g, h, m, whole, stop - whole, constants, coming)
 
 
 @jit(helper=True)
-def one_row(
-    w: Any, g: Any, h: Any, m: Any, start: int, length: int, r: int, constants: Any, lanes: Any
-) -> None:
-    """Row-wise: the ``length`` elements from ``start`` on share the history value ``h[r]``."""
-    for lane in range(LANES):
-        lanes[lane] = 0
-    _add_squares(master_or(w, m), g, start, start + length, constants, lanes)
-    history = load(h, r) + _fold(lanes) / lanes.dtype.type(length)
-    _descend_row(w, g, m, start, start + length, history, constants)
+def _update_block(w: Any, g: Any, h: Any, m: Any, i: int, count: Any, constants: Any, coming: Any) -> None:
+    rescale, clip, inside, outside, lr, decay, shrink = constants
+    ask_for(coming, i)
+    weight = load_block(master_or(w, m), i, count)
+    grad = effective_gradient(load_block(g, i, count), weight, decay, rescale, clip)
+    history = load_block(h, i, count) + grad * grad
+    weight = descend(weight, grad, history, lr, shrink, inside, outside)
+    store_block(h, i, history, count)
+    _store_weight(w, m, i, weight, count)
+
+
+@jit(helper=True)
+def _store_weight(w: Any, m: Any, i: int, weight: Any, count: Any) -> None:
+    if m is not None:
+        store_block(m, i, weight, count)
+    store_block(w, i, weight, count)
+
+
+@jit(helper=True)
+def ask_for(coming: Any, i: int) -> None:
+    """Ask for the memory of the operands in ``coming``, a tuple or None, from element ``i`` on."""
+    if coming is not None:
+        weight, grad, history, master = coming
+        ask(weight, i)
+        ask(grad, i)
+        ask(history, i)
+        ask(master, i)
+
+
+@jit(helper=True)
+def one_row(w: Any, g: Any, h: Any, m: Any, start: int, length: int, r: int, constants: Any, coming: Any) -> None:
+    """Row-wise: the ``length`` elements from ``start`` on share the history value ``h[r]``; ``coming`` as above."""
+    source, stop = master_or(w, m), start + length
+    lanes = add_squares(filled(number(h, 0)), source, g, start, stop, constants, coming)
+    history = load(h, r) + fold(lanes) / number(h, length)
+    descend_row(w, g, m, start, stop, history, constants)
     store(h, r, history)
 
 
 @jit(helper=True)
-def _descend_row(w: Any, g: Any, m: Any, start: int, stop: int, history: Any, constants: Any) -> None:
-    """The elements from ``start`` to ``stop`` descend, given the new history value of their row."""
-    rescale, clip, inside, outside, lr, decay, shrink = constants
-    source = master_or(w, m)
-    for i in range(start, stop):
-        weight = load(source, i)
-        grad = effective_gradient(load(g, i), weight, decay, rescale, clip)
-        weight = descend(weight, grad, history, lr, shrink, inside, outside)
-        if m is not None:
-            store(m, i, weight)
-        store(w, i, weight)
-
-
-@jit(helper=True)
-def _add_squares(source: Any, g: Any, start: int, stop: int, constants: Any, lanes: Any) -> None:
-    """Add the squared effective gradients from ``start`` to ``stop`` to the lanes, the first of them to lane 0.
+def add_squares(lanes: Any, source: Any, g: Any, start: int, stop: int, constants: Any, coming: Any) -> Any:
+    """The block of ``lanes`` plus the squared effective gradients from ``start`` to ``stop``, the first in lane 0.
 
     The order is that of :func:`adagrad.rule.mean_square`.
     """
-    rescale, clip, _, _, _, decay, _ = constants
-    whole = start + (stop - start) // LANES * LANES
-    for block in range(start, whole, LANES):
-        for lane in range(LANES):
-            i = block + lane
-            grad = effective_gradient(load(g, i), load(source, i), decay, rescale, clip)
-            lanes[lane] += grad * grad
-    for lane in range(stop - whole):
-        i = whole + lane
-        grad = effective_gradient(load(g, i), load(source, i), decay, rescale, clip)
-        lanes[lane] += grad * grad
+    whole = stop - (stop - start) % LANES
+    for i in range(start, whole, LANES):
+        lanes = lanes + _squares(source, g, i, None, constants, coming)
+    if whole < stop:
+        lanes = lanes + _squares(source, g, whole, stop - whole, constants, coming)
+    return lanes
 
 
 @jit(helper=True)
-def _fold(lanes: Any) -> Any:
-    """The sum of the lanes, by halves; it overwrites them."""
-    half = LANES // 2
-    while half > 0:
-        for lane in range(half):
-            lanes[lane] += lanes[lane + half]
-        half //= 2
-    return lanes[0]
+def _squares(source: Any, g: Any, i: int, count: Any, constants: Any, coming: Any) -> Any:
+    rescale, clip, _, _, _, decay, _ = constants
+    ask_for(coming, i)
+    grad = effective_gradient(load_block(g, i, count), load_block(source, i, count), decay, rescale, clip)
+    return first(grad * grad, count)  # adding 0 changes no bit of a sum of squares
+
+
+@jit(helper=True)
+def descend_row(w: Any, g: Any, m: Any, start: int, stop: int, history: Any, constants: Any) -> None:
+    """The elements from ``start`` to ``stop`` descend, given the new history value of their row."""
+    whole = stop - (stop - start) % LANES
+    for i in range(start, whole, LANES):
+        _descend_block(w, g, m, i, None, history, constants)
+    if whole < stop:
+        _descend_block(w, g, m, whole, stop - whole, history, constants)
+
+
+@jit(helper=True)
+def _descend_block(w: Any, g: Any, m: Any, i: int, count: Any, history: Any, constants: Any) -> None:
+    rescale, clip, inside, outside, lr, decay, shrink = constants
+    weight = load_block(master_or(w, m), i, count)
+    grad = effective_gradient(load_block(g, i, count), weight, decay, rescale, clip)
+    _store_weight(w, m, i, descend(weight, grad, history, lr, shrink, inside, outside), count)
 
 
 @jit(helper=True)
@@ -121,7 +142,6 @@ def _share(
     table: Any, hyper: Any, scalars: Any, tw: Any, tg: Any, th: Any, tm: Any, row_wise: Any, first: int, last: int
 ) -> None:
     """Update the elements ``first`` to ``last`` of all weights laid end to end."""
-    lanes = np.empty(LANES, th.dtype)
     begin = 0
     for i in range(table.shape[0]):
         size, length = table[i, SIZE], table[i, ROW]
@@ -136,10 +156,10 @@ def _share(
         h, m = pointer(table[i, HISTORY], th, "history"), pointer(table[i, MASTER], tm, "master")
         fixed = constants(scalars, hyper[i if len(hyper) > 1 else 0], th)
         if row_wise is None:
-            elements(w, g, h, m, start, stop, fixed)
+            elements(w, g, h, m, start, stop, fixed, None)
         else:
             for r in range(start // length, stop // length):
-                one_row(w, g, h, m, r * length, length, r, fixed, lanes)
+                one_row(w, g, h, m, r * length, length, r, fixed, None)
 
 
 @functools.cache
@@ -171,10 +191,11 @@ def row_part_kernel(weight: str, grad: str, history: str, master: str | None, de
         m = pointer(table[0, MASTER], tm, "master")
         size, fixed = table[0, SIZE], constants(scalars, hyper[0], th)
         if second is None:
-            lanes = numba.carray(place(table[0, HISTORY]), LANES, th.dtype)
-            _add_squares(master_or(w, m), g, 0, size, fixed, lanes)
+            lanes = pointer(table[0, HISTORY], th, "sum")
+            added = add_squares(load_block(lanes, 0, None), master_or(w, m), g, 0, size, fixed, None)
+            store_block(lanes, 0, added, None)
         else:
-            _descend_row(w, g, m, 0, size, load(pointer(table[0, HISTORY], th, "history"), 0), fixed)
+            descend_row(w, g, m, 0, size, load(pointer(table[0, HISTORY], th, "history"), 0), fixed)
 
     return worker(row_part)
 
@@ -210,7 +231,9 @@ def launch(
     ``formats`` are those of weight, gradient, history and master copy (None for none); ``hyper`` has a row for each
     weight, or one for all; at most ``threads`` threads, or as many as Numba may use.
     """
-    run(kernel(*formats, row_wise), _arguments(table, hyper, scalars, total), 1 if total < SMALL else threads)
+    threads = 1 if total < SMALL else threads or max_workers()
+    with workers(threads) as count:
+        run(kernel(*formats, row_wise), _arguments(table, hyper, scalars, total), count)
 
 
 def launch_row_part(table: Any, hyper: Any, scalars: Any, formats: Any, descending: bool) -> None:

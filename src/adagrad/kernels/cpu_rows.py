@@ -1,8 +1,8 @@
 """Row-sparse updates on the CPU: each row present is updated once, with the sum of its occurrences.
 
-``keys`` name the rows in ascending order (see :mod:`adagrad.kernels.row_order`). A worker takes the runs of equal rows
-that start in its share. Runs of more than ``LONG`` occurrences, the frequent rows, are first summed chunk by chunk by
-all workers, so that no worker is left with one such row alone; the order of the additions is the same either way.
+The gradient is read from front to back. A row that occurs once is updated from where its values lie; the values of the
+others are added, as they come, to sums, from which their rows are updated at the end. While one row is computed, the
+memory of a row to come is asked for, block by block.
 """
 
 from __future__ import annotations
@@ -13,240 +13,229 @@ from typing import Any
 import numba
 import numpy as np
 
+from adagrad.kernels.blocks import ask, filled, load_block, store_block
 from adagrad.kernels.cpu_dense import elements, one_row
 from adagrad.kernels.cpu_rule import constants
-from adagrad.kernels.formats import TOKENS, load, pointer, prefetch, store
-from adagrad.kernels.numba_jit import jit, max_workers, place, run, worker
+from adagrad.kernels.formats import TOKENS, pointer
+from adagrad.kernels.numba_jit import jit, max_workers, place, run, worker, workers
+from adagrad.kernels.row_groups import number_rows, own_positions
 from adagrad.rule import CHUNK, LANES
 
 WEIGHT, HISTORY, MASTER, VALUES = range(4)
 """Columns of ``base`` and ``stride``: where row 0 of each operand is, and the bytes from a row to the next."""
 
-LONG = 4 * CHUNK
-AHEAD_BYTES = 1024
-"""How far ahead of the current key memory is asked for, in bytes of the weight's rows."""
-
-GATHER_AHEAD = 32
-"""How many occurrences ahead of the one that is added to a row's sum its values are asked for."""
-
-LINE = 64
 SMALL = 65_536
 """Elements below which starting the threads costs more than they save."""
 
+AHEAD, AHEAD_BYTES = 4, 2048
+"""How many rows ahead memory is asked for; of wide rows, how many bytes of the weight."""
 
-@jit(helper=True)
-def _ask(address: Any, size: Any) -> None:
-    for offset in range(0, size, LINE):
-        prefetch(address + offset)
+SUMS_AHEAD = 8
+"""The same for occurrences that are only added up."""
+
+BATCH, BATCH_BYTES = 1024, 65_536
+"""Occurrences that are looked at together, those of single rows first; of wide rows, how many bytes of the gradient."""
 
 
-@jit(helper=True)
-def _sum_chunk(keys: Any, first: int, last: int, mask: Any, values: Any, stride: Any, ahead: int, tv: Any,
-               out: Any, length: int) -> None:  # fmt: skip
-    """``out`` = sum of the values at the positions of ``keys[first:last]``, one after the other."""
-    for i in range(first, last):
-        if i + ahead < len(keys):
-            _ask(values + np.int64(keys[i + ahead] & mask) * stride, length * tv.itemsize)
-        row = pointer(values + np.int64(keys[i] & mask) * stride, tv, "grad")
-        if i == first:
-            for j in range(length):
-                store(out, j, load(row, j))
-        else:
-            for j in range(length):
-                store(out, j, load(out, j) + load(row, j))
+# ---------------------------------------------------------------------------------------------------------------- rows
 
 
 @jit(helper=True)
-def _add(total: Any, other: Any, length: int) -> None:
-    for j in range(length):
-        store(total, j, load(total, j) + load(other, j))
+def _operands(base: Any, stride: Any, row: Any, tw: Any, th: Any, tm: Any) -> Any:
+    """Weight, history and master copy of a row."""
+    w = pointer(base[WEIGHT] + row * stride[WEIGHT], tw, "weight")
+    h = pointer(base[HISTORY] + row * stride[HISTORY], th, "history")
+    return w, h, pointer(base[MASTER] + row * stride[MASTER], tm, "master")
 
 
 @jit(helper=True)
-def _share(keys: Any, first: int, last: int, shift: int, distinct: bool, base: Any, stride: Any, tw: Any, tv: Any,
-           th: Any, tm: Any, length: int, row_wise: Any, hyper: Any, scalars: Any, long: Any, sums: Any
-           ) -> None:  # fmt: skip
-    """Update the rows whose run of keys starts in ``[first, last)``."""
-    n = len(keys)
-    low, mask = np.uint64(shift), np.uint64((1 << shift) - 1)
-    weights, histories, masters, values = base[WEIGHT], base[HISTORY], base[MASTER], base[VALUES]
-    to_weight, to_history, to_master, to_values = stride[WEIGHT], stride[HISTORY], stride[MASTER], stride[VALUES]
-    weight_bytes, history_bytes = length * tw.itemsize, length * th.itemsize if row_wise is None else th.itemsize
-    ahead = min(max(AHEAD_BYTES // max(weight_bytes, 1), 4), 8)
-    fixed, lanes = constants(scalars, hyper, th), np.empty(LANES, th.dtype)
-    scratch = np.empty((2, max(length, 1)), th.dtype)
-    own_total = pointer(np.int64(scratch.ctypes.data), th, "sum")
-    total = own_total
-    chunk = pointer(np.int64(scratch.ctypes.data) + length * th.itemsize, th, "sum")
-    from_sums = np.int64(sums.ctypes.data)
-    next_long = 0
-    i = first
-    while i > 0 and i < n and keys[i] >> low == keys[i - 1] >> low:
-        i += 1
-    asked = i
-    while i < last:
-        row = np.int64(keys[i] >> low)
-        end = i + 1
-        if not distinct:
-            while next_long < long.shape[0] and long[next_long, 0] < i:
-                next_long += 1
-            if next_long < long.shape[0] and long[next_long, 0] == i:
-                end = long[next_long, 1]
-                first_sum, chunks = long[next_long, 2], (end - i + CHUNK - 1) // CHUNK
-                total = pointer(from_sums + first_sum * length * th.itemsize, th, "sum")
-                for c in range(first_sum + 1, first_sum + chunks):
-                    _add(total, pointer(from_sums + c * length * th.itemsize, th, "sum"), length)
-            else:
-                while end < n and np.int64(keys[end] >> low) == row:
-                    end += 1
-        # Rows of weights and histories are asked for as the keys come; those of the current run have been.
-        asked = max(asked, end)
-        while asked < min(end + ahead, n):
-            next_row = np.int64(keys[asked] >> low)
-            _ask(weights + next_row * to_weight, weight_bytes)
-            _ask(histories + next_row * to_history, history_bytes)
-            if tm is not None:
-                _ask(masters + next_row * to_master, length * th.itemsize)
-            if not distinct:
-                _ask(values + np.int64(keys[asked] & mask) * to_values, length * tv.itemsize)
-            asked += 1
-        w = pointer(weights + row * to_weight, tw, "weight")
-        h = pointer(histories + row * to_history, th, "history")
-        m = pointer(masters + row * to_master, tm, "master")
-        if end - i == 1:
-            g = pointer(values + np.int64(keys[i] & mask) * to_values, tv, "grad")
-            if row_wise is None:
-                elements(w, g, h, m, 0, length, fixed)
-            else:
-                one_row(w, g, h, m, 0, length, 0, fixed, lanes)
-        else:
-            if next_long >= long.shape[0] or long[next_long, 0] != i:
-                total = own_total
-                _sum_chunk(keys, i, min(i + CHUNK, end), mask, values, to_values, GATHER_AHEAD, tv, total, length)
-                for start in range(i + CHUNK, end, CHUNK):
-                    stop = min(start + CHUNK, end)
-                    _sum_chunk(keys, start, stop, mask, values, to_values, GATHER_AHEAD, tv, chunk, length)
-                    _add(total, chunk, length)
-            if row_wise is None:
-                elements(w, total, h, m, 0, length, fixed)
-            else:
-                one_row(w, total, h, m, 0, length, 0, fixed, lanes)
-        i = end
-    scratch[0, 0] = 0  # it is used by address above: this keeps it alive until here
-
-
-@jit()
-def long_runs(keys: Any, shift: int) -> Any:
-    """The runs of more than ``LONG`` keys: first key, end, and the number of chunks in the long runs before."""
-    n = len(keys)
-    low = np.uint64(shift)
-    found = np.empty((n // LONG + 1, 3), np.int64)
-    count, chunks, i = 0, 0, 0
-    while i + LONG < n:
-        # Equal keys are neighbours, so a long run that begins at i reaches i + LONG.
-        if keys[i] >> low == keys[i + LONG] >> low and (i == 0 or keys[i] >> low != keys[i - 1] >> low):
-            end = i + LONG + 1
-            while end < n and keys[end] >> low == keys[i] >> low:
-                end += 1
-            found[count, 0], found[count, 1], found[count, 2] = i, end, chunks
-            chunks += (end - i + CHUNK - 1) // CHUNK
-            count += 1
-            i = end
-        else:
-            i += 1
-    return found[:count], chunks
+def _update_row(at: Any, g: Any, coming: Any, coming_g: Any, length: int, fixed: Any, row_wise: Any) -> None:
+    """Update the row whose operands are ``at``, and ask for those of a row to come and its gradient."""
+    w, h, m = at
+    next_w, next_h, next_m = coming
+    if row_wise is None:
+        elements(w, g, h, m, 0, length, fixed, (next_w, coming_g, next_h, next_m))
+    else:
+        ask(next_h, 0)
+        one_row(w, g, h, m, 0, length, 0, fixed, (next_w, coming_g, None, next_m))
 
 
 @jit(helper=True)
-def _border(short: int, long: Any) -> int:
-    """The position of the ``short``-th key that is in no long run."""
-    for r in range(long.shape[0]):
-        if short < long[r, 0]:
-            break
-        short += long[r, 1] - long[r, 0]
-    return short
+def _add(total: Any, g: Any, length: int, coming: Any, coming_g: Any) -> None:
+    """Add a row of values to a sum, and ask for the sum and the values to come."""
+    whole = length - length % LANES
+    for i in range(0, whole, LANES):
+        ask(coming, i)
+        ask(coming_g, i)
+        store_block(total, i, load_block(total, i, None) + load_block(g, i, None), None)
+    if whole < length:
+        ask(coming, whole)
+        ask(coming_g, whole)
+        rest = length - whole
+        store_block(total, whole, load_block(total, whole, rest) + load_block(g, whole, rest), rest)
 
 
 @jit(helper=True)
-def _given(arguments: Any, th: Any) -> Any:
-    """What the block of arguments holds, see :func:`_arguments`."""
-    given = numba.carray(place(arguments), 20, np.int64)
-    keys = numba.carray(place(given[0]), given[1], np.uint64)
-    base, stride = given[8:12], given[12:16]
-    hyper = numba.carray(place(given[5]), 3, np.float64)
-    scalars = numba.carray(place(given[6]), 4, np.float64)
-    long = numba.carray(place(given[16]), (given[17], 3), np.int64)
-    sums = numba.carray(place(given[18]), (given[19], given[4]), th.dtype)
-    return keys, given[2], given[3] != 0, given[4], base, stride, hyper, scalars, long, sums
+def _clear(total: Any, length: int, token: Any) -> None:
+    """Begin a sum: adding to -0 gives the number that is added, the sign of 0 included."""
+    zeros, whole = filled(token.dtype.type(-0.0)), length - length % LANES
+    for i in range(0, whole, LANES):
+        store_block(total, i, zeros, None)
+    if whole < length:
+        store_block(total, whole, zeros, length - whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------- sums
+#
+# Occurrences are added in chunks of CHUNK. A row that has more has a second sum, to which each complete chunk is added.
+
+
+@jit(helper=True)
+def _number_sums(numbers: Any, rows: Any, counts: Any) -> Any:
+    """In place: the sum that each position adds to, or -1 where its row occurs once; the row and count of each sum."""
+    sum_of, n = np.empty(len(rows), np.int32), 0
+    for number in range(len(rows)):
+        several = counts[number] > 1
+        sum_of[number] = n if several else -1
+        rows[n], counts[n] = rows[number], counts[number]
+        n += 1 if several else 0
+    for j in range(len(numbers)):
+        numbers[j] = sum_of[numbers[j]]
+    return numbers, rows[:n], counts[:n]
+
+
+@jit(helper=True)
+def _begin_sums(counts: Any, length: int, th: Any) -> Any:
+    """Memory of all sums, and of each row's: how much is missing to a chunk (never 0 for a row of one), its second."""
+    n = len(counts)
+    missing, second, total = np.empty(n, np.int32), np.empty(n, np.int32), n
+    for i in range(n):
+        is_long = counts[i] > CHUNK
+        missing[i], second[i] = CHUNK if is_long else CHUNK + 1, total
+        total += 1 if is_long else 0
+    memory = np.empty((total, length), th.dtype)
+    for i in range(total):
+        _clear(_sum(memory, i, length, th), length, th)
+    return memory, missing, second
+
+
+@jit(helper=True)
+def _sum(memory: Any, i: Any, length: int, th: Any) -> Any:
+    return pointer(np.int64(memory.ctypes.data) + i * length * th.itemsize, th, "sum")
+
+
+# --------------------------------------------------------------------------------------------------------- the gradient
+
+
+@jit(helper=True)
+def _values(base: Any, stride: Any, position: Any, tv: Any) -> Any:
+    return pointer(base[VALUES] + position * stride[VALUES], tv, "grad")
+
+
+@jit(helper=True)
+def _update_once(ids: Any, positions: Any, base: Any, stride: Any, tw: Any, tv: Any, th: Any, tm: Any, length: int,
+                 fixed: Any, row_wise: Any, ahead: int) -> None:  # fmt: skip
+    """Update the rows at ``positions``, each from the values there."""
+    n = len(positions)
+    for j in range(n):
+        i, then = positions[j], positions[min(j + ahead, n - 1)]
+        at = _operands(base, stride, np.int64(ids[i]), tw, th, tm)
+        coming = _operands(base, stride, np.int64(ids[then]), tw, th, tm)
+        _update_row(at, _values(base, stride, i, tv), coming, _values(base, stride, then, tv), length, fixed, row_wise)
+
+
+@jit(helper=True)
+def _add_up(positions: Any, to: Any, memory: Any, missing: Any, second: Any, base: Any, stride: Any, tv: Any, th: Any,
+            length: int) -> None:  # fmt: skip
+    """Add the values at ``positions``, each to a sum."""
+    n = len(positions)
+    for j in range(n):
+        then, chunk = min(j + SUMS_AHEAD, n - 1), _sum(memory, to[j], length, th)
+        coming, coming_g = _sum(memory, to[then], length, th), _values(base, stride, positions[then], tv)
+        _add(chunk, _values(base, stride, positions[j], tv), length, coming, coming_g)
+        missing[to[j]] -= np.int32(1)
+        if missing[to[j]] == 0:
+            missing[to[j]] = CHUNK
+            _add(_sum(memory, second[to[j]], length, th), chunk, length, None, None)
+            _clear(chunk, length, th)
+
+
+@jit(helper=True)
+def _update_from_sums(rows: Any, counts: Any, memory: Any, missing: Any, second: Any, base: Any, stride: Any, tw: Any,
+                      th: Any, tm: Any, length: int, fixed: Any, row_wise: Any, ahead: int) -> None:  # fmt: skip
+    n = len(rows)
+    for i in range(n):
+        then, g = min(i + ahead, n - 1), _sum(memory, i, length, th)
+        if counts[i] > CHUNK:
+            chunk, g = g, _sum(memory, second[i], length, th)
+            if missing[i] < CHUNK:
+                _add(g, chunk, length, None, None)
+        at = _operands(base, stride, np.int64(rows[i]), tw, th, tm)
+        coming = _operands(base, stride, np.int64(rows[then]), tw, th, tm)
+        _update_row(at, g, coming, _sum(memory, then, length, th), length, fixed, row_wise)
+
+
+@jit(helper=True)
+def _pick(positions: Any, to: Any, start: int, stop: int, once: Any, several: Any, sums: Any) -> Any:
+    """Of the occurrences from ``start`` to ``stop``: the positions of single rows, the others', and their sums."""
+    m, e = 0, 0
+    for j in range(start, stop):
+        once[m], several[e], sums[e] = positions[j], positions[j], to[j]
+        m += 1 if to[j] < 0 else 0
+        e += 1 if to[j] >= 0 else 0
+    return once[:m], several[:e], sums[:e]
 
 
 @functools.cache
-def kernel(weight: str, values: str, history: str, master: str | None, row_wise: bool) -> int:
-    """The worker that updates rows, for operands of these formats (None: no master copy)."""
+def kernel(ids: str, weight: str, values: str, history: str, master: str | None, row_wise: bool) -> int:
+    """The worker for row ids of a dtype, and operands of these formats (None: no master copy)."""
     tw, tv, th, tm = TOKENS[weight], TOKENS[values], TOKENS[history], None if master is None else TOKENS[master]
-    rows = row_wise or None  # None or True, types that differ: only one of the two is compiled
+    by_row = row_wise or None  # None or True, types that differ: only one of the two is compiled
+    dtype = np.dtype(ids).type
 
     def update(arguments: Any, k: Any, count: Any) -> None:
-        keys, shift, distinct, length, base, stride, hyper, scalars, long, sums = _given(arguments, th)
-        rest = len(keys)
-        for r in range(long.shape[0]):
-            rest -= long[r, 1] - long[r, 0]
-        first = 0 if k == 0 else _border(rest * k // count, long)
-        last = len(keys) if k == count - 1 else _border(rest * (k + 1) // count, long)
-        _share(keys, first, last, shift, distinct, base, stride, tw, tv, th, tm, length, rows, hyper, scalars, long,
-               sums)  # fmt: skip
+        a = numba.carray(place(arguments), ARGUMENTS, np.int64)
+        n, length, distinct = a[0], a[1], a[2]
+        ids, base, stride = numba.carray(place(a[3]), n, dtype), a[6:10], a[10:14]
+        scalars, rates = numba.carray(place(a[4]), 4, np.float64), numba.carray(place(a[5]), 3, np.float64)
+        fixed = constants(scalars, rates, th)
+        ahead = min(max(AHEAD_BYTES // max(length * tw.itemsize, 1), 1), AHEAD)
+        batch = min(max(BATCH_BYTES // max(length * tv.itemsize, 1), 64), BATCH)
+        once, several, sums = np.empty((3, BATCH + 1), np.int64)
+        # Distinct rows are shared out by position, others by owner.
+        positions = own_positions(ids if distinct == 0 else ids[:0], k, count)
+        numbers, rows, counts = number_rows(ids, positions)
+        to, rows, counts = _number_sums(numbers, rows, counts)
+        memory, missing, second = _begin_sums(counts, length, th)
+        first, last = (n * k // count, n * (k + 1) // count) if distinct else (0, len(positions))
+        for start in range(first, last, batch):
+            stop = min(start + batch, last)
+            if distinct:
+                for i in range(start, stop):
+                    once[i - start] = i
+                single, others, added = once[: stop - start], several[:0], sums[:0]
+            else:
+                single, others, added = _pick(positions, to, start, stop, once, several, sums)
+            _update_once(ids, single, base, stride, tw, tv, th, tm, length, fixed, by_row, ahead)
+            _add_up(others, added, memory, missing, second, base, stride, tv, th, length)
+        _update_from_sums(rows, counts, memory, missing, second, base, stride, tw, th, tm, length, fixed, by_row, ahead)
+        memory[:0] = 0  # it is used by address above: this keeps it alive until here
 
     return worker(update)
 
 
-@functools.cache
-def kernel_of_sums(values: str, history: str) -> int:
-    """The worker that sums the chunks of the long runs."""
-    tv, th = TOKENS[values], TOKENS[history]
-
-    def sum_chunks(arguments: Any, k: Any, count: Any) -> None:
-        keys, shift, _, length, base, stride, _, _, long, sums = _given(arguments, th)
-        mask, r = np.uint64((1 << shift) - 1), 0
-        for c in range(sums.shape[0] * k // count, sums.shape[0] * (k + 1) // count):
-            while r + 1 < long.shape[0] and long[r + 1, 2] <= c:
-                r += 1
-            start = long[r, 0] + (c - long[r, 2]) * CHUNK
-            end = min(start + CHUNK, long[r, 1])
-            out = pointer(np.int64(sums.ctypes.data) + c * length * th.itemsize, th, "sum")
-            _sum_chunk(keys, start, end, mask, base[VALUES], stride[VALUES], GATHER_AHEAD, tv, out, length)
-
-    return worker(sum_chunks)
+ARGUMENTS = 14
 
 
-@jit()
-def _arguments(keys: Any, shift: int, distinct: bool, length: int, base: Any, stride: Any, hyper: Any, scalars: Any,
-               long: Any, sums: Any) -> Any:  # fmt: skip
-    block = np.empty(20, np.int64)
-    block[0], block[1], block[2], block[3], block[4] = keys.ctypes.data, len(keys), shift, distinct, length
-    block[5], block[6], block[7] = hyper.ctypes.data, scalars.ctypes.data, 0
-    for operand in range(4):
-        block[8 + operand], block[12 + operand] = base[operand], stride[operand]
-    block[16], block[17] = long.ctypes.data, long.shape[0]
-    block[18], block[19] = sums.ctypes.data, sums.shape[0]
-    return block
+def launch(rows: Any, distinct: bool, base: Any, stride: Any, formats: Any, length: int, row_wise: bool, rates: Any,
+           scalars: Any, threads: int | None) -> None:  # fmt: skip
+    """Update ``rows``, the row of each of the values; ``distinct`` says that no row occurs twice.
 
-
-_NO_LONG_RUNS = np.empty((0, 3), np.int64)
-
-
-def launch(keys: Any, shift: int, distinct: bool, base: Any, stride: Any, formats: Any, length: int, row_wise: bool,
-           hyper: Any, scalars: Any, threads: int | None) -> None:  # fmt: skip
-    """Update the rows that ``keys`` name.
-
-    ``distinct`` says that no row occurs twice, and that position ``i`` is the ``i``-th key's; ``formats`` are those of
-    weight, values, history and master copy (None for none). At most ``threads`` threads, or as many as Numba may use.
+    ``formats`` are those of weight, values, history and master copy (None for none). At most ``threads`` threads, or as
+    many as Numba may use.
     """
-    threads = 1 if len(keys) * length < SMALL else threads or max_workers()
-    long, chunks = _NO_LONG_RUNS, 0
-    if threads > 1 and not distinct:
-        long, chunks = long_runs(keys, shift)
-    sums = np.empty((chunks, length), TOKENS[formats[2]].dtype)
-    arguments = _arguments(keys, shift, distinct, length, base, stride, hyper, scalars, long, sums)
-    if chunks:
-        run(kernel_of_sums(formats[1], formats[2]), arguments, threads)
-    run(kernel(*formats, row_wise), arguments, threads)
+    head = [len(rows), length, distinct, rows.ctypes.data, scalars.ctypes.data, rates.ctypes.data]
+    arguments = np.array([*head, *base.tolist(), *stride.tolist()])
+    threads = 1 if len(rows) * length < SMALL else threads or max_workers()
+    with workers(threads) as count:
+        run(kernel(rows.dtype.name, *formats, row_wise), arguments, count)

@@ -1,4 +1,4 @@
-"""The rule for one element, as every CPU kernel computes it; :mod:`adagrad.rule` is its statement.
+"""The rule for a block of elements, as every CPU kernel computes it; :mod:`adagrad.rule` is its statement.
 
 Numba adds no fused multiply-add and reorders nothing, so these lines are rounded one operation at a time. ``clip`` is
 infinity where nothing is clipped: then no comparison holds. ``inside`` and ``outside`` are epsilon under the root and
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from adagrad.kernels.blocks import clamp, root
 from adagrad.kernels.numba_jit import jit
 from adagrad.rule import Rule
 
@@ -36,14 +37,13 @@ def constants(scalars: Any, rates: Any, token: Any) -> Any:
 
 @jit(helper=True)
 def effective_gradient(grad: Any, weight: Any, decay: Any, rescale: Any, clip: Any) -> Any:
-    grad = grad * rescale
-    grad = clip if grad > clip else grad
-    grad = -clip if grad < -clip else grad
+    grad = clamp(grad * rescale, clip)
     return grad + decay * weight if decay != 0 else grad
 
 
 @jit(helper=True)
 def descend(weight: Any, grad: Any, history: Any, lr: Any, shrink: Any, inside: Any, outside: Any) -> Any:
-    step = grad / (math.sqrt(history + inside) + outside)
+    """The new weight; ``history`` is a block, or one number for all."""
+    step = grad / (root(history + inside) + outside)
     step = step + shrink * weight if shrink != 0 else step
     return weight - lr * step

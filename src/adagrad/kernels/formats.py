@@ -1,14 +1,17 @@
-"""How a kernel reads and writes memory it knows by address: element formats, pointers, prefetch.
+"""How a kernel reads and writes memory it knows by address: element formats, pointers, single elements.
 
 A kernel is specialised by a token for each operand, a zero-size array whose dtype names the element's format:
 float32 and float64 stand for themselves, ``uint16`` for float16 and ``int16`` for bfloat16.
 
 A pointer also knows its operand's role. What a call writes to shares no byte with its other operands (that is
 checked before), and LLVM is told so: else every row of a row-sparse update would compare addresses at run time.
+
+The conversions of float16 and bfloat16 work on one number or on a vector of them, see :mod:`adagrad.kernels.blocks`.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -16,7 +19,6 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, overload, register_model
 
@@ -62,24 +64,7 @@ def _pointer_code(typing: Any, address: Any, token: Any, role: Any) -> Any:
 pointer: Any = intrinsic(prefer_literal=True)(_pointer_code)
 
 
-def _prefetch_code(typing: Any, address: Any) -> Any:
-    """Ask for the cache line at ``address``, to be written soon."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        byte = ir.IntType(8).as_pointer()
-        word = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        builder.call(function, [builder.inttoptr(args[0], byte), word(1), word(3), word(1)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
-prefetch: Any = intrinsic(_prefetch_code)
-
-
-def _set_alias_scope(module: Any, access: Any, role: str) -> None:
+def set_alias_scope(module: Any, access: Any, role: str) -> None:
     """Tell LLVM that an access to one role's elements touches no other role's."""
     domain = module.add_metadata(["adagrad"])
     scopes = {name: module.add_metadata([f"adagrad {name}", domain]) for name in ROLES}
@@ -90,31 +75,47 @@ def _set_alias_scope(module: Any, access: Any, role: str) -> None:
 # ------------------------------------------------------------------------------------------- elements, read and written
 
 
+def is_low(dtype: Any) -> bool:
+    """Whether elements of a token's dtype are read up to float32."""
+    return dtype in (types.uint16, types.int16)
+
+
+def computing(dtype: Any) -> Any:
+    """The type of numbers read from elements of a token's dtype."""
+    return types.float32 if is_low(dtype) else dtype
+
+
+def widen(context: Any, builder: Any, dtype: Any, bits: Any) -> Any:
+    """What was read from elements of a token's dtype, in the computing dtype."""
+    if dtype == types.uint16:
+        return _half_to_float(context, builder, bits)
+    return _bfloat_to_float(context, builder, bits) if dtype == types.int16 else bits
+
+
+def narrow(context: Any, builder: Any, dtype: Any, value: Any) -> Any:
+    """What is written to elements of a token's dtype, rounded to nearest-even."""
+    if dtype == types.uint16:
+        return _float_to_half(context, builder, value)
+    return _float_to_bfloat(context, builder, value) if dtype == types.int16 else value
+
+
 def _load_code(typing: Any, elements: Any, i: Any) -> Any:
     """The element ``elements[i]``, read up to the computing dtype."""
-    low = elements.dtype in (types.uint16, types.int16)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         bits = builder.load(builder.gep(args[0], [args[1]]))
-        _set_alias_scope(builder.module, bits, elements.role)
-        if not low:
-            return bits
-        read = _half_to_float if elements.dtype == types.uint16 else _bfloat_to_float
-        return read(context, builder, bits)
+        set_alias_scope(builder.module, bits, elements.role)
+        return widen(context, builder, elements.dtype, bits)
 
-    return (types.float32 if low else elements.dtype)(elements, i), generate
+    return computing(elements.dtype)(elements, i), generate
 
 
 def _store_code(typing: Any, elements: Any, i: Any, value: Any) -> Any:
     """Write ``value``, rounded to nearest-even, to ``elements[i]``."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        place, value = builder.gep(args[0], [args[1]]), args[2]
-        if elements.dtype == types.uint16:
-            value = _float_to_half(context, builder, value)
-        elif elements.dtype == types.int16:
-            value = _float_to_bfloat(context, builder, value)
-        _set_alias_scope(builder.module, builder.store(value, place), elements.role)
+        bits = narrow(context, builder, elements.dtype, args[2])
+        set_alias_scope(builder.module, builder.store(bits, builder.gep(args[0], [args[1]])), elements.role)
         return context.get_dummy_value()
 
     return types.void(elements, i, value), generate
@@ -138,32 +139,57 @@ def _master_or(weight: Any, master: Any) -> Any:
 
 # ------------------------------------------------------------------------------------ float16 and bfloat16 as LLVM code
 
-_word, _short, _float = ir.IntType(32), ir.IntType(16), ir.FloatType()
+_word, _short, _half, _float = ir.IntType(32), ir.IntType(16), ir.HalfType(), ir.FloatType()
+
+
+def _as(kind: Any, like: Any) -> Any:
+    """The type ``kind``, or as long a vector of it as ``like`` is."""
+    return ir.VectorType(kind, like.type.count) if isinstance(like.type, ir.VectorType) else kind
+
+
+def _constant(value: int, like: Any) -> Any:
+    """An integer of 32 bits, or as long a vector of it as ``like`` is."""
+    kind = _as(_word, like)
+    return kind([value] * kind.count) if isinstance(kind, ir.VectorType) else kind(value)
 
 
 def _bfloat_to_float(context: Any, builder: Any, bits: Any) -> Any:
-    return builder.bitcast(builder.shl(builder.zext(bits, _word), _word(16)), _float)
+    wide = builder.shl(builder.zext(bits, _as(_word, bits)), _constant(16, bits))
+    return builder.bitcast(wide, _as(_float, bits))
 
 
 def _float_to_bfloat(context: Any, builder: Any, value: Any) -> Any:
-    bits = builder.bitcast(value, _word)
-    odd = builder.and_(builder.lshr(bits, _word(16)), _word(1))
-    rounded = builder.add(builder.add(bits, _word(0x7FFF)), odd)
-    quiet = builder.or_(bits, _word(0x400000))
+    bits = builder.bitcast(value, _as(_word, value))
+    odd = builder.and_(builder.lshr(bits, _constant(16, value)), _constant(1, value))
+    rounded = builder.add(builder.add(bits, _constant(0x7FFF, value)), odd)
+    quiet = builder.or_(bits, _constant(0x400000, value))
     is_nan = builder.fcmp_unordered("uno", value, value)
-    return builder.trunc(builder.lshr(builder.select(is_nan, quiet, rounded), _word(16)), _short)
+    high = builder.lshr(builder.select(is_nan, quiet, rounded), _constant(16, value))
+    return builder.trunc(high, _as(_short, value))
 
 
 def _half_to_float(context: Any, builder: Any, bits: Any) -> Any:
     if NATIVE_HALF:
-        return builder.fpext(builder.bitcast(bits, ir.HalfType()), _float)
-    return context.compile_internal(builder, half_to_float_by_integers, types.float32(types.uint16), [bits])
+        return builder.fpext(builder.bitcast(bits, _as(_half, bits)), _as(_float, bits))
+    one = functools.partial(context.compile_internal, builder, half_to_float_by_integers, types.float32(types.uint16))
+    return _each(builder, bits, _float, one)
 
 
 def _float_to_half(context: Any, builder: Any, value: Any) -> Any:
     if NATIVE_HALF:
-        return builder.bitcast(builder.fptrunc(value, ir.HalfType()), _short)
-    return context.compile_internal(builder, float_to_half_by_integers, types.uint16(types.float32), [value])
+        return builder.bitcast(builder.fptrunc(value, _as(_half, value)), _as(_short, value))
+    one = functools.partial(context.compile_internal, builder, float_to_half_by_integers, types.uint16(types.float32))
+    return _each(builder, value, _short, one)
+
+
+def _each(builder: Any, values: Any, kind: Any, convert: Any) -> Any:
+    """``convert([number])`` of a number, or of each in a vector."""
+    if not isinstance(values.type, ir.VectorType):
+        return convert([values])
+    result = _as(kind, values)(ir.Undefined)
+    for i in range(values.type.count):
+        result = builder.insert_element(result, convert([builder.extract_element(values, _word(i))]), _word(i))
+    return result
 
 
 def _native_half() -> bool:

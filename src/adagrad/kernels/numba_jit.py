@@ -209,15 +209,12 @@ def in_parallel(work: int, arguments: Any, count: int) -> None:
         call(work, address, k, count)
 
 
-def run(work: int, arguments: Any, threads: int | None) -> None:
-    """All of a worker's parts by at most ``threads`` threads, or as many as Numba may use."""
-    threads = max_workers() if threads is None else threads
-    if threads > 1:
-        with workers(threads) as count:
-            if count > 1:
-                in_parallel(work, arguments, count)
-                return
-    in_serial(work, arguments)
+def run(work: int, arguments: Any, count: int) -> None:
+    """A worker's parts by ``count`` threads; more than one only while the parallel layer is held."""
+    if count > 1:
+        in_parallel(work, arguments, count)
+    else:
+        in_serial(work, arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------ threads

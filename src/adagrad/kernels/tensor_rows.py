@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from adagrad import kernels
-from adagrad.kernels import checked, cpu_rows, cpu_rule, row_order
+from adagrad.kernels import checked, cpu_rows, cpu_rule, row_groups
 from adagrad.kernels.cpu_rows import HISTORY, MASTER, VALUES, WEIGHT
 from adagrad.kernels.ndarray_table import _word
 from adagrad.kernels.numba_jit import jit
@@ -84,15 +84,15 @@ class Rows(NamedTuple):
     def plan(self, i: int, weight: Tensor, rates: Any, rule: Rule, threads: int | None) -> Callable[[], None] | None:
         """What carries it out on the CPU, if there is anything to do; IndexError for a row id outside the weight."""
         indices = self.indices.numpy()
-        keys, shift, bad, distinct = row_order.row_order(indices, len(weight), threads)
+        ids, bad, distinct = row_groups.checked_rows(indices, len(weight))
         if bad >= 0:
             checked.refuse_row(f"[{i}]", indices, bad, len(weight))
-        if not len(keys) or not self.length:
+        if not len(ids) or not self.length:
             return None
         hyper = kernels.hyper([rates[0]], [rates[1]], rule)[0]
 
         def run(values: Tensor = self.values) -> None:
-            cpu_rows.launch(keys, shift, distinct, self.starts, self.stride, self.formats, self.length, rule.row_wise,
+            cpu_rows.launch(ids, distinct, self.starts, self.stride, self.formats, self.length, rule.row_wise,
                             hyper, cpu_rule.scalars(rule), threads)  # fmt: skip
 
         return run

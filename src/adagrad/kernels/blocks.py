@@ -1,0 +1,235 @@
+"""Blocks: sixteen neighbouring elements, the unit in which every CPU kernel computes.
+
+Whether a loop becomes vector instructions is LLVM's guess, and for loops as short as a row of an embedding it guesses
+wrong. A block is a vector in its own right: ``+ - * /`` of blocks, or of a block and a number, are vector instructions
+on any processor. Each element is rounded by itself, as if it were alone.
+
+The end of a row or a weight is a block of fewer elements: where a function takes a ``count``, it is None for a whole
+block, else the number of elements that are there. The others are read as 0 and not written.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.datamodel import models
+from numba.core.imputils import lower_builtin
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, register_model
+
+from adagrad.kernels.formats import Elements, computing, narrow, set_alias_scope, widen
+from adagrad.rule import LANES
+
+LINE = 64
+"""Bytes that memory moves at once."""
+
+_bit, _word, _long = ir.IntType(1), ir.IntType(32), ir.IntType(64)
+
+
+class Block(types.Type):  # type: ignore[misc]
+    """LANES numbers of the computing dtype."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        super().__init__(f"Block({dtype})")
+
+
+@register_model(Block)
+class _BlockModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, dmm: Any, fe_type: Any) -> None:
+        super().__init__(dmm, fe_type, ir.VectorType(dmm.lookup(fe_type.dtype).get_data_type(), LANES))
+
+
+def _name(kind: Any) -> str:
+    """A type as it stands in the names of LLVM's intrinsics."""
+    return f"v{kind.count}{_name(kind.element)}" if isinstance(kind, ir.VectorType) else str(kind.intrinsic_name)
+
+
+def _intrinsic(builder: Any, name: str, form: Any) -> Any:
+    return cgutils.get_or_insert_function(builder.module, form, name)
+
+
+# ---------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def _splat(builder: Any, value: Any) -> Any:
+    """A number as a block; a block as it is."""
+    if isinstance(value.type, ir.VectorType):
+        return value
+    nothing = ir.VectorType(value.type, LANES)(ir.Undefined)
+    first = builder.insert_element(nothing, value, _word(0))
+    return builder.shuffle_vector(first, nothing, ir.VectorType(_word, LANES)([0] * LANES))
+
+
+def _define(symbol: Any, instruction: str) -> None:
+    class Operation(AbstractTemplate):  # type: ignore[misc]
+        def generic(self, args: Any, kws: Any) -> Any:
+            blocks = [arg for arg in args if isinstance(arg, Block)]
+            return signature(blocks[0], *args) if blocks and len(args) == 2 else None
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        left, right = (_splat(builder, value) for value in args)
+        return getattr(builder, instruction)(left, right)
+
+    infer_global(symbol)(Operation)
+    for left, right in ((Block, Block), (Block, types.Float), (types.Float, Block)):
+        lower_builtin(symbol, left, right)(generate)
+
+
+for _symbol, _instruction in (("add", "fadd"), ("sub", "fsub"), ("mul", "fmul"), ("truediv", "fdiv")):
+    _define(getattr(operator, _symbol), _instruction)
+
+
+def _root_code(typing: Any, value: Any) -> Any:
+    """The square root of a block or a number, correctly rounded."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = args[0].type
+        sqrt = _intrinsic(builder, f"llvm.sqrt.{_name(kind)}", ir.FunctionType(kind, [kind]))
+        return builder.call(sqrt, args)
+
+    return value(value), generate
+
+
+def _clamp_code(typing: Any, value: Any, bound: Any) -> Any:
+    """``value``, a block, or where it lies outside [-bound, bound] the nearer end; NaN stays NaN."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value, above = args[0], _splat(builder, args[1])
+        below = builder.fneg(above)
+        value = builder.select(builder.fcmp_ordered(">", value, above), above, value)
+        return builder.select(builder.fcmp_ordered("<", value, below), below, value)
+
+    return value(value, bound), generate
+
+
+def _filled_code(typing: Any, number: Any) -> Any:
+    """A block of LANES times ``number``."""
+    return Block(number)(number), lambda context, builder, sig, args: _splat(builder, args[0])
+
+
+def _number_code(typing: Any, elements: Any, value: Any) -> Any:
+    """An integer in the computing dtype of ``elements``, rounded to nearest-even."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.sitofp(args[1], context.get_value_type(sig.return_type))
+
+    return computing(elements.dtype)(elements, types.intp), generate
+
+
+def _first_code(typing: Any, block: Any, count: Any) -> Any:
+    """The first ``count`` numbers of a block, and 0 for the others."""
+    if isinstance(count, types.NoneType):
+        return block(block, count), lambda context, builder, sig, args: args[0]
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.select(_mask(builder, args[1]), args[0], args[0].type(None))
+
+    return block(block, types.intp), generate
+
+
+def _fold_code(typing: Any, block: Any) -> Any:
+    """The sum of a block by halves: the right half added to the left one, until one number is left."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        lanes, half = args[0], LANES // 2
+        while half > 0:
+            order = ir.VectorType(_word, half)
+            left, right = (
+                builder.shuffle_vector(lanes, lanes, order(list(range(first, first + half)))) for first in (0, half)
+            )
+            lanes, half = builder.fadd(left, right), half // 2
+        return builder.extract_element(lanes, _word(0))
+
+    return block.dtype(block), generate
+
+
+root: Any = intrinsic(_root_code)
+clamp: Any = intrinsic(_clamp_code)
+filled: Any = intrinsic(_filled_code)
+number: Any = intrinsic(_number_code)
+first: Any = intrinsic(_first_code)
+fold: Any = intrinsic(_fold_code)
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def _place(builder: Any, elements: Any, i: Any) -> Any:
+    """The vector that begins at ``elements[i]``."""
+    kind = ir.VectorType(elements.type.pointee, LANES)
+    return builder.bitcast(builder.gep(elements, [i]), kind.as_pointer()), kind
+
+
+def _mask(builder: Any, count: Any) -> Any:
+    """A bit for each lane: whether it is one of the first ``count``."""
+    numbers = ir.VectorType(_long, LANES)(list(range(LANES)))
+    return builder.icmp_signed("<", numbers, _splat(builder, count))
+
+
+def _load_block_code(typing: Any, elements: Any, i: Any, count: Any) -> Any:
+    """The block ``elements[i:i + LANES]`` or its first ``count``, read up to the computing dtype."""
+    is_whole = isinstance(count, types.NoneType)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        place, kind = _place(builder, args[0], args[1])
+        align = context.get_abi_sizeof(kind.element)
+        if is_whole:
+            bits = builder.load(place, align=align)
+        else:
+            form = ir.FunctionType(kind, [place.type, _word, ir.VectorType(_bit, LANES), kind])
+            masked_load = _intrinsic(builder, f"llvm.masked.load.{_name(kind)}.p0", form)
+            bits = builder.call(masked_load, [place, _word(align), _mask(builder, args[2]), kind(None)])
+        set_alias_scope(builder.module, bits, elements.role)
+        return widen(context, builder, elements.dtype, bits)
+
+    return Block(computing(elements.dtype))(elements, types.intp, count if is_whole else types.intp), generate
+
+
+def _store_block_code(typing: Any, elements: Any, i: Any, block: Any, count: Any) -> Any:
+    """Write a block, rounded to nearest-even, or its first ``count`` elements, to ``elements[i:i + LANES]``."""
+    is_whole = isinstance(count, types.NoneType)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        place, kind = _place(builder, args[0], args[1])
+        bits, align = narrow(context, builder, elements.dtype, args[2]), context.get_abi_sizeof(kind.element)
+        if is_whole:
+            written = builder.store(bits, place, align=align)
+        else:
+            form = ir.FunctionType(ir.VoidType(), [kind, place.type, _word, ir.VectorType(_bit, LANES)])
+            masked_store = _intrinsic(builder, f"llvm.masked.store.{_name(kind)}.p0", form)
+            written = builder.call(masked_store, [bits, place, _word(align), _mask(builder, args[3])])
+        set_alias_scope(builder.module, written, elements.role)
+        return context.get_dummy_value()
+
+    return types.void(elements, types.intp, block, count if is_whole else types.intp), generate
+
+
+load_block: Any = intrinsic(_load_block_code)
+store_block: Any = intrinsic(_store_block_code)
+
+
+def _ask_code(typing: Any, elements: Any, i: Any) -> Any:
+    """Ask for the memory of the block ``elements[i:i + LANES]``, to be used soon; nothing where there is no operand."""
+    if not isinstance(elements, Elements):
+        return types.void(elements, i), lambda context, builder, sig, args: context.get_dummy_value()
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, _word, _word, _word])
+        prefetch = _intrinsic(builder, "llvm.prefetch.p0", kind)
+        place = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
+        for offset in range(0, LANES * context.get_abi_sizeof(args[0].type.pointee), LINE):
+            # What is only read is not asked for writing: workers would take lines that they share from each other.
+            to_write = _word(int(elements.role != "grad"))
+            builder.call(prefetch, [builder.gep(place, [_long(offset)]), to_write, _word(3), _word(1)])
+        return context.get_dummy_value()
+
+    return types.void(elements, types.intp), generate
+
+
+ask: Any = intrinsic(_ask_code)

@@ -1,0 +1,137 @@
+"""Which occurrences of a row-sparse gradient are of one row: found by hashing, each in the order of the gradient.
+
+Sorting the ids would do, and cost more twice over: the sort itself, and the walk through the gradient in the order of
+the rows, which memory serves at a quarter of its speed.
+
+Several workers share rows, not positions, so that each row is summed by one of them, in order: rows are hashed to
+buckets, and each worker owns so many buckets as hold its part of the ids. Who owns what changes no bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from adagrad.kernels.blocks import ask
+from adagrad.kernels.formats import pointer
+from adagrad.kernels.numba_jit import jit
+
+BUCKETS = 1024
+"""What the owners share: more than there are workers, few enough to be counted in the first-level cache."""
+
+SAMPLE = 16_384
+"""Ids that are looked at to share the buckets out."""
+
+MOST = 2**31 - 1
+"""Occurrences that can be told apart; a gradient with more is left to the array expression."""
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""2^64 divided by the golden ratio: the high bits of its multiples are spread evenly, whatever the step of the ids."""
+
+_BUCKET = np.uint64(64 - (BUCKETS - 1).bit_length())
+
+_AHEAD = 16
+"""How many ids ahead the hash table is asked for."""
+
+_numbers = np.empty(0, np.int32)
+
+
+# ---------------------------------------------------------------------------------------------------- before the update
+
+
+@jit()
+def _copy_ids(indices: Any, rows: Any, height: int) -> Any:
+    least, greatest, increasing = np.int64(0), np.int64(-1), True
+    for i in range(len(rows)):
+        row = np.int64(indices[i])
+        rows[i] = row
+        least, greatest = min(least, row), max(greatest, row)
+    if least < 0 or greatest >= height:
+        for i in range(len(rows)):
+            if np.int64(indices[i]) < 0 or np.int64(indices[i]) >= height:
+                return i, False
+    for i in range(1, len(rows)):
+        increasing &= rows[i] > rows[i - 1]
+    return -1, increasing
+
+
+def checked_rows(indices: Any, height: int) -> tuple[Any, int, bool]:
+    """A copy of row ids, the position of the first outside ``range(height)`` or -1, and whether they increase strictly.
+
+    A copy, because what is checked must be what is used; int32 where that is enough. ``indices`` are int32 or int64,
+    contiguous and native.
+    """
+    rows = np.empty(len(indices), np.int32 if height <= 2**31 else np.int64)
+    bad, increasing = _copy_ids(indices, rows, height)
+    return rows, bad, increasing
+
+
+# ------------------------------------------------------------------------------------------------------- by each worker
+
+
+@jit(helper=True)
+def _hash(row: Any) -> Any:
+    return np.uint64(row) * _GOLDEN
+
+
+@jit(helper=True)
+def own_positions(ids: Any, k: int, count: int) -> Any:
+    """The positions of the ids whose rows worker ``k`` of ``count`` owns, int32, ascending.
+
+    Each worker looks at all ids: to have them sorted out by another, in whose cache they are then, costs more.
+    """
+    n = len(ids)
+    found = np.empty(n + 1, np.int32)
+    if count == 1:
+        for i in range(n):
+            found[i] = i
+        return found[:n]
+    counts, step = np.zeros(BUCKETS, np.int64), max(n // SAMPLE, 1)
+    for i in range(0, n, step):
+        counts[_hash(ids[i]) >> _BUCKET] += 1
+    # A bucket is mine if the middle of its ids, all laid end to end by bucket, is in my part of them.
+    is_mine, total, before = np.empty(BUCKETS, np.bool_), counts.sum(), 0
+    first, last = total * k, total * (k + 1) if k < count - 1 else np.int64(2**63 - 1)
+    for bucket in range(BUCKETS):
+        middle = (before + counts[bucket] // 2) * count
+        is_mine[bucket] = (middle >= first) & (middle < last)
+        before += counts[bucket]
+    m = 0
+    for i in range(n):
+        found[m] = i
+        m += is_mine[_hash(ids[i]) >> _BUCKET]
+    return found[:m]
+
+
+@jit(helper=True)
+def number_rows(ids: Any, positions: Any) -> Any:
+    """Number the rows of the ids at ``positions`` by their first occurrence.
+
+    The number of each position, int32; the row and the count of each number.
+    """
+    m, bits = len(positions), 4
+    while 1 << bits < 2 * m:
+        bits += 1
+    numbers, rows, counts = np.empty(m, np.int32), np.empty(m + 1, ids.dtype), np.empty(m + 1, np.int32)
+    table = np.full(1 << bits, -1, np.int32)
+    places = pointer(np.int64(table.ctypes.data), _numbers, "sum")
+    # The bits of the hash below the bucket's: rows of one owner share the bucket's.
+    shift, mask, n = _BUCKET - np.uint64(bits), np.uint64((1 << bits) - 1), 0
+    for j in range(m):
+        ask(places, np.int64((_hash(ids[positions[min(j + _AHEAD, m - 1)]]) >> shift) & mask))
+        row = ids[positions[j]]
+        at = (_hash(row) >> shift) & mask
+        # As if the row were new, so that finding it and entering it are the same steps: no branch to guess.
+        rows[n], counts[n] = row, 0
+        while True:
+            number = table[at]
+            number = np.int32(n) if number < 0 else number
+            if rows[number] == row:
+                break
+            at = (at + np.uint64(1)) & mask
+        table[at] = number
+        numbers[j] = number
+        counts[number] += np.int32(1)
+        n += 1 if number == n else 0
+    return numbers, rows[:n], counts[:n]
