@@ -12,7 +12,8 @@ import pytest
 
 import oracle
 from adagrad import AdaGrad, GroupAdaGrad
-from adagrad.kernels import formats, ndarray_table, strided
+from adagrad.kernels import formats, strided
+from adagrad.kernels import layout as layouts
 from support import (
     BFLOAT16,
     DTYPES,
@@ -222,13 +223,13 @@ def test_subclasses_of_arrays(tmp_path: Path) -> None:
 
 def test_without_the_quick_way_to_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where NumPy's objects are not laid out as expected, the ordinary way gives the same."""
-    assert ndarray_table.available(), "here they are"
+    assert layouts.layout() is not None, "here they are"
     rng = np.random.default_rng(20)
     given = [operands(rng, FLOAT32, shape) for shape in [(40,), (0,), (3, 7), ()]]
     others = [o.copy() for o in given]
     apply(given, [HYPERS["all"]] * 4)
-    monkeypatch.setattr(ndarray_table, "available", lambda: False)
-    assert ndarray_table.table([o.weight for o in others], [o.grad for o in others], [o.state for o in others]) is None
+    monkeypatch.setattr(layouts, "_layout", lambda *which: None)
+    assert layouts.layout() is None
     apply(others, [HYPERS["all"]] * 4)
     for o, other in zip(given, others, strict=True):
         assert_same(o, other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -314,24 +315,30 @@ def test_rows_at_a_regular_distance(step: int) -> None:
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 def test_row_ids_are_copied_and_checked(dtype: Any) -> None:
-    def check_ids(ids: list[int], height: int = 5) -> tuple[int, bool]:
-        given = np.array(ids, dtype)
-        rows, bad, increasing = row_groups.checked_rows(given, height)
+    def check_ids(ids: list[int], height: int = 5) -> bool:
+        given, facts = np.array(ids, dtype), np.zeros(row_groups.FACTS, np.int64)
+        facts[row_groups.ENTRIES], facts[row_groups.HEIGHT] = len(ids), height
+        facts[row_groups.ARE_LONG] = dtype == np.int64
+        facts[row_groups.BASE + row_groups.IDS] = given.ctypes.data
+        rows = row_groups.checked_rows("[3]", facts)
         assert rows.dtype == (np.int32 if height <= 2**31 else np.int64)
         assert rows.tolist() == ids
         assert not np.shares_memory(rows, given)
-        return bad, increasing
+        assert facts[row_groups.ROWS] == rows.ctypes.data
+        return bool(facts[row_groups.ARE_DISTINCT])
 
-    assert check_ids([0, 1, 2, 4]) == (-1, True)
-    assert check_ids([]) == (-1, True)
-    assert check_ids([3]) == (-1, True)
-    assert check_ids([0, 1, 1, 4]) == (-1, False)
-    assert check_ids([1, 0]) == (-1, False)
-    assert check_ids([0, 1, 2, 3, 4, 0]) == (-1, False)
-    assert check_ids([0, 2**31 - 1], 2**31) == (-1, True)
-    assert check_ids([2**31 - 1, 0], 2**31 + 1) == (-1, False)
+    assert check_ids([0, 1, 2, 4])
+    assert check_ids([])
+    assert check_ids([3])
+    assert not check_ids([0, 1, 1, 4])
+    assert not check_ids([1, 0])
+    assert not check_ids([0, 1, 2, 3, 4, 0])
+    assert check_ids([0, 2**31 - 1], 2**31)
+    assert not check_ids([2**31 - 1, 0], 2**31 + 1)
     for ids, at in ([0, 5, 5], 1), ([-1], 0), ([4, 3, 2, 1, 0, -7], 5), ([2**31 - 1], 0), ([0, 1, 2, 3, 4, 5], 5):
-        assert check_ids(ids) == (at, False)
+        message = f"indices of grads[3]: indices[{at}]={ids[at]}: must be in [0, 5), the weight's rows"
+        with pytest.raises(IndexError, match=re.escape(message)):
+            check_ids(ids)
 
 
 def test_the_order_of_the_other_rows_means_nothing() -> None:

@@ -23,8 +23,7 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
-from adagrad import kernels  # noqa: E402
-from adagrad.kernels import checked, cuda, cuda_dense  # noqa: E402
+from adagrad.kernels import cuda, cuda_dense  # noqa: E402
 from adagrad.rule import Rule  # noqa: E402
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
@@ -406,19 +405,3 @@ def test_more_than_2_to_the_31_elements() -> None:
     cuda.update([cuda.DenseUpdate(weight, grad, history, None, 0.5, 0.0)], [], Rule(epsilon=0.0))
     assert weight.min().item() == weight.max().item() == -0.5
     assert history.min().item() == history.max().item() == 1.0
-
-
-def test_one_rate_for_all_weights_of_a_plan() -> None:
-    """The core hands over one lr and one wd where all weights share them."""
-    weights = [torch.ones(3, device=DEVICE) for _ in range(2)]
-    grads = [torch.full((3,), 2.0, device=DEVICE) for _ in range(2)]
-    histories = [torch.zeros(3, device=DEVICE) for _ in range(2)]
-    rule = Rule(epsilon=0.0)
-    updates = [
-        checked.check_update(f"[{i}]", *given, rule)
-        for i, given in enumerate(zip(weights, grads, histories, strict=True))
-    ]
-    kernels._cuda(updates, rule)([0.5], [0.0])
-    for weight, history in zip(weights, histories, strict=True):
-        assert weight.tolist() == [0.5] * 3
-        assert history.tolist() == [4.0] * 3

@@ -15,7 +15,8 @@ import torch
 
 import adagrad
 import oracle
-from adagrad import AdaGrad, GroupAdaGrad, Optimizer, RowSparse, arrays, kernels
+from adagrad import AdaGrad, GroupAdaGrad, Optimizer, RowSparse, arrays
+from adagrad.kernels import call, layout
 from adagrad.lr_scheduler import FactorScheduler, LRScheduler, PolyScheduler
 from support import BFLOAT16, assert_same_bits, normal
 
@@ -700,7 +701,7 @@ def test_repeated_copies_of_an_optimizer_are_independent() -> None:
 class OnDevice(torch.Tensor):
     """A tensor that says it is elsewhere."""
 
-    device = "cuda:0"  # type: ignore[assignment]
+    device = torch.device("cuda:0")  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("klass", [AdaGrad, Recording], ids=["step as it is", "step of a subclass"])
@@ -708,12 +709,14 @@ def test_mixed_lists_on_a_device(klass: type[AdaGrad], monkeypatch: pytest.Monke
     """Each update of the list is carried out once. Without a subclass to watch, in one launch: all or nothing there."""
     launches = []
 
-    def launch(updates: Any, rule: Any) -> Any:
-        return lambda lrs, wds: launches.append([(int(u.weight.array[0]), u.indices is not None) for u in updates])
+    def run(launch: Any, grad_scale: Any, found_inf: Any) -> None:
+        updates = [(u, False) for u in launch.dense] + [(u, True) for u in launch.rows]
+        launches.append([(int(u.weight[0]), is_sparse) for u, is_sparse in updates])
 
     as_operand = arrays._tensor
     monkeypatch.setattr(arrays, "_tensor", lambda *given: as_operand(*given)._replace(device="cuda:0", memory=None))
-    monkeypatch.setattr(kernels, "_cuda", launch)
+    monkeypatch.setattr(layout, "_layout", lambda *which: None)
+    monkeypatch.setattr(call._CudaLaunch, "run", run)
     weights = [torch.full((4,), i, dtype=torch.float32) for i in range(4)]
     grads: list[Any] = [torch.ones(4) for _ in weights]
     for i in (1, 2):

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adagrad.kernels import tensor_rows, tensor_table
+from adagrad import AdaGrad, RowSparse
+from adagrad.kernels import call, rows, table
 from adagrad.torch import Adagrad
 from support import assert_same_bits
 
@@ -81,9 +82,10 @@ def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         real(dense, rows, rule, **others)
 
     monkeypatch.setattr(cuda, "update", update)
-    formats = tensor_table.formats
-    for module in (tensor_table, tensor_rows):
+    formats = table.formats
+    for module in (table, rows):
         monkeypatch.setattr(module, "formats", lambda code: (1, formats(code)[1]))
+    monkeypatch.setattr(call, "update_short", lambda *lists: False)
     with np.errstate(all="ignore"):
         yield calls
 
@@ -95,6 +97,16 @@ def test_calls(name: str, as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPa
     assert as_if_on_cuda == [(3, 1, {"grad_scale": None, "found_inf": None})] * 3
     monkeypatch.undo()
     assert_same_training(ours, train(parameters(), **OPTIONS[name]))
+
+
+def test_the_core_makes_the_same_calls(as_if_on_cuda: list[Any]) -> None:
+    """One lr and one wd where all weights share them; a list is one call."""
+    weights, histories = [torch.ones(3) for _ in range(3)], [torch.zeros(3) for _ in range(3)]
+    grads = [torch.full((3,), 2.0), RowSparse(torch.tensor([2.0]), torch.tensor([1]), (3,)), torch.full((3,), 2.0)]
+    AdaGrad(0.5, epsilon=0.0).update([0, 1, 2], weights, grads, histories)
+    assert as_if_on_cuda == [(2, 1, {"grad_scale": None, "found_inf": None})]
+    assert [w.tolist() for w in weights] == [[0.5] * 3, [1.0, 0.5, 1.0], [0.5] * 3]
+    assert [h.tolist() for h in histories] == [[4.0] * 3, [0.0, 4.0, 0.0], [4.0] * 3]
 
 
 def test_grad_scale_and_found_inf_reach_the_kernels(as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from adagrad.kernels import tensor_layout, tensor_views
+from adagrad.kernels import layout, tensor_layout, tensor_views
 from adagrad.torch import Adagrad
 from support import assert_same_bits
 
@@ -273,28 +274,33 @@ def test_the_ordinary_way_gives_the_same_bits(row_wise: bool, monkeypatch: pytes
         return case.everything()
 
     usual = train()
-    monkeypatch.setattr(tensor_layout, "_layout", lambda with_cuda: None)
+    monkeypatch.setattr(layout, "_layout", lambda *which: None)
     for a, b in zip(usual, train(), strict=True):
         assert_same_bits(a, b)
 
 
 def test_the_layout_of_this_pytorch_is_found() -> None:
     """If this fails after an upgrade, steps over many small tensors are slow, not wrong."""
-    assert tensor_layout.layout() is not None
+    how = layout.layout()
+    assert how is not None
+    assert how[layout.TENSOR] == id(torch.Tensor)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("SEARCHED", 64),
-        ("_find", lambda places, unit=None: 16),
+        ("_offset", lambda places, unit=None: 16),
         ("_library", lambda: object()),
         ("_keys_of", lambda tensor: 12345),
     ],
 )
 def test_a_layout_that_does_not_fit_is_not_used(name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_layout, name, value)
-    assert tensor_layout._layout.__wrapped__(False) is None
+    how = layout._layout.__wrapped__(True, False, False)
+    assert how is not None, "NumPy's arrays are still known"
+    assert how[layout.ARRAY] == id(np.ndarray)
+    assert how[layout.TENSOR] == 0
 
 
 def test_the_library_does_not_import_torch() -> None:

@@ -135,9 +135,9 @@ class AdaGrad(Optimizer):
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
         lrs, wds, counts = self._resolve(indices)
         is_sparse = [kernels.is_row_sparse(grad) for grad in grads]
-        plan = kernels.plan(weights, grads, states, self.rule(), fused=True)
+        prepared = kernels.prepare(weights, grads, states, lrs, wds, self.rule(), fused=True)
         if all(is_sparse) or getattr(self.step, "__func__", None) is AdaGrad.step:
-            plan.run(lrs, wds)
+            prepared.run()
             self._count(counts)
             return
         # A step of a subclass is to see the dense part; the whole list has been checked, before anything changes.
@@ -170,8 +170,9 @@ class AdaGrad(Optimizer):
         return self._rule
 
     def check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
-        self._resolve(indices)
-        kernels.plan(list(weights), list(grads), list(states), self.rule(), fused=self.use_fused_step)
+        lrs, wds, _ = self._resolve(indices)
+        fused = self.use_fused_step
+        kernels.prepare(list(weights), list(grads), list(states), lrs, wds, self.rule(), fused=fused)
 
     def _saved(self) -> dict[str, Callable[[str, Any], Any]]:
         return super()._saved() | {

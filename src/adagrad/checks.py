@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from typing import Any
 
 
@@ -26,6 +27,8 @@ def real(name: str, value: Any) -> float:
 
 def finite(name: str, value: Any) -> float:
     """``value`` as a finite float of any sign."""
+    if type(value) is float and -math.inf < value < math.inf:
+        return value
     number = real(name, value)
     if not math.isfinite(number):
         raise ValueError(f"{name}={describe(value)}: must be finite")
@@ -34,8 +37,8 @@ def finite(name: str, value: Any) -> float:
 
 def non_negative(name: str, value: Any) -> float:
     """``value`` as a finite float >= 0."""
-    if type(value) is float and 0 <= value < math.inf:  # the usual case, at every step: quickly
-        return value
+    if type(value) in (float, int) and 0 <= value <= sys.float_info.max:  # the usual case, at every step: quickly
+        return float(value)
     number = real(name, value)
     if not 0 <= number < math.inf:
         raise ValueError(f"{name}={describe(value)}: must be {'>= 0' if number < 0 else 'finite and >= 0'}")

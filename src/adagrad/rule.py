@@ -21,6 +21,7 @@ The functions take NumPy arrays or torch tensors on any device; temporaries are 
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ CHUNK = 128
 """Occurrences of one row that are summed one after the other before their sum joins the row's total."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rule:
     """What is common to all weights of a call: the rule's options and its scalars except ``lr`` and ``wd``."""
 
@@ -48,6 +49,17 @@ class Rule:
     epsilon_inside: bool = False
     decoupled_decay: bool = False
     row_wise: bool = False
+
+    @functools.cached_property
+    def scalars(self) -> np.ndarray:
+        """As the kernels take them: ``rescale_grad``, the bound of ``clip``, epsilon under the root and beside it.
+
+        The bound is infinity where nothing is clipped: then no comparison holds. One of the epsilons is 0, and adding 0
+        to a number >= 0 changes no bit.
+        """
+        bound = math.inf if self.clip_gradient is None else self.clip_gradient
+        inside, outside = (self.epsilon, 0.0) if self.epsilon_inside else (0.0, self.epsilon)
+        return np.array([self.rescale_grad, bound, inside, outside])
 
 
 def is_torch(array: object) -> bool:

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from adagrad import checks, dialects
 from adagrad.dialects import Default
-from adagrad.kernels import tensors
+from adagrad.kernels import call
 from adagrad.torch_state import OURS, RULE, as_saved, fitted, new_state
 from adagrad.torch_step import Part, batches, update_differentiably
 
@@ -204,7 +204,7 @@ class Adagrad(Optimizer):
         if self.defaults["differentiable"]:
             update_differentiably(parts)
         else:
-            tensors.update(batches(parts), threads=torch.get_num_threads(), grad_scale=grad_scale, found_inf=found_inf)
+            call.update(batches(parts), threads=torch.get_num_threads(), grad_scale=grad_scale, found_inf=found_inf)
         for part in parts:
             part.commit(found_inf)
 

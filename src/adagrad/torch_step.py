@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from typing import Any
@@ -12,10 +13,26 @@ from torch.autograd.graph import increment_version
 
 from adagrad import checks
 from adagrad import rule as expression
-from adagrad.kernels import tensors
-from adagrad.kernels.tensor_table import Counts
+from adagrad.kernels.batch import Batch
+from adagrad.kernels.counts import Counts
 from adagrad.rule import Rule
 from adagrad.torch_state import master
+
+_grad_of, _sum_of, _step_of = operator.attrgetter("grad"), operator.itemgetter("sum"), operator.itemgetter("step")
+_rule_of = operator.itemgetter("maximize", "clip_value", "eps", "epsilon_inside", "decoupled_decay", "row_wise")
+
+
+@functools.lru_cache(maxsize=64)
+def _rule(maximize: bool, clip_value: Any, eps: Any, inside: bool, decoupled: bool, row_wise: bool) -> Rule:
+    """The rule of a group with these options."""
+    return Rule(
+        rescale_grad=-1.0 if maximize else 1.0,
+        clip_gradient=checks.positive_or_none("clip_value", clip_value),
+        epsilon=checks.non_negative("eps", eps),
+        epsilon_inside=inside,
+        decoupled_decay=decoupled,
+        row_wise=row_wise,
+    )
 
 
 class Part:
@@ -23,25 +40,18 @@ class Part:
 
     def __init__(self, defaults: dict[str, Any], group: dict[str, Any], states: list[dict[str, Any]]) -> None:
         self.params: list[Tensor] = group["params"]
-        self.grads: list[Any] = [p.grad for p in self.params]
+        self.grads: list[Any] = list(map(_grad_of, self.params))
         self.states = states
         if any(map(operator.is_, self.grads, itertools.repeat(None))):
             present = [i for i, grad in enumerate(self.grads) if grad is not None]
             self.params, self.states = [self.params[i] for i in present], [states[i] for i in present]
             self.grads = [self.grads[i] for i in present]
-        self.histories = [state["sum"] for state in self.states]
+        self.histories = list(map(_sum_of, self.states))
         self.masters: list[Tensor | None] = []
         if group["multi_precision"]:
             self.masters = [master(p, state) for p, state in zip(self.params, self.states, strict=True)]
-        self.counts = Counts([state["step"] for state in self.states])
-        self.rule = Rule(
-            rescale_grad=-1.0 if group["maximize"] else 1.0,
-            clip_gradient=checks.positive_or_none("clip_value", group["clip_value"]),
-            epsilon=checks.non_negative("eps", group["eps"]),
-            epsilon_inside=group["epsilon_inside"],
-            decoupled_decay=group["decoupled_decay"],
-            row_wise=group["row_wise"],
-        )
+        self.counts = Counts(list(map(_step_of, self.states)))
+        self.rule = _rule(*_rule_of(group))
         self.wd = checks.non_negative("weight_decay", group["weight_decay"])
         self.lrs = self._lrs(group["lr"], group["lr_decay"], keep_tensor=defaults["differentiable"])
 
@@ -86,17 +96,17 @@ def _mark_changed(params: list[Tensor]) -> None:
             increment_version(p)
 
 
-def batches(parts: list[Part]) -> list[tensors.Batch]:
+def batches(parts: list[Part]) -> list[Batch]:
     """The parts by rule: those of one rule are updated together."""
-    found: dict[Rule, tensors.Batch] = {}
+    found: dict[Rule, Batch] = {}
     for part in parts:
         same = [other for other in parts if other.rule == part.rule]
         if len(same) == 1:
-            found[part.rule] = tensors.Batch(
+            found[part.rule] = Batch(
                 part.rule, part.params, part.grads, part.histories, part.masters, part.lrs, [part.wd]
             )
             continue
-        batch = found.setdefault(part.rule, tensors.Batch(part.rule))
+        batch = found.setdefault(part.rule, Batch(part.rule))
         n = len(part.params)
         if any(other.masters for other in same):
             batch.masters += part.masters or [None] * n

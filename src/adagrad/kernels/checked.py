@@ -22,21 +22,47 @@ class Update(NamedTuple):
     master: Operand | None
 
 
-def check_update(at: str, weight: Array, grad: Any, state: Any, rule: Rule) -> Update:
-    """One weight's operands; ``at`` stands behind the arguments' names in messages."""
+class Wrapped(NamedTuple):
+    """An update of tensors that only PyTorch understands."""
+
+    weight: Array
+    grad: Any
+    """A tensor or a RowSparse."""
+    history: Array
+    master: Array | None
+
+
+def look_at(i: int, weight: Array, grad: Any, history: Any, master: Any, rule: Rule) -> Update | Wrapped:
+    """The ``i``-th update of a call, checked; ``master`` may be None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, its value and the rule it broke.
+    """
+    if is_torch(weight):
+        from adagrad.kernels import tensor_checks, tensor_views
+
+        given = Wrapped(*tensor_views.plain(i, weight, grad, history, master, row_wise=rule.row_wise))
+        if not tensor_checks.are_memory(given):
+            tensor_checks.check_wrapped(i, *given, rule)
+            return given
+        weight, grad, history, master = given
+    return check_update(f"[{i}]", weight, grad, history, master, rule)
+
+
+def check_update(at: str, weight: Array, grad: Any, history: Any, master: Any, rule: Rule) -> Update:
+    """One weight's operands; ``at`` stands behind the arguments' names in messages, ``master`` may be None."""
     w = operand(f"weights{at}", weight)
     if rule.row_wise and not w.shape:
         raise ValueError(f"weights{at}: shape (): row-wise history needs rows: one dimension or more")
     computing = computing_format(w.format)
-    if isinstance(state, (tuple, list)):
-        if len(state) != 2:
-            raise ValueError(f"states{at}: {len(state)} entries: must be a history or a pair (master copy, history)")
-        if w.format not in LOW_PRECISION:
-            raise ValueError(f"states{at}: a master copy: only for float16 and bfloat16 weights, not {w.format}")
-        m, h = operand(f"master copy in states{at}", state[0]), operand(f"history in states{at}", state[1])
+    if master is not None and w.format not in LOW_PRECISION:
+        raise ValueError(f"states{at}: a master copy: only for float16 and bfloat16 weights, not {w.format}")
+    m = None if master is None else operand(f"master copy in states{at}", master)
+    h = operand(f"history in states{at}", history)
+    if m is not None:
         _require(m, "shape", m.shape, w.shape)
-    else:
-        m, h = None, operand(f"history in states{at}", state)
     _require(h, "shape", h.shape, history_shape(w.shape, row_wise=rule.row_wise))
 
     indices = None
@@ -67,7 +93,36 @@ def check_update(at: str, weight: Array, grad: Any, state: Any, rule: Rule) -> U
                 raise ValueError(f"{o.name}: read-only: must be writable")
             if overlaps_itself(o.memory):
                 raise ValueError(f"{o.name}: strides {o.memory.strides}: overlaps itself")
+    if is_torch(w.array):
+        from adagrad.kernels import tensor_checks
+
+        tensor_checks.check_memory([o for o in (w, h, m) if o is not None], g)
     return Update(w, g, indices, h, m)
+
+
+def refuse_shared(updates: list[Update]) -> None:
+    """ValueError where what a call writes to shares a byte with anything else in it."""
+    written: list[Operand] = []
+    read: list[Operand] = []
+    for u in updates:
+        some_written, some_read = operands_of(u)
+        written += some_written
+        read += some_read
+    refuse_shared_memory(written, read)
+
+
+def operands_of(u: Update) -> tuple[list[Operand], list[Operand]]:
+    """What is written to, and what is read; their memory is right in its addresses on any device, not to be read."""
+    written, read = [o for o in (u.weight, u.history, u.master) if o is not None], [u.grad]
+    if u.indices is not None:
+        memory = host_indices(u.indices) if u.weight.device == "cpu" else None
+        name = f"indices of {u.grad.name.removeprefix('values of ')}"
+        read.append(Operand(name, u.indices, "", u.weight.device, memory))
+    if is_torch(u.weight.array):
+        from adagrad.kernels import tensor_checks
+
+        return [tensor_checks.placed(o) for o in written], [tensor_checks.placed(o) for o in read]
+    return written, read
 
 
 def _require(o: Operand, what: str, found: Any, expected: Any, error: type[Exception] = ValueError) -> None:
@@ -93,7 +148,7 @@ def as_row_sparse(name: str, grad: Any) -> RowSparse | None:
 
 def is_row_sparse(grad: Any) -> bool:
     """Whether ``grad`` is a :class:`RowSparse` or a torch sparse COO tensor."""
-    return isinstance(grad, RowSparse) or (is_torch(grad) and bool(grad.is_sparse))
+    return type(grad) is not np.ndarray and (isinstance(grad, RowSparse) or (is_torch(grad) and bool(grad.is_sparse)))
 
 
 def any_row_sparse(grads: Any) -> bool:
@@ -101,25 +156,8 @@ def any_row_sparse(grads: Any) -> bool:
     return set(map(type, grads)) != {np.ndarray} and any(map(is_row_sparse, grads))
 
 
-def check_rows(at: str, indices: np.ndarray, rows: int) -> None:
-    """IndexError unless all of ``indices`` are in ``range(rows)``."""
-    if len(indices) and (indices.min() < 0 or indices.max() >= rows):
-        refuse_row(at, indices, int(np.flatnonzero((indices < 0) | (indices >= rows))[0]), rows)
-
-
-def refuse_row(at: str, indices: np.ndarray, position: int, rows: int) -> None:
-    row = int(indices[position])
+def refuse_row(at: str, position: int, row: int, rows: int) -> None:
     raise IndexError(f"indices of grads{at}: indices[{position}]={row}: must be in [0, {rows}), the weight's rows")
-
-
-def refuse_shared(updates: list[Update]) -> None:
-    written = [o for u in updates for o in (u.weight, u.history, u.master) if o is not None]
-    read = [u.grad for u in updates]
-    for i, u in enumerate(updates):
-        if u.indices is not None:
-            memory = host_indices(u.indices) if u.weight.device == "cpu" else None
-            read.append(Operand(f"indices of grads[{i}]", u.indices, "", u.weight.device, memory))
-    refuse_shared_memory(written, read)
 
 
 def host_indices(indices: Array) -> np.ndarray:

@@ -202,7 +202,7 @@ def row_part_kernel(weight: str, grad: str, history: str, master: str | None, de
 
 @jit(helper=True)
 def _given(arguments: Any) -> Any:
-    """What the block of arguments holds, see :func:`_arguments`."""
+    """What the block of arguments holds, see :func:`arguments`."""
     given = numba.carray(place(arguments), 6, np.int64)
     table = numba.carray(place(given[0]), (given[1], COLUMNS), np.int64)
     hyper = numba.carray(place(given[2]), (given[3], 3), np.float64)
@@ -211,7 +211,8 @@ def _given(arguments: Any) -> Any:
 
 
 @jit()
-def _arguments(table: Any, hyper: Any, scalars: Any, total: int) -> Any:
+def arguments(table: Any, hyper: Any, scalars: Any, total: int) -> Any:
+    """What the workers are given, as one block; the arrays must outlive it."""
     block = np.empty(6, np.int64)
     block[0], block[1] = table.ctypes.data, table.shape[0]
     block[2], block[3] = hyper.ctypes.data, hyper.shape[0]
@@ -233,9 +234,9 @@ def launch(
     """
     threads = 1 if total < SMALL else threads or max_workers()
     with workers(threads) as count:
-        run(kernel(*formats, row_wise), _arguments(table, hyper, scalars, total), count)
+        run(kernel(*formats, row_wise), arguments(table, hyper, scalars, total), count)
 
 
 def launch_row_part(table: Any, hyper: Any, scalars: Any, formats: Any, descending: bool) -> None:
     """One pass over a part of one row, see :func:`row_part_kernel`; ``table`` and ``hyper`` have one row."""
-    run(row_part_kernel(*formats, descending), _arguments(table, hyper, scalars, 0), 1)
+    run(row_part_kernel(*formats, descending), arguments(table, hyper, scalars, 0), 1)

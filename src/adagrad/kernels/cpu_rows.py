@@ -18,11 +18,25 @@ from adagrad.kernels.cpu_dense import elements, one_row
 from adagrad.kernels.cpu_rule import constants
 from adagrad.kernels.formats import TOKENS, pointer
 from adagrad.kernels.numba_jit import jit, max_workers, place, run, worker, workers
-from adagrad.kernels.row_groups import number_rows, own_positions
+from adagrad.kernels.row_groups import (
+    ARE_DISTINCT,
+    BASE,
+    ENDS,
+    ENTRIES,
+    FACTS,
+    HISTORY,
+    LENGTH,
+    MASTER,
+    RATES,
+    ROWS,
+    SCALARS,
+    STRIDE,
+    VALUES,
+    WEIGHT,
+    number_rows,
+    own_positions,
+)
 from adagrad.rule import CHUNK, LANES
-
-WEIGHT, HISTORY, MASTER, VALUES = range(4)
-"""Columns of ``base`` and ``stride``: where row 0 of each operand is, and the bytes from a row to the next."""
 
 SMALL = 65_536
 """Elements below which starting the threads costs more than they save."""
@@ -187,17 +201,19 @@ def _pick(positions: Any, to: Any, start: int, stop: int, once: Any, several: An
 
 
 @functools.cache
-def kernel(ids: str, weight: str, values: str, history: str, master: str | None, row_wise: bool) -> int:
-    """The worker for row ids of a dtype, and operands of these formats (None: no master copy)."""
+def kernel(is_high: bool, weight: str, values: str, history: str, master: str | None, row_wise: bool) -> int:
+    """The worker for operands of these formats (None: no master copy); row ids have 64 bits for a high weight, else 32.
+    """
     tw, tv, th, tm = TOKENS[weight], TOKENS[values], TOKENS[history], None if master is None else TOKENS[master]
     by_row = row_wise or None  # None or True, types that differ: only one of the two is compiled
-    dtype = np.dtype(ids).type
+    dtype = np.int64 if is_high else np.int32
 
     def update(arguments: Any, k: Any, count: Any) -> None:
-        a = numba.carray(place(arguments), ARGUMENTS, np.int64)
-        n, length, distinct = a[0], a[1], a[2]
-        ids, base, stride = numba.carray(place(a[3]), n, dtype), a[6:10], a[10:14]
-        scalars, rates = numba.carray(place(a[4]), 4, np.float64), numba.carray(place(a[5]), 3, np.float64)
+        facts = numba.carray(place(arguments), FACTS, np.int64)
+        n, length, distinct = facts[ENTRIES], facts[LENGTH], facts[ARE_DISTINCT]
+        ids, base, stride = numba.carray(place(facts[ROWS]), n, dtype), facts[BASE:ENDS], facts[STRIDE:ROWS]
+        rates = numba.carray(place(facts[RATES]), 3, np.float64)
+        scalars = numba.carray(place(facts[SCALARS]), 4, np.float64)
         fixed = constants(scalars, rates, th)
         ahead = min(max(AHEAD_BYTES // max(length * tw.itemsize, 1), 1), AHEAD)
         batch = min(max(BATCH_BYTES // max(length * tv.itemsize, 1), 64), BATCH)
@@ -224,18 +240,13 @@ def kernel(ids: str, weight: str, values: str, history: str, master: str | None,
     return worker(update)
 
 
-ARGUMENTS = 14
-
-
-def launch(rows: Any, distinct: bool, base: Any, stride: Any, formats: Any, length: int, row_wise: bool, rates: Any,
-           scalars: Any, threads: int | None) -> None:  # fmt: skip
-    """Update ``rows``, the row of each of the values; ``distinct`` says that no row occurs twice.
+def launch(facts: Any, rows: Any, formats: Any, row_wise: bool, rates: Any, scalars: Any, threads: int | None) -> None:
+    """Update ``rows``, the row of each of the values, which ``facts`` has been told of.
 
     ``formats`` are those of weight, values, history and master copy (None for none). At most ``threads`` threads, or as
     many as Numba may use.
     """
-    head = [len(rows), length, distinct, rows.ctypes.data, scalars.ctypes.data, rates.ctypes.data]
-    arguments = np.array([*head, *base.tolist(), *stride.tolist()])
-    threads = 1 if len(rows) * length < SMALL else threads or max_workers()
+    facts[RATES], facts[SCALARS] = rates.ctypes.data, scalars.ctypes.data
+    threads = 1 if facts[ENTRIES] * facts[LENGTH] < SMALL else threads or max_workers()
     with workers(threads) as count:
-        run(kernel(rows.dtype.name, *formats, row_wise), arguments, count)
+        run(kernel(rows.itemsize == 8, *formats, row_wise), facts, count)

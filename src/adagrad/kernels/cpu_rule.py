@@ -1,15 +1,14 @@
 """The rule for a block of elements, as every CPU kernel computes it; :mod:`adagrad.rule` is its statement.
 
-Numba adds no fused multiply-add and reorders nothing, so these lines are rounded one operation at a time. ``clip`` is
-infinity where nothing is clipped: then no comparison holds. ``inside`` and ``outside`` are epsilon under the root and
-beside it: one of the two is 0, and adding 0 to a number >= 0 changes no bit. ``decay`` and ``shrink`` are ``wd`` where
-it is coupled and where it is decoupled; the other of the two is 0.
+Numba adds no fused multiply-add and reorders nothing, so these lines are rounded one operation at a time. ``rescale``,
+``clip``, ``inside`` and ``outside`` are :attr:`adagrad.rule.Rule.scalars`. ``decay`` and ``shrink`` are ``wd`` where it
+is coupled and where it is decoupled; the other of the two is 0.
 """
 
 from __future__ import annotations
 
 import functools
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,19 @@ from adagrad.kernels.numba_jit import jit
 from adagrad.rule import Rule
 
 
+def hyper(lrs: Sequence[float], wds: Sequence[float], rule: Rule) -> np.ndarray:
+    """lr, coupled wd and decoupled wd of each weight, float64, or one row for all."""
+    if len(lrs) == 1 and len(wds) == 1:
+        return _one(lrs[0], wds[0], rule.decoupled_decay)
+    table = np.zeros((max(len(lrs), len(wds)), 3))
+    table[:, 0] = lrs
+    table[:, 2 if rule.decoupled_decay else 1] = wds
+    return table
+
+
 @functools.lru_cache(maxsize=64)
-def scalars(rule: Rule) -> np.ndarray:
-    """The rule's scalars in the order that the kernels know."""
-    clip = math.inf if rule.clip_gradient is None else rule.clip_gradient
-    inside, outside = (rule.epsilon, 0.0) if rule.epsilon_inside else (0.0, rule.epsilon)
-    return np.array([rule.rescale_grad, clip, inside, outside])
+def _one(lr: float, wd: float, decoupled: bool) -> np.ndarray:
+    return np.array([[lr, 0.0, wd] if decoupled else [lr, wd, 0.0]])
 
 
 @jit(helper=True)

@@ -15,7 +15,6 @@ pinned host memory; the next call raises IndexError if that has arrived, and :fu
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -212,9 +211,7 @@ class _Tables:
 
         def make() -> Tensor:
             words = np.zeros(HEADER.value + SETTINGS.value * len(lrs))
-            clip = math.inf if rule.clip_gradient is None else rule.clip_gradient
-            inside, outside = (rule.epsilon, 0.0) if rule.epsilon_inside else (0.0, rule.epsilon)
-            words[:5] = rule.rescale_grad, clip, inside, outside, rule.decoupled_decay
+            words[:5] = *rule.scalars, rule.decoupled_decay
             each = words[HEADER.value :].reshape(-1, SETTINGS.value)
             each[:, 0] = numbers
             each[:, 1] = wds

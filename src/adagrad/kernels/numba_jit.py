@@ -130,15 +130,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 _OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": False, "boundscheck": False}
 
 
-def jit(*, parallel: bool = False, helper: bool = False) -> Callable[[F], F]:
+def jit(*, parallel: bool = False, helper: bool = False, holds_gil: bool = False) -> Callable[[F], F]:
     """Decorator: compile at the first call with new argument types, and keep the machine code for the next process.
 
     A ``helper`` is called by other kernels alone: it is compiled into them, so that what is the same for all of its
-    calls is computed once, and it needs no file of its own.
+    calls is computed once, and it needs no file of its own. What looks into Python's objects ``holds_gil``.
     """
 
     def compile_lazily(function: F) -> F:
-        dispatcher = numba.jit(nopython=True, parallel=parallel, forceinline=helper, **_OPTIONS)(function)
+        options = {**_OPTIONS, "parallel": parallel, "forceinline": helper, "nogil": not holds_gil}
+        dispatcher = numba.jit(nopython=True, **options)(function)
         if not helper:
             with suppress(Exception):  # no cache is slower, not wrong
                 dispatcher._cache = _Cache(function)

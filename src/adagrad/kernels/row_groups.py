@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numba
 import numpy as np
 
 from adagrad.kernels.blocks import ask
+from adagrad.kernels.checked import refuse_row
 from adagrad.kernels.formats import pointer
-from adagrad.kernels.numba_jit import jit
+from adagrad.kernels.numba_jit import jit, place
 
 BUCKETS = 1024
 """What the owners share: more than there are workers, few enough to be counted in the first-level cache."""
@@ -34,14 +36,23 @@ _BUCKET = np.uint64(64 - (BUCKETS - 1).bit_length())
 _AHEAD = 16
 """How many ids ahead the hash table is asked for."""
 
+# What is known of a row-sparse update, an int64 each: the number of row ids, the elements of a row, the weight's rows,
+# whether the ids have 64 bits; where each operand begins and ends; the bytes from a row to the next of all operands but
+# the ids; where the checked copy of the ids is, whether they increase; where the rates and the rule's scalars are.
+WEIGHT, HISTORY, MASTER, VALUES, IDS = range(5)
+ENTRIES, LENGTH, HEIGHT, ARE_LONG = range(4)
+BASE, ENDS, STRIDE = 4, 9, 14
+ROWS, ARE_DISTINCT, RATES, SCALARS, FACTS = range(18, 23)
+
 _numbers = np.empty(0, np.int32)
 
 
 # ---------------------------------------------------------------------------------------------------- before the update
 
 
-@jit()
-def _copy_ids(indices: Any, rows: Any, height: int) -> Any:
+@jit(helper=True)
+def _copy(indices: Any, rows: Any, height: int) -> Any:
+    """Copy ids: the position of the first outside ``range(height)`` and the id, or -1 and whether they increase."""
     least, greatest, increasing = np.int64(0), np.int64(-1), True
     for i in range(len(rows)):
         row = np.int64(indices[i])
@@ -49,22 +60,40 @@ def _copy_ids(indices: Any, rows: Any, height: int) -> Any:
         least, greatest = min(least, row), max(greatest, row)
     if least < 0 or greatest >= height:
         for i in range(len(rows)):
-            if np.int64(indices[i]) < 0 or np.int64(indices[i]) >= height:
-                return i, False
+            row = np.int64(indices[i])
+            if row < 0 or row >= height:
+                return i, row
     for i in range(1, len(rows)):
         increasing &= rows[i] > rows[i - 1]
-    return -1, increasing
+    return -1, np.int64(increasing)
 
 
-def checked_rows(indices: Any, height: int) -> tuple[Any, int, bool]:
-    """A copy of row ids, the position of the first outside ``range(height)`` or -1, and whether they increase strictly.
+@jit()
+def _copy_ids(facts: Any, rows: Any) -> Any:
+    address, n, height = facts[BASE + IDS], facts[ENTRIES], facts[HEIGHT]
+    if facts[ARE_LONG]:
+        bad, found = _copy(numba.carray(place(address), n, np.int64), rows, height)
+    else:
+        bad, found = _copy(numba.carray(place(address), n, np.int32), rows, height)
+    facts[ROWS], facts[ARE_DISTINCT] = rows.ctypes.data, found
+    return bad, found
 
-    A copy, because what is checked must be what is used; int32 where that is enough. ``indices`` are int32 or int64,
-    contiguous and native.
+
+def checked_rows(at: str, facts: Any) -> Any:
+    """A copy of the row ids of an update, because what is checked must be what is used; ``facts`` is told of it.
+
+    int32 where that is enough, else int64.
+
+    Raises
+    ------
+    IndexError
+        For an id outside the weight; ``at`` says of which gradient.
     """
-    rows = np.empty(len(indices), np.int32 if height <= 2**31 else np.int64)
-    bad, increasing = _copy_ids(indices, rows, height)
-    return rows, bad, increasing
+    rows = np.empty(facts[ENTRIES], np.int32 if facts[HEIGHT] <= 2**31 else np.int64)
+    bad, found = _copy_ids(facts, rows)
+    if bad >= 0:
+        refuse_row(at, bad, found, int(facts[HEIGHT]))
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------- by each worker

@@ -13,7 +13,6 @@ import numpy as np
 
 from adagrad.arrays import row_length
 from adagrad.kernels import cpu_dense
-from adagrad.kernels.cpu_rule import scalars
 from adagrad.rule import LANES, Rule, mean_of_lanes
 
 TILE = 16_384
@@ -36,7 +35,7 @@ def update(
     pieces = row_blocks if rule.row_wise else tiles
     for piece in pieces(weight, grad, history, master):
         table = np.array([cpu_dense.table_row([*piece, *[None] * (4 - len(piece))], rule)])
-        cpu_dense.launch(table, piece[0].size, hyper, scalars(rule), formats, rule.row_wise, threads)
+        cpu_dense.launch(table, piece[0].size, hyper, rule.scalars, formats, rule.row_wise, threads)
 
 
 def _long_row(
@@ -62,7 +61,7 @@ def _pass(
     operands, written = [row, grad] + ([] if master is None else [master]), [descending, False, descending]
     for w, g, *m in _pieces(operands, written, order="C"):
         addresses = [array.ctypes.data for array in (w, g, shared, *m)] + ([] if m else [0])
-        cpu_dense.launch_row_part(np.array([[*addresses, w.size, 0]]), hyper, scalars(rule), formats, descending)
+        cpu_dense.launch_row_part(np.array([[*addresses, w.size, 0]]), hyper, rule.scalars, formats, descending)
         yield w.size
 
 

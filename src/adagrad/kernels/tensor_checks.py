@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,32 +11,34 @@ import torch
 from torch import Tensor
 
 from adagrad.arrays import Operand, overlaps_itself
-from adagrad.kernels.checked import Update, check_update
-from adagrad.kernels.tensor_layout import PLAIN_TYPES
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Rule, history_shape
 
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+"""The types whose objects are their memory and nothing else (a buffer is a Tensor)."""
 
-def is_memory(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is its memory and nothing else: no instance of a subclass that gives it another meaning."""
-    kind = type(tensor)
+
+def are_memory(given: Sequence[Any]) -> bool:
+    """Whether the tensors are their memory and nothing else: not of subclasses that give it another meaning."""
+    return all(_is_memory(type(tensor)) for tensor in given if isinstance(tensor, Tensor))
+
+
+def _is_memory(kind: type[Tensor]) -> bool:
     return kind in PLAIN_TYPES or (
         kind.__torch_dispatch__ is Tensor.__torch_dispatch__
         and kind.__torch_function__ is torch._C._disabled_torch_function_impl
     )
 
 
-def checked(i: int, weight: Any, grad: Any, history: Any, master: Any, rule: Rule) -> Update:
-    """The operands of an update; raises what :func:`check_update` does, and knows other devices."""
-    found = check_update(f"[{i}]", weight, grad, history if master is None else (master, history), rule)
-    for o in (found.weight, found.history, found.master, found.grad):
-        if o is None or o.array.device.type not in ("cpu", "cuda"):
+def check_memory(written: Sequence[Operand], read: Operand) -> None:
+    """ValueError for tensors without memory, and on devices for what overlaps itself."""
+    for o in (*written, read):
+        if o.array.device.type not in ("cpu", "cuda"):
             continue
         if o.array.numel() and not o.array.data_ptr():
             raise ValueError(f"{o.name}: address 0: must have memory for its {o.array.numel()} elements")
-        if o.memory is None and o is not found.grad and overlaps_itself(_addresses(o.array)):
+        if o.memory is None and o is not read and overlaps_itself(_addresses(o.array)):
             raise ValueError(f"{o.name}: strides {o.array.stride()}: overlaps itself")
-    return found
 
 
 def check_wrapped(i: int, weight: Tensor, grad: Any, history: Tensor, master: Tensor | None, rule: Rule) -> None:
@@ -50,15 +53,8 @@ def check_wrapped(i: int, weight: Tensor, grad: Any, history: Tensor, master: Te
             raise ValueError(f"{name}[{i}]: device {tensor.device}: must be {weight.device}")
 
 
-def operands_of(u: Update) -> tuple[list[Operand], list[Operand]]:
-    """What is written to, and what is read; their memory is right in its addresses on any device, not to be read."""
-    written, read = [o for o in (u.weight, u.history, u.master) if o is not None], [u.grad]
-    if u.indices is not None:
-        read.append(Operand(f"indices of {u.grad.name}", u.indices, "", u.weight.device, None))
-    return [_placed(o) for o in written], [_placed(o) for o in read]
-
-
-def _placed(o: Operand) -> Operand:
+def placed(o: Operand) -> Operand:
+    """The operand with memory that is right in its addresses, on any device; not to be read."""
     if o.memory is not None or not isinstance(o.array, Tensor) or o.array.device.type not in ("cpu", "cuda"):
         return o
     return o._replace(memory=o.array.numpy() if o.array.device.type == "cpu" else _addresses(o.array))

@@ -34,7 +34,7 @@ def plain(i: int, weight: Tensor, grad: Tensor | RowSparse, history: Tensor, mas
     if any(map(is_dtensor, (weight, grad, history, master))):
         weight, grad, history, master = _local(i, weight, grad, history, master, row_wise=row_wise)
     for name, tensor in (("weights", weight), ("history in states", history), ("master copy in states", master)):
-        if tensor is not None and (tensor.is_neg() or tensor.is_conj()):
+        if isinstance(tensor, Tensor) and (tensor.is_neg() or tensor.is_conj()):
             raise ValueError(f"{name}[{i}]: a negated or conjugated view: must be memory that can be written to")
     if isinstance(grad, Tensor):
         if grad.layout == torch.sparse_coo:
@@ -56,7 +56,7 @@ def plain(i: int, weight: Tensor, grad: Tensor | RowSparse, history: Tensor, mas
 
 def _as_real(tensor: Tensor) -> Tensor:
     """The real view of a complex tensor; others, which the checks will refuse, as they are."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor) if isinstance(tensor, Tensor) and tensor.is_complex() else tensor
 
 
 def _rows(i: int, weight: Tensor, grad: Tensor, history: Tensor, master: Tensor | None, *,

@@ -1,0 +1,70 @@
+"""What a call is given: lists of updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from adagrad.arrays import operand
+from adagrad.rule import Array, Rule
+
+Job = Callable[[], None]
+"""What carries out a part of a call."""
+
+
+@dataclass
+class Batch:
+    """Updates that share a rule; each list has an entry for each weight, ``lrs`` and ``wds`` that or one for all."""
+
+    rule: Rule
+    weights: list[Array] = field(default_factory=list)
+    grads: list[Any] = field(default_factory=list)
+    """Arrays, RowSparse or sparse COO tensors."""
+    histories: list[Array] = field(default_factory=list)
+    masters: list[Any] = field(default_factory=list)
+    """Arrays or None; empty where no weight has a master copy."""
+    lrs: list[Any] = field(default_factory=list)
+    """Numbers; tensors of one number only for weights on their device."""
+    wds: list[float] = field(default_factory=list)
+
+    def arrays(self, i: int) -> tuple[Any, Any, Any, Any]:
+        return self.weights[i], self.grads[i], self.histories[i], self.masters[i] if self.masters else None
+
+    def rates(self, i: int) -> tuple[Any, float]:
+        return self.lrs[i if len(self.lrs) > 1 else 0], self.wds[i if len(self.wds) > 1 else 0]
+
+    def some_rates(self, which: Sequence[int]) -> tuple[list[Any], list[float]]:
+        """The rates of some weights, or one for all."""
+        lrs = self.lrs if len(self.lrs) == 1 else [self.lrs[i] for i in which]
+        return lrs, self.wds if len(self.wds) == 1 else [self.wds[i] for i in which]
+
+
+def of_states(weights: list[Any], grads: list[Any], states: list[Any], lrs: Any, wds: Any, rule: Rule) -> Batch:
+    """A batch of updates whose states are histories or pairs (master copy, history)."""
+    if not any(issubclass(kind, (tuple, list)) for kind in set(map(type, states))):
+        return Batch(rule, weights, grads, states, [], lrs, wds)
+    histories, masters = [], []
+    for i, state in enumerate(states):
+        master = None
+        if isinstance(state, (tuple, list)):
+            if len(state) != 2:
+                need = "must be a history or a pair (master copy, history)"
+                raise ValueError(f"states[{i}]: {len(state)} entries: {need}")
+            master, state = state
+            if master is None:
+                operand(f"master copy in states[{i}]", master)  # says what it must be
+        histories.append(state)
+        masters.append(master)
+    return Batch(rule, weights, grads, histories, masters, lrs, wds)
+
+
+class Prepared(NamedTuple):
+    """A checked call."""
+
+    jobs: list[Job]
+
+    def run(self) -> None:
+        """Carry it out, in place."""
+        for job in self.jobs:
+            job()

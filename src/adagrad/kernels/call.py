@@ -1,0 +1,259 @@
+"""One call: lists of updates, looked at, checked as a whole, then carried out.
+
+Plain arrays, nearly always all of them, go through tables that compiled code fills and checks; the others one by one.
+What the host can know is checked before the first element changes, over all batches of a call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adagrad.arrays import bounds
+from adagrad.kernels import cpu_dense, ordinary, rows, table
+from adagrad.kernels.batch import Batch, Job, Prepared
+from adagrad.kernels.checked import Update, Wrapped, is_row_sparse, look_at, operands_of, refuse_shared
+from adagrad.kernels.cpu_rule import hyper
+from adagrad.kernels.expressions import by_expression
+from adagrad.kernels.spans import are_disjoint
+from adagrad.rule import Rule
+
+SHORT = 32
+"""Weights in a list that is tried at once, before anyone knows what it holds."""
+
+
+def update_short(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], lrs: Any, wds: Any,
+                 rule: Rule) -> bool:  # fmt: skip
+    """Check and update a short list by one call of compiled code; False if it is left, as it was, to :func:`update`."""
+    if not 0 < len(weights) <= SHORT or is_row_sparse(grads[0]):
+        return False
+    return table.update_short(weights, grads, histories, masters, hyper(lrs, wds, rule), rule)
+
+
+def update(
+    batches: Sequence[Batch],
+    *,
+    threads: int | None = None,
+    grad_scale: Any = None,
+    found_inf: Any = None,
+) -> None:
+    """Check batches of updates and carry them out, in place.
+
+    Parameters
+    ----------
+    batches : sequence of Batch
+    threads : int, optional
+        At most so many threads; by default as many as Numba may use.
+    grad_scale, found_inf : Tensor, optional
+        One number each. Every gradient is divided by ``grad_scale`` first (on the CPU: multiplied by its reciprocal,
+        the same for powers of two). Where ``found_inf`` is not 0, nothing changes. For weights that the CUDA kernels
+        do not take, the numbers are waited for.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        Naming the argument, its value and the rule it broke; then nothing has changed. A row id outside a weight on a
+        CUDA device is raised by a later call instead.
+    """
+    if len(batches) == 1 and found_inf is None and grad_scale is None:
+        b = batches[0]
+        if update_short(b.weights, b.grads, b.histories, b.masters, b.lrs, b.wds, b.rule):
+            return
+    prepare(batches, threads=threads, grad_scale=grad_scale, found_inf=found_inf).run()
+
+
+def prepare(
+    batches: Sequence[Batch],
+    *,
+    threads: int | None = None,
+    grad_scale: Any = None,
+    found_inf: Any = None,
+) -> Prepared:
+    """Check batches of updates, row ids on the CPU included; parameters and errors as in :func:`update`."""
+    calls = [_Call(batch) for batch in batches if batch.weights]
+    _refuse_shared(calls)
+    scale = 1.0
+    if not all(call.all_on_cuda() for call in calls):
+        if found_inf is not None and bool(found_inf):
+            return Prepared([])
+        scale = 1.0 if grad_scale is None else float(grad_scale)
+    jobs: list[Job] = []
+    launches: dict[tuple[Any, Rule], _CudaLaunch] = {}
+    for call in calls:
+        call.add_jobs(jobs, launches, scale, threads)
+    return Prepared([functools.partial(launch.run, grad_scale, found_inf) for launch in launches.values()] + jobs)
+
+
+class _CudaLaunch(NamedTuple):
+    """What goes to one CUDA device under one rule."""
+
+    device: Any
+    rule: Rule
+    dense: list[Any]
+    rows: list[Any]
+
+    def add(self, weight: Any, grad: Any, indices: Any, history: Any, master: Any, lr: Any, wd: float) -> None:
+        if indices is None:
+            self.dense.append(_cuda().DenseUpdate(weight, grad, history, master, lr, wd))
+        else:
+            self.rows.append(_cuda().RowUpdate(weight, indices, grad, history, master, lr, wd))
+
+    def run(self, grad_scale: Any, found_inf: Any) -> None:
+        scale, found = (t if t is None else t.to(self.device, non_blocking=True) for t in (grad_scale, found_inf))
+        _cuda().update(self.dense, self.rows, self.rule, grad_scale=scale, found_inf=found)
+
+
+@functools.cache
+def _cuda() -> Any:
+    """The CUDA kernels, imported at the first use."""
+    from adagrad.kernels import cuda
+
+    return cuda
+
+
+class _Call:
+    """A batch, looked at: a table of the plain dense updates, the plain row-sparse ones, the others as checked
+    operands, and those of tensors that only PyTorch understands."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.table: table.Table | None = None
+        self.groups: list[tuple[int, Sequence[int]]] = []
+        self.rows: dict[int, rows.Rows] = {}
+        self.others: dict[int, Update] = {}
+        self.wrapped: dict[int, Wrapped] = {}
+        rest: Sequence[int] = range(len(batch.weights))
+        if not all(map(is_row_sparse, batch.grads)):
+            found = table.table(batch.weights, batch.grads, batch.histories, batch.masters, batch.rule.row_wise)
+            self.table, codes = found, found.codes
+            if found.common >= 0:
+                self.groups, rest = [(found.common, rest)], ()
+            else:
+                kinds = np.unique(codes[codes >= 0]).tolist()
+                self.groups = [(code, np.flatnonzero(codes == code).tolist()) for code in kinds]
+                rest = np.flatnonzero(codes < 0).tolist()
+        for i in rest:
+            self._look_at(i)
+
+    def _look_at(self, i: int) -> None:
+        """Look at an update that the table has no row for."""
+        weight, grad, history, master = self.batch.arrays(i)
+        rule = self.batch.rule
+        plain = rows.rows(weight, grad, history, master, row_wise=rule.row_wise) if is_row_sparse(grad) else None
+        if plain is not None:
+            self.rows[i] = plain
+            return
+        found = look_at(i, weight, grad, history, master, rule)
+        if isinstance(found, Update):
+            self.others[i] = found
+        else:
+            self.wrapped[i] = found
+
+    def all_on_cuda(self) -> bool:
+        """Whether the CUDA kernels update every weight."""
+        on_cuda = all(table.formats(code)[0] > 0 for code, _ in self.groups)
+        on_cuda = on_cuda and all(found.place > 0 for found in self.rows.values())
+        return on_cuda and not self.wrapped and all(map(_is_on_cuda, self.others.values()))
+
+    def add_jobs(
+        self,
+        jobs: list[Job],
+        launches: dict[tuple[Any, Rule], _CudaLaunch],
+        scale: float,
+        threads: int | None,
+    ) -> None:
+        """Add what updates the batch; row ids on the CPU are checked here."""
+        batch, rule = self.batch, self.batch.rule
+        scaled = rule if scale == 1 else replace(rule, rescale_grad=rule.rescale_grad / scale)
+
+        def on_cuda(i: int, weight: Any, grad: Any, indices: Any, history: Any, master: Any) -> None:
+            key = weight.device, rule
+            launch = launches.setdefault(key, _CudaLaunch(*key, [], []))
+            launch.add(weight, grad, indices, history, master, *batch.rates(i))
+
+        for code, which in self.groups:
+            place, formats = table.formats(code)
+            if place == 0:
+                jobs.append(self._launch(which, formats, scaled, threads))
+                continue
+            for i in which:
+                weight, grad, history, master = batch.arrays(i)
+                on_cuda(i, weight, grad, None, history, master)
+        for i, found in self.rows.items():
+            weight, _, history, master = batch.arrays(i)
+            if found.place:
+                on_cuda(i, weight, found.values, found.indices.reshape(-1), history, master)
+            else:
+                _add(jobs, found.plan(f"[{i}]", *batch.rates(i), scaled, threads))
+        dense: dict[table.Formats, list[int]] = {}
+        for i, u in self.others.items():
+            if _is_on_cuda(u):
+                master = None if u.master is None else u.master.array
+                indices = None if u.indices is None else u.indices.contiguous()
+                on_cuda(i, u.weight.array, u.grad.array, indices, u.history.array, master)
+            elif u.weight.device != "cpu":
+                jobs.append(by_expression(f"[{i}]", u, *batch.rates(i), scaled))
+            elif u.indices is None and ordinary.is_plain(u):
+                dense.setdefault(ordinary.formats(u), []).append(i)
+            else:
+                _add(jobs, ordinary.other(f"[{i}]", u, *batch.rates(i), scaled, threads))
+        for which in dense.values():
+            updates = [self.others[i] for i in which]
+            jobs.append(ordinary.plain(updates, *batch.some_rates(which), scaled, threads))
+        for i, given in self.wrapped.items():
+            jobs.append(by_expression(f"[{i}]", given, *batch.rates(i), scaled))
+
+    def _launch(self, which: Sequence[int], formats: table.Formats, rule: Rule, threads: int | None) -> Job:
+        found: Any = self.table
+        addresses, total = found.rows, found.total
+        if len(which) < len(addresses):
+            addresses, total = found.part(list(which))
+        rates = hyper(*self.batch.some_rates(which), rule)
+        return functools.partial(
+            cpu_dense.launch, addresses, total, rates, rule.scalars, formats, rule.row_wise, threads
+        )
+
+
+def _add(jobs: list[Job], job: Callable[[], None] | None) -> None:
+    if job is not None:
+        jobs.append(job)
+
+
+def _is_on_cuda(u: Update) -> bool:
+    """Whether the CUDA kernels take it: all of it contiguous."""
+    operands = (u.weight, u.grad, u.history, u.master)
+    return u.weight.device.startswith("cuda") and all(o is None or o.array.is_contiguous() for o in operands)
+
+
+def _refuse_shared(calls: list[_Call]) -> None:
+    """ValueError where what a call writes to shares a byte with anything else in it."""
+    if not calls or are_disjoint(*_spans(calls)):
+        return
+    # Their bounds are not: perhaps their bytes are, and if not, the message tells which.
+    found: list[Update] = []
+    for call in calls:
+        for i in range(len(call.batch.weights)):
+            update = call.others.get(i) or look_at(i, *call.batch.arrays(i), call.batch.rule)
+            found += [update] if isinstance(update, Update) else []
+    refuse_shared(found)
+
+
+def _spans(calls: list[_Call]) -> tuple[np.ndarray, int]:
+    """Where all memory of the calls begins and ends, (2, n), and how many of these spans, the first, are written to."""
+    pieces: list[tuple[np.ndarray, int]] = []
+    for call in calls:
+        if call.table is not None:
+            pieces.append((call.table.spans, call.table.written))
+        pieces += [(found.spans, 3) for found in call.rows.values()]
+        for u in call.others.values():
+            operands = operands_of(u)
+            written, read = ([bounds(o.memory) for o in some if o.memory is not None] for some in operands)
+            pieces.append((np.array([*written, *read], np.int64).reshape(-1, 2).T, len(written)))
+    if len(pieces) == 1:
+        return pieces[0]
+    parts = [spans[:, :count] for spans, count in pieces] + [spans[:, count:] for spans, count in pieces]
+    return np.concatenate([np.empty((2, 0), np.int64), *parts], axis=1), sum(count for _, count in pieces)

@@ -1,0 +1,48 @@
+"""Updates by the array expressions of :mod:`adagrad.rule`: on any device, any class of tensor, and without Numba."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from adagrad import rule as expression
+from adagrad.kernels.batch import Batch, Job, Prepared
+from adagrad.kernels.checked import Update, Wrapped, host_indices, look_at, refuse_row, refuse_shared
+from adagrad.row_sparse import RowSparse
+from adagrad.rule import Rule
+
+
+def prepare(batch: Batch) -> Prepared:
+    """Check a batch of updates, row ids on the CPU included.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        Naming the argument, its value and the rule it broke.
+    """
+    found = [look_at(i, *batch.arrays(i), batch.rule) for i in range(len(batch.weights))]
+    refuse_shared([each for each in found if isinstance(each, Update)])
+    return Prepared([by_expression(f"[{i}]", each, *batch.rates(i), batch.rule) for i, each in enumerate(found)])
+
+
+def by_expression(at: str, update: Update | Wrapped, lr: Any, wd: float, rule: Rule) -> Job:
+    """What carries out an update; IndexError for a row id out of range on the CPU."""
+    if isinstance(update, Wrapped):
+        weight, grad, history, master = update
+        indices, values = (grad.indices, grad.values) if isinstance(grad, RowSparse) else (None, grad)
+    else:
+        weight, values, history = update.weight.array, update.grad.array, update.history.array
+        master, indices = None if update.master is None else update.master.array, update.indices
+        if indices is not None and update.weight.device == "cpu":
+            _check_rows(at, host_indices(indices), len(weight))
+    if indices is None:
+        return functools.partial(expression.step, weight, values, history, master, lr, wd, rule)
+    return functools.partial(expression.step_rows, weight, indices, values, history, master, lr, wd, rule)
+
+
+def _check_rows(at: str, indices: np.ndarray, rows: int) -> None:
+    if len(indices) and (indices.min() < 0 or indices.max() >= rows):
+        position = int(np.flatnonzero((indices < 0) | (indices >= rows))[0])
+        refuse_row(at, position, int(indices[position]), rows)

@@ -1,0 +1,191 @@
+"""How compiled code looks at the arrays of a call: NumPy's and torch's, without Python.
+
+Asking 300 arrays for dtype, shape, flags and address through Python costs several times what updating them costs. What
+compiled code must know to ask by itself is a *layout*: where the objects keep these things. It is found at first use by
+comparison with public attributes, see :mod:`adagrad.kernels.ndarray_layout` and :mod:`adagrad.kernels.tensor_layout`.
+Where an interpreter or a library is laid out otherwise, there is no layout, and the ordinary way is taken, which is
+slower and no less exact.
+
+Only exact types pass, native, aligned and on the CPU or a CUDA device; all else, and every error, is left to the
+ordinary way.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from adagrad.kernels.formats import load, pointer
+from adagrad.kernels.numba_jit import jit
+
+FORMATS = ("float16", "bfloat16", "float32", "float64", "int32", "int64")
+FLOAT32, FLOAT64, INT32 = 2, 3, 4
+"""Positions in FORMATS; the low-precision ones stand before FLOAT32."""
+
+# The words of a layout. Of NumPy: the array type, the dtypes of FORMATS. Of torch: the addresses of two C functions;
+# where a tensor object keeps its C++ tensor; where that keeps its dispatch keys, its number of dimensions (sizes and
+# strides follow, with room for INLINE of each) and its dtype; the keys of plain memory on the CPU and on CUDA devices
+# (0: there are none); the types of plain tensors; the codes of FORMATS. And None.
+ARRAY, DTYPES = 0, 1
+GET_ADDRESS, GET_INDEX, HOLDER, KEYS_AT, RANK_AT, DTYPE_AT, ON_CPU, ON_CUDA, TENSOR, PARAMETER = range(7, 17)
+CODES, NONE, WORDS = 17, 23, 24
+INLINE = 5
+
+# What `look` finds out: 0 for an array and 1 for a tensor; 0 for the CPU and 1 + index for a CUDA device; the position
+# in FORMATS; the number of dimensions; the addresses of sizes and strides; what a stride of one element is; whether it
+# is C-contiguous; whether it may be written to; the address of the first element; the number of elements.
+KIND, PLACE, FORMAT, RANK, SIZES, STRIDES, UNIT, CONTIGUOUS, WRITEABLE, START, COUNT, SEEN = range(12)
+
+# Byte offsets in PyListObject, PyObject and PyArrayObject on 64-bit CPython with reference counts; NumPy's flags.
+LIST_ITEMS, TYPE = 24, 8
+DATA, NDIM, DIMENSIONS, STEPS, DESCR, FLAGS = 16, 24, 32, 40, 56, 64
+FLAG_CONTIGUOUS, FLAG_ALIGNED, FLAG_WRITEABLE = 0x1, 0x100, 0x400
+
+_words, _ints = np.empty(0, np.int64), np.empty(0, np.int32)
+
+
+@jit(helper=True)
+def word(address: Any, offset: int) -> Any:
+    """The 64-bit integer at ``address + offset``."""
+    return np.int64(load(pointer(address + offset, _words, "grad"), 0))
+
+
+@jit(helper=True)
+def _int(address: Any, offset: int) -> Any:
+    return np.int64(load(pointer(address + offset, _ints, "grad"), 0))
+
+
+@jit(helper=True)
+def item(list_id: int, i: int) -> Any:
+    """The address of the ``i``-th object of the list at an address."""
+    return word(word(list_id, LIST_ITEMS), 8 * i)
+
+
+@jit(helper=True)
+def item_size(position: int) -> int:
+    """Bytes of an element of the format at a position in FORMATS."""
+    return 2 if position < FLOAT32 else 4 if position in (FLOAT32, INT32) else 8
+
+
+def _call_code(typing: Any, function: Any, tensor: Any, out: Any) -> Any:
+    """Call the C function at an address, ``int function(tensor, void *out)``; 0 says that it worked."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        long = ir.IntType(64)
+        kind = ir.FunctionType(ir.IntType(32), [long, long])
+        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1], args[2]])
+
+    return types.int32(types.int64, types.int64, types.int64), generate
+
+
+_call: Any = intrinsic(_call_code)
+
+
+@jit(helper=True)
+def _ask(function: int, tensor: int, out: Any) -> Any:
+    out[0] = 0
+    return out[0] if _call(function, tensor, out.ctypes.data) == 0 else -1
+
+
+@jit(helper=True)
+def _look_at_array(array: int, how: Any, seen: Any) -> bool:
+    flags, dtype = _int(array, FLAGS), word(array, DESCR)
+    seen[KIND], seen[PLACE], seen[FORMAT] = 0, 0, -1
+    for i in range(len(FORMATS)):
+        if how[DTYPES + i] == dtype:
+            seen[FORMAT] = i
+    if seen[FORMAT] < 0 or not flags & FLAG_ALIGNED:
+        return False
+    rank, sizes, count = _int(array, NDIM), word(array, DIMENSIONS), 1
+    for d in range(rank):
+        count *= word(sizes, 8 * d)
+    seen[RANK], seen[SIZES], seen[STRIDES], seen[COUNT] = rank, sizes, word(array, STEPS), count
+    seen[UNIT], seen[START] = item_size(seen[FORMAT]), word(array, DATA)
+    seen[CONTIGUOUS], seen[WRITEABLE] = flags & FLAG_CONTIGUOUS != 0, flags & FLAG_WRITEABLE != 0
+    return True
+
+
+@jit(helper=True)
+def _look_at_tensor(tensor: int, how: Any, out: Any, seen: Any) -> bool:
+    tensor += how[HOLDER]
+    body = word(tensor, 0)
+    # Most is told by one word: the keys tell plain memory on a device from sparse layouts, wrappers, negated views and
+    # all else.
+    keys = word(body, how[KEYS_AT])
+    if keys == how[ON_CPU]:
+        seen[PLACE] = 0
+    elif keys == how[ON_CUDA]:
+        seen[PLACE] = 1 + (_ask(how[GET_INDEX], tensor, out) & 0xFFFF)
+    else:
+        return False
+    dtype = word(body, how[DTYPE_AT]) & 0xFFFF
+    seen[KIND], seen[UNIT], seen[WRITEABLE], seen[FORMAT] = 1, 1, 1, -1
+    for i in range(len(FORMATS)):
+        if how[CODES + i] == dtype:
+            seen[FORMAT] = i
+    rank = word(body, how[RANK_AT])
+    if seen[FORMAT] < 0 or rank > INLINE:
+        return False
+    sizes = body + how[RANK_AT] + 8
+    strides = sizes + 8 * INLINE
+    count, contiguous = 1, True
+    for d in range(rank - 1, -1, -1):
+        size = word(sizes, 8 * d)
+        contiguous &= size == 1 or word(strides, 8 * d) == count
+        count *= size
+    seen[RANK], seen[SIZES], seen[STRIDES], seen[COUNT] = rank, sizes, strides, count
+    # The address is asked for by the C function that PyTorch exports for compiled models, because asking may have
+    # effects: it unshares memory that is copied on write.
+    seen[CONTIGUOUS], seen[START] = contiguous or count == 0, _ask(how[GET_ADDRESS], tensor, out)
+    return count == 0 or (seen[START] > 0 and seen[START] % item_size(seen[FORMAT]) == 0)
+
+
+@jit(holds_gil=True)
+def look(thing: int, how: Any, out: Any, seen: Any) -> bool:
+    """Fill ``seen``; False for anything but plain memory of a known format on the CPU or a CUDA device.
+
+    ``thing`` is the address of a Python object, ``how`` a layout, ``out`` room for one word.
+    """
+    kind = word(thing, TYPE)
+    if kind == how[ARRAY]:
+        return _look_at_array(thing, how, seen)
+    if kind == how[TENSOR] or kind == how[PARAMETER]:
+        return _look_at_tensor(thing, how, out, seen)
+    return False
+
+
+def look_once(thing: object, how: np.ndarray) -> np.ndarray | None:
+    """What :func:`look` finds out of ``thing``, if it is plain."""
+    seen = np.zeros(SEEN, np.int64)
+    return seen if look(id(thing), how, np.empty(1, np.int64), seen) else None
+
+
+# ------------------------------------------------------------------------------------------------ finding the layout
+
+
+def layout() -> np.ndarray | None:
+    """What :func:`look` must know of the libraries at hand, or None where it cannot be found."""
+    modules = sys.modules
+    torch = modules.get("torch")
+    # Before CUDA is initialized there is no CUDA tensor, and asking for its keys would initialize it. A module that is
+    # being imported has no cuda yet.
+    with_cuda = torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized()
+    return _layout(torch is not None, with_cuda, "ml_dtypes" in modules)
+
+
+@functools.cache
+def _layout(with_torch: bool, with_cuda: bool, with_bfloat16: bool) -> np.ndarray | None:
+    from adagrad.kernels import ndarray_layout
+
+    how = ndarray_layout.find()
+    if how is not None and with_torch:
+        from adagrad.kernels import tensor_layout
+
+        tensor_layout.add_to(how, with_cuda=with_cuda)
+    return how

@@ -1,0 +1,116 @@
+"""Updates that compiled code has not found plain, one by one: any strides, byte order, alignment and array class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from adagrad.arrays import Operand, row_length
+from adagrad.kernels import cpu_dense, cpu_rows, strided
+from adagrad.kernels.batch import Job
+from adagrad.kernels.checked import Update, host_indices
+from adagrad.kernels.cpu_rule import hyper
+from adagrad.kernels.expressions import by_expression
+from adagrad.kernels.row_groups import (
+    ARE_LONG,
+    BASE,
+    ENTRIES,
+    FACTS,
+    HEIGHT,
+    IDS,
+    LENGTH,
+    MOST,
+    ROWS,
+    STRIDE,
+    checked_rows,
+)
+from adagrad.kernels.table import Formats
+from adagrad.rule import Rule
+
+
+def formats(u: Update) -> Formats:
+    return u.weight.format, u.grad.format, u.history.format, None if u.master is None else u.master.format
+
+
+def is_plain(u: Update) -> bool:
+    """Whether a dense update can be a row of an address table."""
+    return all(o is None or o.is_plain for o in (u.weight, u.grad, u.history, u.master))
+
+
+def plain(
+    updates: Sequence[Update], lrs: Sequence[float], wds: Sequence[float], rule: Rule, threads: int | None
+) -> Job:
+    """What carries out dense updates of the same formats, in one launch."""
+    table = np.array([cpu_dense.table_row(_memories(u), rule) for u in updates])
+    total = sum(math.prod(u.weight.shape) for u in updates)
+
+    def run(keep: Any = tuple(updates)) -> None:
+        rates = hyper(lrs, wds, rule)
+        cpu_dense.launch(table, total, rates, rule.scalars, formats(updates[0]), rule.row_wise, threads)
+
+    return run
+
+
+def other(at: str, u: Update, lr: Any, wd: float, rule: Rule, threads: int | None) -> Job | None:
+    """What carries out an update on the CPU, if there is anything to do; IndexError for a row id out of range."""
+    if u.indices is not None:
+        return _rows(at, u, lr, wd, rule, threads)
+    if not math.prod(u.weight.shape):
+        return None
+    return lambda: strided.update(_memories(u), formats(u), hyper([lr], [wd], rule), rule, threads)
+
+
+def _checked_rows(at: str, u: Update) -> tuple[np.ndarray, np.ndarray]:
+    """The facts of a row-sparse update, which lack where its operands are, and the checked row ids."""
+    indices = host_indices(u.indices)
+    indices = np.require(np.ascontiguousarray(indices, indices.dtype.newbyteorder("=")), requirements="A")
+    facts = np.zeros(FACTS, np.int64)
+    facts[ENTRIES], facts[LENGTH], facts[HEIGHT] = len(indices), row_length(u.weight.shape), u.weight.shape[0]
+    facts[ARE_LONG], facts[BASE + IDS] = indices.itemsize == 8, indices.ctypes.data
+    return facts, checked_rows(at, facts)
+
+
+def _rows(at: str, u: Update, lr: float, wd: float, rule: Rule, threads: int | None) -> Job | None:
+    facts, ids = _checked_rows(at, u)
+    if not len(ids) or not facts[LENGTH]:
+        return None
+    if len(ids) > MOST:
+        return by_expression(at, u, lr, wd, rule)
+
+    def run() -> None:
+        weight, values, history, master = _memories(u)
+        memories, rows, present = [weight, history, master, values], ids, None
+        if not all(m is None or _rows_are_plain(m) for m in memories):
+            # The rows present, gathered into buffers: row r of a buffer is the r-th of them.
+            present, inverse = np.unique(ids, return_inverse=True)
+            rows = inverse.astype(ids.dtype, copy=False)
+            memories = [m if m is None else m[present] for m in memories[:3]] + [values]
+            memories = [m if m is None else np.ascontiguousarray(m, m.dtype.newbyteorder("=")) for m in memories]
+            memories = [m if m is None else np.require(m, requirements=["C", "A"]) for m in memories]
+            facts[ROWS] = rows.ctypes.data
+        for k, m in enumerate(memories):
+            facts[BASE + k], facts[STRIDE + k] = (0, 0) if m is None else (m.ctypes.data, m.strides[0])
+        rates = hyper([lr], [wd], rule)
+        cpu_rows.launch(facts, rows, formats(u), rule.row_wise, rates, rule.scalars, threads)
+        if present is not None:
+            for memory, buffer in zip((weight, history, master), memories, strict=False):
+                if memory is not None:
+                    memory[present] = buffer
+
+    return run
+
+
+def _memories(u: Update) -> list[np.ndarray | None]:
+    return [_memory(o) for o in (u.weight, u.grad, u.history, u.master)]
+
+
+def _memory(o: Operand | None) -> np.ndarray | None:
+    return None if o is None else o.memory
+
+
+def _rows_are_plain(memory: np.ndarray) -> bool:
+    """Whether each row is contiguous, aligned and native; the rows may lie any distance apart."""
+    return bool(memory.dtype.isnative) and memory.flags.aligned and memory[:1].flags.c_contiguous

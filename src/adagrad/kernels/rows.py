@@ -1,0 +1,144 @@
+"""Row-sparse updates of plain arrays on the CPU, looked at and checked by compiled code.
+
+For few lookups the checks in Python cost more than the update; this is their short cut. Whatever is not plain, and
+every error but a row id outside the weight, is left to the ordinary way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adagrad.kernels import cpu_rows
+from adagrad.kernels.cpu_rule import hyper
+from adagrad.kernels.layout import (
+    CONTIGUOUS,
+    COUNT,
+    FORMAT,
+    INT32,
+    KIND,
+    NONE,
+    PLACE,
+    RANK,
+    SEEN,
+    SIZES,
+    START,
+    STRIDES,
+    UNIT,
+    item_size,
+    layout,
+    look,
+    word,
+)
+from adagrad.kernels.numba_jit import jit
+from adagrad.kernels.row_groups import (
+    ARE_LONG,
+    BASE,
+    ENDS,
+    ENTRIES,
+    FACTS,
+    HEIGHT,
+    HISTORY,
+    IDS,
+    LENGTH,
+    MASTER,
+    MOST,
+    STRIDE,
+    VALUES,
+    WEIGHT,
+    checked_rows,
+)
+from adagrad.kernels.table import Formats, code_of, formats
+from adagrad.row_sparse import RowSparse
+from adagrad.rule import Rule
+
+
+@jit(holds_gil=True)
+def _look_at(weight: int, values: int, indices: int, history: int, master: int, how: Any, row_wise: bool, facts: Any
+             ) -> Any:  # fmt: skip
+    """The code of an update (-1 where it is not plain); fills its ``facts``."""
+    out, seen, ids = np.empty(1, np.int64), np.zeros((4, SEEN), np.int64), np.zeros(SEEN, np.int64)
+    has_master = master != how[NONE]
+    if not (look(weight, how, out, seen[WEIGHT]) and look(history, how, out, seen[HISTORY])):
+        return -1
+    if not (look(values, how, out, seen[VALUES]) and look(indices, how, out, ids)):
+        return -1
+    if has_master and not look(master, how, out, seen[MASTER]):
+        return -1
+    w, v = seen[WEIGHT], seen[VALUES]
+    # Ids stand in one dimension, or as those of a sparse tensor in the last of two.
+    last = ids[RANK] - 1
+    if ids[KIND] != w[KIND] or ids[PLACE] != w[PLACE] or ids[FORMAT] < INT32 or last < 0 or last > 1:
+        return -1
+    entries = word(ids[SIZES], 8 * last)
+    if entries > MOST or ids[COUNT] != entries or (entries > 1 and word(ids[STRIDES], 8 * last) != ids[UNIT]):
+        return -1
+    if w[RANK] == 0 or v[RANK] != w[RANK] or word(v[SIZES], 0) != entries:
+        return -1
+    length = 1
+    for d in range(1, w[RANK]):
+        length *= word(w[SIZES], 8 * d)
+        if word(v[SIZES], 8 * d) != word(w[SIZES], 8 * d):
+            return -1
+    for k in range(4):
+        if (k != MASTER or has_master) and not seen[k, CONTIGUOUS]:
+            return -1
+    facts[ENTRIES], facts[HEIGHT] = entries, word(w[SIZES], 0)
+    facts[LENGTH], facts[ARE_LONG] = length, ids[FORMAT] > INT32
+    facts[BASE + IDS], facts[ENDS + IDS] = ids[START], ids[START] + entries * item_size(ids[FORMAT])
+    for k in range(4):
+        size = item_size(seen[k, FORMAT])
+        facts[BASE + k], facts[ENDS + k] = seen[k, START], seen[k, START] + seen[k, COUNT] * size
+        facts[STRIDE + k] = size * (1 if row_wise and k == HISTORY else length)
+    if not has_master:
+        facts[BASE + MASTER], facts[ENDS + MASTER], facts[STRIDE + MASTER] = 0, 0, 0
+    return code_of(w, v, seen[HISTORY], seen[MASTER], has_master, row_wise, True)
+
+
+class Rows(NamedTuple):
+    """A row-sparse update, checked but for its row ids."""
+
+    values: Any
+    indices: Any
+    """int32 or int64, in one dimension, or as those of a sparse tensor in the last of two."""
+    place: int
+    """0 for the CPU, 1 + index of a CUDA device."""
+    formats: Formats
+    facts: np.ndarray
+
+    @property
+    def spans(self) -> np.ndarray:
+        """Where the memory of weight, history, master copy, values and row ids begins and ends."""
+        return self.facts[BASE:STRIDE].reshape(2, -1)
+
+    def plan(self, at: str, lr: float, wd: float, rule: Rule, threads: int | None) -> Callable[[], None] | None:
+        """What carries it out on the CPU, if there is anything to do; IndexError for a row id outside the weight."""
+        ids = checked_rows(at, self.facts)
+        if not len(ids) or not self.facts[LENGTH]:
+            return None
+        given = self.facts, ids, self.formats, rule.row_wise, hyper([lr], [wd], rule), rule.scalars, threads
+        # It holds the arrays, whose addresses are used.
+        return functools.partial(_launch, (self.values, self.indices), *given)
+
+
+def _launch(used: Any, *given: Any) -> None:
+    cpu_rows.launch(*given)
+
+
+def rows(weight: Any, grad: Any, history: Any, master: Any, *, row_wise: bool) -> Rows | None:
+    """An update with a RowSparse or a sparse COO tensor as the kernels want it, or None for the ordinary way."""
+    how = layout()
+    if how is None or grad.shape != getattr(weight, "shape", None):
+        return None
+    if isinstance(grad, RowSparse):
+        indices, values = grad.indices, grad.values
+    elif grad.sparse_dim() == 1:
+        indices, values = grad._indices(), grad._values()
+    else:
+        return None
+    facts = np.empty(FACTS, np.int64)
+    code = _look_at(id(weight), id(values), id(indices), id(history), id(master), how, row_wise, facts)
+    return None if code < 0 else Rows(values, indices, *formats(code), facts)

@@ -1,0 +1,68 @@
+"""Whether the memory of a call is disjoint where it is written to, found by sorting the spans of its arrays."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from adagrad.kernels.numba_jit import jit
+
+
+@jit(helper=True)
+def _sort(starts: Any, order: Any) -> None:
+    """Shell's sort of the positions by ``starts``: quick to compile, and needed when the order is new alone."""
+    n = len(starts)
+    for i in range(n):
+        order[i] = i
+    gap = n // 2
+    while gap > 0:
+        for i in range(gap, n):
+            moved, j = order[i], i
+            while j >= gap and starts[order[j - gap]] > starts[moved]:
+                order[j] = order[j - gap]
+                j -= gap
+            order[j] = moved
+        gap = gap * 5 // 11 if gap > 2 else gap - 1
+
+
+@jit()
+def disjoint(starts: Any, ends: Any, written: int, order: Any) -> bool:
+    """See :func:`are_disjoint`. Empty spans share nothing.
+
+    ``order`` is a guess at the order of the spans, the one found last time. Where the starts strictly increase along
+    it, it is their order, whatever anyone has done to it; else they are sorted and the guess is made better.
+    """
+    n = len(starts)
+    guess, before = np.empty(n, np.int64), np.int64(-1)
+    for k in range(n):
+        i = order[k]
+        if i < 0 or i >= n or starts[i] <= before:
+            _sort(starts, guess)
+            for j in range(n):
+                order[j] = guess[j]
+            break
+        guess[k] = i
+        before = starts[i]
+    end_of_written, end_of_any = np.int64(-1), np.int64(-1)
+    for k in range(n):
+        i = guess[k]
+        if starts[i] == ends[i]:
+            continue
+        if starts[i] < (end_of_any if i < written else end_of_written):
+            return False
+        end_of_any = max(end_of_any, ends[i])
+        if i < written:
+            end_of_written = max(end_of_written, ends[i])
+    return True
+
+
+def are_disjoint(spans: np.ndarray, written: int) -> bool:
+    """Whether the first ``written`` spans, of starts and ends, share no byte with any other span."""
+    return bool(disjoint(spans[0], spans[1], written, _order(spans.shape[1])))
+
+
+@functools.lru_cache(maxsize=64)
+def _order(spans: int) -> np.ndarray:
+    return np.arange(spans)
