@@ -12,7 +12,7 @@ import pytest
 
 import oracle
 from adagrad import AdaGrad, GroupAdaGrad
-from adagrad.kernels import formats, strided
+from adagrad.kernels import call, formats, strided
 from adagrad.kernels import layout as layouts
 from support import (
     BFLOAT16,
@@ -30,6 +30,7 @@ from support import (
     layouts_of,
     normal,
     operands,
+    rule_of,
     special,
 )
 
@@ -219,6 +220,35 @@ def test_subclasses_of_arrays(tmp_path: Path) -> None:
         apply([given], [HYPERS["all"]])
         assert_same(given, want)
         assert type(given.weight) is type(weight)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("row_wise", [False, True], ids=["each", "row-wise"])
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_plain_lists_take_the_quick_way(kind: Kind, row_wise: bool, count: int) -> None:
+    """If this fails after an upgrade of NumPy, steps over many small arrays are slow, not wrong."""
+    rng = np.random.default_rng(22)
+    given = [operands(rng, kind, (3, 7), row_wise=row_wise) for _ in range(count)]
+    if not row_wise:
+        for o in given[::2]:
+            o.weight, o.grad, o.history = (lay_out(a, "fortran") for a in (o.weight, o.grad, o.history))
+            o.master = None if o.master is None else lay_out(o.master, "fortran")
+    hyper = replace(HYPERS["all"], row_wise=row_wise)
+    want = [expected(o, hyper) for o in given]
+
+    def update() -> bool:
+        lists = [[getattr(o, name) for o in given] for name in ("weight", "grad", "history")]
+        masters = [o.master for o in given] if kind.master else []
+        return call.update_plain(*lists, masters, [hyper.lr], [hyper.wd], rule_of(hyper), None)
+
+    assert update()
+    for i, (o, w) in enumerate(zip(given, want, strict=True)):
+        assert_same(o, w, f"weight {i}")
+    before = [o.copy() for o in given]
+    given[-1].grad = given[-1].grad[::-1]  # of another order than its weight: all are left as they were
+    assert not update()
+    for o, w in zip(given, before, strict=True):
+        assert_same(o, w)
 
 
 def test_without_the_quick_way_to_addresses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     formats = table.formats
     for module in (table, rows):
         monkeypatch.setattr(module, "formats", lambda code: (1, formats(code)[1]))
-    monkeypatch.setattr(call, "update_short", lambda *lists: False)
+    monkeypatch.setattr(call, "update_plain", lambda *lists: False)
     with np.errstate(all="ignore"):
         yield calls
 

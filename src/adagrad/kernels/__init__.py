@@ -52,7 +52,7 @@ def update(
     TypeError, ValueError, IndexError
         Naming the argument, its value and the rule it broke; then nothing has changed.
     """
-    if not (fused and _call().update_short(weights, grads, states, [], lrs, wds, rule)):
+    if not (fused and _call().update_plain(weights, grads, states, [], lrs, wds, rule, threads)):
         prepare(weights, grads, states, lrs, wds, rule, fused=fused, threads=threads).run()
 
 

@@ -22,16 +22,13 @@ from adagrad.kernels.expressions import by_expression
 from adagrad.kernels.spans import are_disjoint
 from adagrad.rule import Rule
 
-SHORT = 32
-"""Weights in a list that is tried at once, before anyone knows what it holds."""
 
-
-def update_short(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], lrs: Any, wds: Any,
-                 rule: Rule) -> bool:  # fmt: skip
-    """Check and update a short list by one call of compiled code; False if it is left, as it was, to :func:`update`."""
-    if not 0 < len(weights) <= SHORT or is_row_sparse(grads[0]):
+def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], lrs: Any, wds: Any,
+                 rule: Rule, threads: int | None) -> bool:  # fmt: skip
+    """Check and update a list, if all of it is plain, dense and on the CPU; False if it is left to :func:`prepare`."""
+    if not weights or is_row_sparse(grads[0]):
         return False
-    return table.update_short(weights, grads, histories, masters, hyper(lrs, wds, rule), rule)
+    return table.update_plain(weights, grads, histories, masters, hyper(lrs, wds, rule), rule, threads)
 
 
 def update(
@@ -61,7 +58,7 @@ def update(
     """
     if len(batches) == 1 and found_inf is None and grad_scale is None:
         b = batches[0]
-        if update_short(b.weights, b.grads, b.histories, b.masters, b.lrs, b.wds, b.rule):
+        if update_plain(b.weights, b.grads, b.histories, b.masters, b.lrs, b.wds, b.rule, threads):
             return
     prepare(batches, threads=threads, grad_scale=grad_scale, found_inf=found_inf).run()
 

@@ -24,6 +24,7 @@ from adagrad.kernels.row_groups import (
     ENDS,
     ENTRIES,
     FACTS,
+    GRAD,
     HISTORY,
     LENGTH,
     MASTER,
@@ -31,7 +32,6 @@ from adagrad.kernels.row_groups import (
     ROWS,
     SCALARS,
     STRIDE,
-    VALUES,
     WEIGHT,
     number_rows,
     own_positions,
@@ -143,7 +143,7 @@ def _sum(memory: Any, i: Any, length: int, th: Any) -> Any:
 
 @jit(helper=True)
 def _values(base: Any, stride: Any, position: Any, tv: Any) -> Any:
-    return pointer(base[VALUES] + position * stride[VALUES], tv, "grad")
+    return pointer(base[GRAD] + position * stride[GRAD], tv, "grad")
 
 
 @jit(helper=True)

@@ -93,7 +93,7 @@ def _ask(function: int, tensor: int, out: Any) -> Any:
     return out[0] if _call(function, tensor, out.ctypes.data) == 0 else -1
 
 
-@jit(helper=True)
+@jit()
 def _look_at_array(array: int, how: Any, seen: Any) -> bool:
     flags, dtype = _int(array, FLAGS), word(array, DESCR)
     seen[KIND], seen[PLACE], seen[FORMAT] = 0, 0, -1
@@ -111,7 +111,7 @@ def _look_at_array(array: int, how: Any, seen: Any) -> bool:
     return True
 
 
-@jit(helper=True)
+@jit()
 def _look_at_tensor(tensor: int, how: Any, out: Any, seen: Any) -> bool:
     tensor += how[HOLDER]
     body = word(tensor, 0)

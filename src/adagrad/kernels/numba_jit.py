@@ -12,8 +12,8 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -196,6 +196,27 @@ place: Any = intrinsic(_place_code)
 """The address as a pointer, for ``numba.carray``."""
 
 
+def _release_gil_code(typing: Any) -> Any:
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.ptrtoint(context.get_python_api(builder).save_thread(), ir.IntType(64))
+
+    return numba.types.int64(), generate
+
+
+def _acquire_gil_code(typing: Any, state: Any) -> Any:
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        context.get_python_api(builder).restore_thread(builder.inttoptr(args[0], ir.IntType(8).as_pointer()))
+        return context.get_dummy_value()
+
+    return numba.types.void(numba.types.int64), generate
+
+
+release_gil: Any = intrinsic(_release_gil_code)
+"""Let other Python threads run, where the GIL is held; what is returned goes to ``acquire_gil``."""
+
+acquire_gil: Any = intrinsic(_acquire_gil_code)
+
+
 @jit()
 def in_serial(work: int, arguments: Any) -> None:
     """All of a worker's parts by the calling thread; ``arguments`` is an int64 array."""
@@ -234,20 +255,25 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-@contextmanager
-def workers(wanted: int) -> Iterator[int]:
+class workers:  # noqa: N801: it is used like a function
     """How many workers a launch may have now, at most ``wanted``; the parallel layer is held while it is more than one.
 
     One, where another thread is in a parallel kernel (Numba's workqueue layer ends the process when two enter), or
     in a forked child. The results do not depend on it.
     """
-    if wanted < 2 or _forked or not _lock.acquire(blocking=False):
-        yield 1
-        return
-    try:
-        yield wanted
-    finally:
-        _lock.release()
+
+    __slots__ = ("_count", "_held")
+
+    def __init__(self, wanted: int) -> None:
+        self._held = _lock  # the one of now: after a fork there is another
+        self._count = wanted if wanted > 1 and not _forked and self._held.acquire(blocking=False) else 1
+
+    def __enter__(self) -> int:
+        return self._count
+
+    def __exit__(self, *raised: object) -> None:
+        if self._count > 1:
+            self._held.release()
 
 
 def max_workers() -> int:

@@ -81,13 +81,12 @@ def _rows(at: str, u: Update, lr: float, wd: float, rule: Rule, threads: int | N
         return by_expression(at, u, lr, wd, rule)
 
     def run() -> None:
-        weight, values, history, master = _memories(u)
-        memories, rows, present = [weight, history, master, values], ids, None
+        memories, rows, present = _memories(u), ids, None
         if not all(m is None or _rows_are_plain(m) for m in memories):
             # The rows present, gathered into buffers: row r of a buffer is the r-th of them.
             present, inverse = np.unique(ids, return_inverse=True)
             rows = inverse.astype(ids.dtype, copy=False)
-            memories = [m if m is None else m[present] for m in memories[:3]] + [values]
+            memories = [m if m is None or m is u.grad.memory else m[present] for m in memories]
             memories = [m if m is None else np.ascontiguousarray(m, m.dtype.newbyteorder("=")) for m in memories]
             memories = [m if m is None else np.require(m, requirements=["C", "A"]) for m in memories]
             facts[ROWS] = rows.ctypes.data
@@ -96,8 +95,8 @@ def _rows(at: str, u: Update, lr: float, wd: float, rule: Rule, threads: int | N
         rates = hyper([lr], [wd], rule)
         cpu_rows.launch(facts, rows, formats(u), rule.row_wise, rates, rule.scalars, threads)
         if present is not None:
-            for memory, buffer in zip((weight, history, master), memories, strict=False):
-                if memory is not None:
+            for memory, buffer in zip(_memories(u), memories, strict=True):
+                if memory is not None and memory is not u.grad.memory:
                     memory[present] = buffer
 
     return run

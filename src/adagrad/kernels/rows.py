@@ -40,6 +40,7 @@ from adagrad.kernels.row_groups import (
     ENDS,
     ENTRIES,
     FACTS,
+    GRAD,
     HEIGHT,
     HISTORY,
     IDS,
@@ -47,7 +48,6 @@ from adagrad.kernels.row_groups import (
     MASTER,
     MOST,
     STRIDE,
-    VALUES,
     WEIGHT,
     checked_rows,
 )
@@ -57,18 +57,15 @@ from adagrad.rule import Rule
 
 
 @jit(holds_gil=True)
-def _look_at(weight: int, values: int, indices: int, history: int, master: int, how: Any, row_wise: bool, facts: Any
+def _look_at(weight: int, values: int, history: int, master: int, indices: int, how: Any, row_wise: bool, facts: Any
              ) -> Any:  # fmt: skip
     """The code of an update (-1 where it is not plain); fills its ``facts``."""
-    out, seen, ids = np.empty(1, np.int64), np.zeros((4, SEEN), np.int64), np.zeros(SEEN, np.int64)
-    has_master = master != how[NONE]
-    if not (look(weight, how, out, seen[WEIGHT]) and look(history, how, out, seen[HISTORY])):
-        return -1
-    if not (look(values, how, out, seen[VALUES]) and look(indices, how, out, ids)):
-        return -1
-    if has_master and not look(master, how, out, seen[MASTER]):
-        return -1
-    w, v = seen[WEIGHT], seen[VALUES]
+    out, seen = np.empty(1, np.int64), np.zeros((5, SEEN), np.int64)
+    things, has_master = (weight, values, history, master, indices), master != how[NONE]
+    for k in range(5):
+        if (k != MASTER or has_master) and not look(things[k], how, out, seen[k]):
+            return -1
+    w, v, ids = seen[WEIGHT], seen[GRAD], seen[IDS]
     # Ids stand in one dimension, or as those of a sparse tensor in the last of two.
     last = ids[RANK] - 1
     if ids[KIND] != w[KIND] or ids[PLACE] != w[PLACE] or ids[FORMAT] < INT32 or last < 0 or last > 1:
@@ -83,19 +80,18 @@ def _look_at(weight: int, values: int, indices: int, history: int, master: int, 
         length *= word(w[SIZES], 8 * d)
         if word(v[SIZES], 8 * d) != word(w[SIZES], 8 * d):
             return -1
-    for k in range(4):
-        if (k != MASTER or has_master) and not seen[k, CONTIGUOUS]:
-            return -1
+    facts[:] = 0
     facts[ENTRIES], facts[HEIGHT] = entries, word(w[SIZES], 0)
     facts[LENGTH], facts[ARE_LONG] = length, ids[FORMAT] > INT32
-    facts[BASE + IDS], facts[ENDS + IDS] = ids[START], ids[START] + entries * item_size(ids[FORMAT])
-    for k in range(4):
-        size = item_size(seen[k, FORMAT])
-        facts[BASE + k], facts[ENDS + k] = seen[k, START], seen[k, START] + seen[k, COUNT] * size
-        facts[STRIDE + k] = size * (1 if row_wise and k == HISTORY else length)
-    if not has_master:
-        facts[BASE + MASTER], facts[ENDS + MASTER], facts[STRIDE + MASTER] = 0, 0, 0
-    return code_of(w, v, seen[HISTORY], seen[MASTER], has_master, row_wise, True)
+    for k in range(5):
+        if k != MASTER or has_master:
+            size = item_size(seen[k, FORMAT])
+            facts[BASE + k], facts[ENDS + k] = seen[k, START], seen[k, START] + seen[k, COUNT] * size
+            if k != IDS:
+                facts[STRIDE + k] = size * (1 if row_wise and k == HISTORY else length)
+                if not seen[k, CONTIGUOUS]:
+                    return -1
+    return code_of(seen, has_master, row_wise, True)
 
 
 class Rows(NamedTuple):
@@ -112,7 +108,7 @@ class Rows(NamedTuple):
     @property
     def spans(self) -> np.ndarray:
         """Where the memory of weight, history, master copy, values and row ids begins and ends."""
-        return self.facts[BASE:STRIDE].reshape(2, -1)
+        return self.facts[BASE:STRIDE].reshape(2, -1)[:, [WEIGHT, HISTORY, MASTER, GRAD, IDS]]
 
     def plan(self, at: str, lr: float, wd: float, rule: Rule, threads: int | None) -> Callable[[], None] | None:
         """What carries it out on the CPU, if there is anything to do; IndexError for a row id outside the weight."""
@@ -140,5 +136,5 @@ def rows(weight: Any, grad: Any, history: Any, master: Any, *, row_wise: bool) -
     else:
         return None
     facts = np.empty(FACTS, np.int64)
-    code = _look_at(id(weight), id(values), id(indices), id(history), id(master), how, row_wise, facts)
+    code = _look_at(id(weight), id(values), id(history), id(master), id(indices), how, row_wise, facts)
     return None if code < 0 else Rows(values, indices, *formats(code), facts)

@@ -60,9 +60,10 @@ def disjoint(starts: Any, ends: Any, written: int, order: Any) -> bool:
 
 def are_disjoint(spans: np.ndarray, written: int) -> bool:
     """Whether the first ``written`` spans, of starts and ends, share no byte with any other span."""
-    return bool(disjoint(spans[0], spans[1], written, _order(spans.shape[1])))
+    return bool(disjoint(spans[0], spans[1], written, guess(spans.shape[1])))
 
 
 @functools.lru_cache(maxsize=64)
-def _order(spans: int) -> np.ndarray:
+def guess(spans: int) -> np.ndarray:
+    """A guess at the order of so many spans, which :func:`disjoint` makes better."""
     return np.arange(spans)

@@ -1,4 +1,4 @@
-"""The address table of a list of updates, built and checked by compiled code; short lists are updated there and then.
+"""The address table of a list of updates, built and checked by compiled code; plain lists are updated there and then.
 
 Whatever is not plain, and every error, is left to the ordinary way: a row of the table then has the code -1.
 """
@@ -35,8 +35,8 @@ from adagrad.kernels.layout import (
     look,
     word,
 )
-from adagrad.kernels.numba_jit import call, jit
-from adagrad.kernels.spans import disjoint
+from adagrad.kernels.numba_jit import acquire_gil, call, in_parallel, jit, max_workers, release_gil, workers
+from adagrad.kernels.spans import disjoint, guess
 from adagrad.rule import Rule
 
 Formats: TypeAlias = "tuple[str, str, str, str | None]"
@@ -49,7 +49,7 @@ WITH_MASTER, WIDE_GRAD, PLACES = 4, 8, 16
 # ----------------------------------------------------------------------------------------------------------- one update
 
 
-@jit(helper=True)
+@jit()
 def _same_shape(a: Any, b: Any, row_wise: bool) -> Any:
     """Whether ``b`` has the shape of ``a``, or of its row-wise history."""
     same = a[RANK] == b[RANK]
@@ -58,7 +58,7 @@ def _same_shape(a: Any, b: Any, row_wise: bool) -> Any:
     return same
 
 
-@jit(helper=True)
+@jit()
 def _same_order(a: Any, b: Any) -> Any:
     """Whether the elements of two arrays of one shape lie in the same order."""
     if a[CONTIGUOUS]:
@@ -69,7 +69,7 @@ def _same_order(a: Any, b: Any) -> Any:
     return same
 
 
-@jit(helper=True)
+@jit()
 def _has_no_gaps(a: Any) -> Any:
     """Whether some order of the dimensions makes it contiguous (channels last, Fortran's order, transposed, ...)."""
     if a[CONTIGUOUS]:
@@ -83,38 +83,34 @@ def _has_no_gaps(a: Any) -> Any:
     return reach == a[COUNT]
 
 
-@jit(helper=True)
-def _is_beside(a: Any, w: Any, format: int) -> Any:
-    """Whether ``a`` is of the weight's kind and on its device, and has a format."""
-    return a[KIND] == w[KIND] and a[PLACE] == w[PLACE] and a[FORMAT] == format
+@jit()
+def code_of(seen: Any, has_master: bool, row_wise: bool, of_rows: bool) -> Any:
+    """The code of an update whose arrays fit together, else -1; ``of_rows`` where the gradient has rows in any order.
 
-
-@jit(helper=True)
-def code_of(w: Any, g: Any, h: Any, m: Any, has_master: bool, row_wise: bool, rows: bool) -> Any:
-    """The code of an update whose arrays fit together, else -1; ``rows`` where ``g`` is of some rows, in any order."""
+    ``seen[k]`` is what :func:`adagrad.kernels.layout.look` found out of weight, gradient, history and master copy.
+    """
+    w, g = seen[WEIGHT], seen[GRAD]
     low = w[FORMAT] < FLOAT32
     computing = FLOAT32 if low else w[FORMAT]
-    if w[FORMAT] > FLOAT64 or not (w[WRITEABLE] and h[WRITEABLE]) or not _is_beside(h, w, computing):
+    if w[FORMAT] > FLOAT64 or (has_master and not low) or (w[RANK] == 0 if row_wise else not _has_no_gaps(w)):
         return -1
-    if not (_is_beside(g, w, w[FORMAT]) or _is_beside(g, w, computing)):
-        return -1
-    if not (rows or _same_shape(w, g, False)) or not _same_shape(w, h, row_wise):
-        return -1
-    if row_wise:
-        if w[RANK] == 0 or not (w[CONTIGUOUS] and g[CONTIGUOUS] and h[CONTIGUOUS]):
+    for k in range(4):
+        a = seen[k]
+        if k == MASTER and not has_master:
+            continue
+        if a[KIND] != w[KIND] or a[PLACE] != w[PLACE] or (row_wise and not a[CONTIGUOUS]):
             return -1
-    elif not ((rows or _same_order(w, g)) and _same_order(w, h) and _has_no_gaps(w)):
-        return -1
+        if a[FORMAT] != computing and (a[FORMAT] != w[FORMAT] or k > GRAD):
+            return -1
+        if k != GRAD and not a[WRITEABLE]:
+            return -1
+        if k == GRAD and of_rows:
+            continue
+        if not _same_shape(w, a, row_wise and k == HISTORY) or not (row_wise or _same_order(w, a)):
+            return -1
     code = w[PLACE] * PLACES + w[FORMAT]
-    if g[FORMAT] != w[FORMAT]:
-        code += WIDE_GRAD
-    if has_master:
-        if not (low and m[WRITEABLE] and _is_beside(m, w, FLOAT32)):
-            return -1
-        if not _same_shape(w, m, False) or not _same_order(w, m):
-            return -1
-        code += WITH_MASTER
-    return code
+    code += WITH_MASTER if has_master else 0
+    return code + (WIDE_GRAD if g[FORMAT] != w[FORMAT] else 0)
 
 
 @functools.lru_cache(maxsize=256)
@@ -140,38 +136,32 @@ def fill(weights: int, grads: int, histories: int, masters: int, how: Any, row_w
     histories, master copies if there is such a list, gradients. Returns the code that all rows share (-1 if they do
     not) and the number of elements.
     """
-    starts, ends = spans[0], spans[1]
     n, total = len(table), 0
-    first_grad = len(starts) - n
-    out = np.empty(1, np.int64)
-    w, g, h, m = np.zeros(SEEN, np.int64), np.zeros(SEEN, np.int64), np.zeros(SEEN, np.int64), np.zeros(SEEN, np.int64)
+    columns = spans.shape[1] // n
+    out, seen, things = np.empty(1, np.int64), np.zeros((4, SEEN), np.int64), np.empty(4, np.int64)
     for i in range(n):
-        codes[i] = -1
+        things[WEIGHT], things[GRAD], things[HISTORY] = item(weights, i), item(grads, i), item(histories, i)
+        things[MASTER] = item(masters, i) if masters else how[NONE]
+        has_master, plain = things[MASTER] != how[NONE], True
+        for k in range(4):
+            if plain and (k != MASTER or has_master):
+                plain = look(things[k], how, out, seen[k])
+        codes[i] = code_of(seen, has_master, row_wise, False) if plain else -1
         table[i] = 0
-        for at in range(i, len(starts), n):
-            starts[at], ends[at] = 0, 0
-        master = item(masters, i) if masters else how[NONE]
-        has_master = master != how[NONE]
-        if (
-            look(item(weights, i), how, out, w)
-            and look(item(grads, i), how, out, g)
-            and look(item(histories, i), how, out, h)
-            and (not has_master or look(master, how, out, m))
-        ):
-            codes[i] = code_of(w, g, h, m, has_master, row_wise, False)
+        for at in range(i, n * columns, n):
+            spans[0, at], spans[1, at] = 0, 0
         if codes[i] < 0:
             continue
-        table[i, WEIGHT], table[i, GRAD], table[i, HISTORY] = w[START], g[START], h[START]
-        table[i, SIZE] = w[COUNT]
-        total += w[COUNT]
-        if row_wise and w[COUNT]:
-            table[i, ROW] = w[COUNT] // word(w[SIZES], 0)
-        starts[i], ends[i] = w[START], w[START] + item_size(w[FORMAT]) * w[COUNT]
-        starts[n + i], ends[n + i] = h[START], h[START] + item_size(h[FORMAT]) * h[COUNT]
-        starts[first_grad + i], ends[first_grad + i] = g[START], g[START] + item_size(g[FORMAT]) * g[COUNT]
-        if has_master:
-            table[i, MASTER] = m[START]
-            starts[2 * n + i], ends[2 * n + i] = m[START], m[START] + item_size(m[FORMAT]) * m[COUNT]
+        count = seen[WEIGHT, COUNT]
+        total += count
+        table[i, SIZE] = count
+        if row_wise and count:
+            table[i, ROW] = count // word(seen[WEIGHT, SIZES], 0)
+        for k in range(4):
+            if k != MASTER or has_master:
+                start, size = seen[k, START], seen[k, COUNT] * item_size(seen[k, FORMAT])
+                at = i + n * (columns - 1 if k == GRAD else k // 2 if k < MASTER else 2)
+                table[i, k], spans[0, at], spans[1, at] = start, start, start + size
     same = codes[0]
     for i in range(n):
         same = same if codes[i] == same else -1
@@ -214,41 +204,65 @@ def table(weights: list[Any], grads: list[Any], histories: list[Any], masters: l
     return Table(rows, codes, common, total, spans, (columns - 1) * n)
 
 
-# ---------------------------------------------------------------------------------------------------------- short lists
+# ---------------------------------------------------------------------------------------------------------- all at once
 
-DONE, LEFT = -2, -1
-"""What :func:`update_short` did: all, or nothing. Else it wants the worker for a code."""
+SHORT = 32
+"""Weights in a list that is tried first as if it had few elements; then no thread need be asked for."""
+
+DONE, LARGE, LEFT = -3, -2, -1
+"""What was done of a list: all; nothing, because it is not so small; nothing, because it is not plain, dense or on the
+CPU. Any other number is a code, whose worker is wanted."""
 
 
 @jit(holds_gil=True)
-def _update_short(weights: int, grads: int, histories: int, masters: int, n: int, how: Any, row_wise: bool, hyper: Any,
-                  scalars: Any, workers: Any, small: int) -> Any:  # fmt: skip
-    count = 4 * n if masters else 3 * n
-    table, codes, spans = np.empty((n, COLUMNS), np.int64), np.empty(n, np.int64), np.empty((2, count), np.int64)
+def _update_plain(weights: int, grads: int, histories: int, masters: int, n: int, how: Any, row_wise: bool, hyper: Any,
+                  scalars: Any, workers: Any, order: Any, small: int, is_trial: bool, count: int) -> Any:  # fmt: skip
+    table, codes, spans = np.empty((n, COLUMNS), np.int64), np.empty(n, np.int64), np.empty((2, len(order)), np.int64)
     code, total = fill(weights, grads, histories, masters, how, row_wise, table, codes, spans)
-    if code < 0 or code >= PLACES or total >= small:
+    if code < 0 or code >= PLACES:
         return LEFT
-    if not disjoint(spans[0], spans[1], count - n, np.zeros(count, np.int64)):
+    if is_trial and total >= small:
+        return LARGE
+    if not disjoint(spans[0], spans[1], len(order) - n, order):
         return LEFT
-    if workers[code] == 0:
+    work, block = workers[code], arguments(table, hyper, scalars, total)
+    if work == 0:
         return code
-    call(workers[code], np.int64(arguments(table, hyper, scalars, total).ctypes.data), 0, 1)
+    if is_trial:
+        call(work, np.int64(block.ctypes.data), 0, 1)
+    else:
+        state = release_gil()
+        if count > 1 and total >= small:
+            in_parallel(work, block, count)
+        else:
+            call(work, np.int64(block.ctypes.data), 0, 1)
+        acquire_gil(state)
+    table[:0], block[:0] = 0, 0  # they are used by address above: this keeps them alive until here
     return DONE
 
 
-def update_short(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], hyper: np.ndarray,
-                 rule: Rule) -> bool:  # fmt: skip
-    """Check and update a short list of few elements by one call of compiled code; False if it is left as it was."""
-    how = layout()
-    if how is None:
+def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], hyper: np.ndarray,
+                 rule: Rule, threads: int | None) -> bool:  # fmt: skip
+    """Check and update a list by one call of compiled code; False if it is left as it was."""
+    n, how = len(weights), layout()
+    if how is None or n == 0:
         return False
-    lists = id(weights), id(grads), id(histories), id(masters) if masters else 0, len(weights)
-    known = _workers(rule.row_wise)
+    lists = id(weights), id(grads), id(histories), id(masters) if masters else 0, n
+    known, order, small = _workers(rule.row_wise), guess(4 * n if masters else 3 * n), cpu_dense.SMALL
+    given = *lists, how, rule.row_wise, hyper, rule.scalars, known, order, small
+    is_trial = n <= SHORT
     while True:
-        code = _update_short(*lists, how, rule.row_wise, hyper, rule.scalars, known, cpu_dense.SMALL)
-        if code < 0:
+        if is_trial:
+            code = _update_plain(*given, True, 1)
+        else:
+            with workers(threads or max_workers()) as count:
+                code = _update_plain(*given, False, count)
+        if code >= 0:
+            known[code] = kernel(*formats(code)[1], rule.row_wise)
+        elif code != LARGE:
             return bool(code == DONE)
-        known[code] = kernel(*formats(code)[1], rule.row_wise)
+        else:
+            is_trial = False
 
 
 @functools.cache
