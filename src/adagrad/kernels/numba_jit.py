@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 from llvmlite import ir
-from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile, _CacheLocator
 from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
@@ -54,25 +54,56 @@ class _Locator(_CacheLocator):  # type: ignore[misc]
 class _CacheImpl(CompileResultCacheImpl):  # type: ignore[misc]
     _locator_classes = (_Locator,)
 
+    def rebuild(self, target_context: Any, payload: Any) -> Any:
+        compiled = super().rebuild(target_context, payload)
+        # Numba forgets this of a loaded function. What calls it, and is compiled in this process, would be saved
+        # without knowing that it needs the parallel layer, and the process that loads it would call address 0.
+        compiled.library._reload_init.update(compiled.reload_init)
+        return compiled
+
+
+class _Files(IndexDataCacheFile):  # type: ignore[misc]
+    """A file for each signature of a function, named after it.
+
+    Numba numbers the files and keeps an index, which two processes that save two signatures at once can corrupt: both
+    take the same number, and the index then leads to the code of the other.
+    """
+
+    def __init__(self, folder: str, function: str, stamp: str) -> None:
+        super().__init__(folder, function, stamp)
+        self._function = function
+
+    def _file(self, key: object) -> str:
+        return f"{self._function}.{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.nbc"
+
+    def save(self, key: object, data: object) -> None:
+        self._save_data(self._file(key), data)
+
+    def load(self, key: object) -> Any:
+        return self._load_data(self._file(key))
+
+    def flush(self) -> None:
+        """There is no index to empty."""
+
 
 class _Cache(FunctionCache):  # type: ignore[misc]
     """Numba's disk cache; whatever goes wrong with it (a full disk, a damaged file) costs a compilation, no more."""
 
     _impl_class = _CacheImpl
 
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._cache_file = _Files(self._cache_path, self._impl.filename_base, _source_hash())
+
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(sig, target_context)
-        except Exception:
+        except Exception:  # a missing file is the usual one
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        try:
+        with suppress(Exception):
             super().save_overload(sig, data)
-        except Exception:
-            with suppress(Exception):  # a damaged index is read before it is written: begin a new one
-                self.flush()
-                super().save_overload(sig, data)
 
 
 @functools.cache
