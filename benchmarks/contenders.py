@@ -207,9 +207,7 @@ CONTENDERS: list[Any] = [
 PACKAGES = ("adagrad", "numpy", "numba", "torch", "optax", "jax", "fbgemm-gpu-cpu")
 
 
-def contenders(
-    case: Case, data: Data, threads: int, notes: set[str], names: tuple[str, ...] = ()
-) -> dict[str, Any]:
+def contenders(case: Case, data: Data, threads: int, notes: set[str], names: tuple[str, ...] = ()) -> dict[str, Any]:
     """Those (of ``names``, or of all) that can run the case; who is not installed goes to ``notes``."""
     found = {}
     for make in CONTENDERS:

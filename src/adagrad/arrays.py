@@ -43,9 +43,7 @@ class Operand(NamedTuple):
     def is_plain(self) -> bool:
         """Whether a kernel can address it: C-contiguous, aligned, in the processor's byte order."""
         memory = self.memory
-        return (
-            memory is not None and memory.flags.c_contiguous and memory.flags.aligned and bool(memory.dtype.isnative)
-        )
+        return memory is not None and memory.flags.c_contiguous and memory.flags.aligned and bool(memory.dtype.isnative)
 
 
 def operand(name: str, array: Any) -> Operand:

@@ -224,9 +224,7 @@ SMALL = 32_768
 """Elements below which starting the threads costs more than they save."""
 
 
-def launch(
-    table: Any, total: int, hyper: Any, scalars: Any, formats: Any, row_wise: bool, threads: int | None
-) -> None:
+def launch(table: Any, total: int, hyper: Any, scalars: Any, formats: Any, row_wise: bool, threads: int | None) -> None:
     """Update the weights of ``table``, of ``total`` elements, all of one combination of formats.
 
     ``formats`` are those of weight, gradient, history and master copy (None for none); ``hyper`` has a row for each

@@ -202,8 +202,7 @@ def _pick(positions: Any, to: Any, start: int, stop: int, once: Any, several: An
 
 @functools.cache
 def kernel(is_high: bool, weight: str, values: str, history: str, master: str | None, row_wise: bool) -> int:
-    """The worker for operands of these formats (None: no master copy); row ids have 64 bits for a high weight, else 32.
-    """
+    """The worker for these formats of operands (None: no master copy); ids have 64 bits for a high weight, else 32."""
     tw, tv, th, tm = TOKENS[weight], TOKENS[values], TOKENS[history], None if master is None else TOKENS[master]
     by_row = row_wise or None  # None or True, types that differ: only one of the two is compiled
     dtype = np.int64 if is_high else np.int32

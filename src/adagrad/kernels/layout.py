@@ -21,7 +21,6 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from adagrad.kernels.formats import load, pointer
 from adagrad.kernels.numba_jit import jit
 
 FORMATS = ("float16", "bfloat16", "float32", "float64", "int32", "int64")
@@ -47,18 +46,20 @@ LIST_ITEMS, TYPE = 24, 8
 DATA, NDIM, DIMENSIONS, STEPS, DESCR, FLAGS = 16, 24, 32, 40, 56, 64
 FLAG_CONTIGUOUS, FLAG_ALIGNED, FLAG_WRITEABLE = 0x1, 0x100, 0x400
 
-_words, _ints = np.empty(0, np.int64), np.empty(0, np.int32)
+
+def _read(bits: int) -> Any:
+    def code(typing: Any, address: Any, offset: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            place = builder.inttoptr(builder.add(*args), ir.IntType(bits).as_pointer())
+            return builder.sext(builder.load(place), ir.IntType(64)) if bits < 64 else builder.load(place)
+
+        return types.int64(types.int64, types.int64), generate
+
+    return intrinsic(code)
 
 
-@jit(helper=True)
-def word(address: Any, offset: int) -> Any:
-    """The 64-bit integer at ``address + offset``."""
-    return np.int64(load(pointer(address + offset, _words, "grad"), 0))
-
-
-@jit(helper=True)
-def _int(address: Any, offset: int) -> Any:
-    return np.int64(load(pointer(address + offset, _ints, "grad"), 0))
+word, _int = _read(64), _read(32)
+"""``word(address, offset)``: the 64-bit integer in memory at ``address + offset``; a C ``int`` likewise."""
 
 
 @jit(helper=True)

@@ -286,7 +286,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-class workers:  # noqa: N801: it is used like a function
+class workers:  # in lower case, because it is used like a function
     """How many workers a launch may have now, at most ``wanted``; the parallel layer is held while it is more than one.
 
     One, where another thread is in a parallel kernel (Numba's workqueue layer ends the process when two enter), or
