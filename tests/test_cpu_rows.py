@@ -13,7 +13,7 @@ import torch
 
 import oracle
 from adagrad import RowSparse
-from adagrad.kernels import row_groups
+from adagrad.kernels import call, row_groups
 from adagrad.kernels import rows as quick
 from support import (
     BFLOAT16,
@@ -33,6 +33,7 @@ from support import (
     normal,
     operands,
     positive,
+    rule_of,
     special,
 )
 
@@ -276,6 +277,47 @@ def test_plain_updates_take_the_quick_way(kind: Kind, row_wise: bool) -> None:
         assert quick.rows(o.weight, wrong, o.history, o.master, row_wise=row_wise) is None
         assert quick.rows(o.weight, o.grad, o.history[:5], o.master, row_wise=row_wise) is None
         assert quick.rows(o.weight[:, ::2], o.grad, o.history, o.master, row_wise=row_wise) is None
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("row_wise", [False, True], ids=["each", "row-wise"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_lists_of_row_sparse_gradients_take_the_quick_way(kind: Kind, row_wise: bool, count: int) -> None:
+    """All of a list, or nothing of it."""
+    rng = np.random.default_rng(23)
+    given = [rows(rng, kind, (9, 4), some(rng, 30, 9), row_wise=row_wise) for _ in range(count)]
+    hyper = replace(HYPERS["all"], row_wise=row_wise)
+
+    def update() -> bool:
+        lists = [[getattr(o, name) for o in given] for name in ("weight", "grad", "history")]
+        masters = [o.master for o in given] if kind.master else []
+        return call.update_plain(*lists, masters, [hyper.lr], [hyper.wd], rule_of(hyper), None)
+
+    want = [expected(o, hyper) for o in given]
+    assert update()
+    for i, (o, w) in enumerate(zip(given, want, strict=True)):
+        assert_same(o, w, f"weight {i}")
+
+    before, last = [o.copy() for o in given], given[-1]
+    good = last.grad
+    changes = [RowSparse(good.values, np.full(30, 9), (9, 4))]  # a row id that there is none of
+    if good.values.dtype == last.weight.dtype:
+        changes.append(RowSparse(last.weight[:3], np.arange(3), (9, 4)))  # memory that is written to
+    changes.append(good.values)  # not row-sparse
+    for change in changes:
+        last.grad = change
+        if change is changes[0]:
+            with pytest.raises(IndexError, match=rf"indices of grads\[{count - 1}\]: indices\[0\]=9: "):
+                update()
+        else:
+            assert not update()
+        for o, w in zip(given, before, strict=True):
+            for name in ("weight", "history", "master"):
+                if getattr(w, name) is not None:
+                    np.testing.assert_array_equal(getattr(o, name), getattr(w, name))
+    last.grad = good
+    given.append(last)  # twice in one list
+    assert not update()
 
 
 def test_several_weights_and_dense_ones_in_one_call() -> None:

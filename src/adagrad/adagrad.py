@@ -135,12 +135,12 @@ class AdaGrad(Optimizer):
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
         lrs, wds, counts = self._resolve(indices)
         is_sparse = [kernels.is_row_sparse(grad) for grad in grads]
-        prepared = kernels.prepare(weights, grads, states, lrs, wds, self.rule(), fused=True)
         if all(is_sparse) or getattr(self.step, "__func__", None) is AdaGrad.step:
-            prepared.run()
+            kernels.update(weights, grads, states, lrs, wds, self.rule(), fused=True)
             self._count(counts)
             return
-        # A step of a subclass is to see the dense part; the whole list has been checked, before anything changes.
+        # A step of a subclass is to see the dense part; the whole list is checked before anything changes.
+        kernels.prepare(weights, grads, states, lrs, wds, self.rule(), fused=True)
         dense = [i for i, each in enumerate(is_sparse) if not each]
         sparse = [i for i, each in enumerate(is_sparse) if each]
         self._count(counts)

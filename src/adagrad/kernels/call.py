@@ -19,15 +19,20 @@ from adagrad.kernels.batch import Batch, Job, Prepared
 from adagrad.kernels.checked import Update, Wrapped, is_row_sparse, look_at, operands_of, refuse_shared
 from adagrad.kernels.cpu_rule import hyper
 from adagrad.kernels.expressions import by_expression
-from adagrad.kernels.spans import are_disjoint
+from adagrad.kernels.spans import are_disjoint, together
 from adagrad.rule import Rule
 
 
 def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], lrs: Any, wds: Any,
                  rule: Rule, threads: int | None) -> bool:  # fmt: skip
-    """Check and update a list, if all of it is plain, dense and on the CPU; False if it is left to :func:`prepare`."""
-    if not weights or is_row_sparse(grads[0]):
+    """Check and update a list, if all of it is plain and on the CPU, and all or none of its gradients are row-sparse.
+
+    False if it is left to :func:`prepare`.
+    """
+    if not weights:
         return False
+    if is_row_sparse(grads[0]):
+        return rows.update_plain(weights, grads, histories, masters, lrs, wds, rule, threads)
     return table.update_plain(weights, grads, histories, masters, hyper(lrs, wds, rule), rule, threads)
 
 
@@ -185,7 +190,8 @@ class _Call:
             if found.place:
                 on_cuda(i, weight, found.values, found.indices.reshape(-1), history, master)
             else:
-                _add(jobs, found.plan(f"[{i}]", *batch.rates(i), scaled, threads))
+                lr, wd = batch.rates(i)
+                jobs.append(found.plan(f"[{i}]", hyper([lr], [wd], scaled)[0], scaled, threads))
         dense: dict[table.Formats, list[int]] = {}
         for i, u in self.others.items():
             if _is_on_cuda(u):
@@ -245,12 +251,9 @@ def _spans(calls: list[_Call]) -> tuple[np.ndarray, int]:
     for call in calls:
         if call.table is not None:
             pieces.append((call.table.spans, call.table.written))
-        pieces += [(found.spans, 3) for found in call.rows.values()]
+        pieces += [found.spans for found in call.rows.values()]
         for u in call.others.values():
             operands = operands_of(u)
             written, read = ([bounds(o.memory) for o in some if o.memory is not None] for some in operands)
             pieces.append((np.array([*written, *read], np.int64).reshape(-1, 2).T, len(written)))
-    if len(pieces) == 1:
-        return pieces[0]
-    parts = [spans[:, :count] for spans, count in pieces] + [spans[:, count:] for spans, count in pieces]
-    return np.concatenate([np.empty((2, 0), np.int64), *parts], axis=1), sum(count for _, count in pieces)
+    return together(pieces)

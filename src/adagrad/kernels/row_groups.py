@@ -38,11 +38,12 @@ _AHEAD = 16
 
 # What is known of a row-sparse update, an int64 each: the number of row ids, the elements of a row, the weight's rows,
 # whether the ids have 64 bits; where each operand begins and ends; the bytes from a row to the next of all operands but
-# the ids; where the checked copy of the ids is, whether they increase; where the rates and the rule's scalars are.
+# the ids; where the checked copy of the ids is, whether they increase; where the rates and the rule's scalars are;
+# whether what is written to shares no memory with any other operand.
 WEIGHT, GRAD, HISTORY, MASTER, IDS = range(5)
 ENTRIES, LENGTH, HEIGHT, ARE_LONG = range(4)
 BASE, ENDS, STRIDE = 4, 9, 14
-ROWS, ARE_DISTINCT, RATES, SCALARS, FACTS = range(18, 23)
+ROWS, ARE_DISTINCT, RATES, SCALARS, ARE_APART, FACTS = range(18, 24)
 
 _numbers = np.empty(0, np.int32)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adagrad.kernels import cpu_rows
+from adagrad.kernels.checked import is_row_sparse
 from adagrad.kernels.cpu_rule import hyper
 from adagrad.kernels.layout import (
     CONTIGUOUS,
@@ -35,6 +36,7 @@ from adagrad.kernels.layout import (
 )
 from adagrad.kernels.numba_jit import jit
 from adagrad.kernels.row_groups import (
+    ARE_APART,
     ARE_LONG,
     BASE,
     ENDS,
@@ -51,9 +53,20 @@ from adagrad.kernels.row_groups import (
     WEIGHT,
     checked_rows,
 )
+from adagrad.kernels.spans import are_disjoint, together
 from adagrad.kernels.table import Formats, code_of, formats
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Rule
+
+
+@jit(helper=True)
+def _are_apart(starts: Any, ends: Any) -> bool:
+    """Whether weight, history and master copy share no byte with any other operand."""
+    for k in (WEIGHT, HISTORY, MASTER):
+        for other in range(5):
+            if other != k and max(starts[k], starts[other]) < min(ends[k], ends[other]):
+                return False
+    return True
 
 
 @jit(holds_gil=True)
@@ -91,6 +104,7 @@ def _look_at(weight: int, values: int, history: int, master: int, indices: int, 
                 facts[STRIDE + k] = size * (1 if row_wise and k == HISTORY else length)
                 if not seen[k, CONTIGUOUS]:
                     return -1
+    facts[ARE_APART] = _are_apart(facts[BASE:ENDS], facts[ENDS:STRIDE])
     return code_of(seen, has_master, row_wise, True)
 
 
@@ -106,22 +120,17 @@ class Rows(NamedTuple):
     facts: np.ndarray
 
     @property
-    def spans(self) -> np.ndarray:
-        """Where the memory of weight, history, master copy, values and row ids begins and ends."""
-        return self.facts[BASE:STRIDE].reshape(2, -1)[:, [WEIGHT, HISTORY, MASTER, GRAD, IDS]]
+    def spans(self) -> tuple[np.ndarray, int]:
+        """Where the memory of weight, history, master copy, values and ids begins and ends; three are written to."""
+        return self.facts[BASE:STRIDE].reshape(2, -1)[:, [WEIGHT, HISTORY, MASTER, GRAD, IDS]], 3
 
-    def plan(self, at: str, lr: float, wd: float, rule: Rule, threads: int | None) -> Callable[[], None] | None:
-        """What carries it out on the CPU, if there is anything to do; IndexError for a row id outside the weight."""
-        ids = checked_rows(at, self.facts)
-        if not len(ids) or not self.facts[LENGTH]:
-            return None
-        given = self.facts, ids, self.formats, rule.row_wise, hyper([lr], [wd], rule), rule.scalars, threads
-        # It holds the arrays, whose addresses are used.
-        return functools.partial(_launch, (self.values, self.indices), *given)
+    def plan(self, at: str, rates: np.ndarray, rule: Rule, threads: int | None) -> Callable[[], None]:
+        """What carries it out on the CPU; IndexError for a row id outside the weight."""
+        return functools.partial(self._launch, checked_rows(at, self.facts), rates, rule, threads)
 
-
-def _launch(used: Any, *given: Any) -> None:
-    cpu_rows.launch(*given)
+    def _launch(self, ids: np.ndarray, rates: np.ndarray, rule: Rule, threads: int | None) -> None:
+        if len(ids) and self.facts[LENGTH]:
+            cpu_rows.launch(self.facts, ids, self.formats, rule.row_wise, rates, rule.scalars, threads)
 
 
 def rows(weight: Any, grad: Any, history: Any, master: Any, *, row_wise: bool) -> Rows | None:
@@ -138,3 +147,23 @@ def rows(weight: Any, grad: Any, history: Any, master: Any, *, row_wise: bool) -
     facts = np.empty(FACTS, np.int64)
     code = _look_at(id(weight), id(values), id(history), id(master), id(indices), how, row_wise, facts)
     return None if code < 0 else Rows(values, indices, *formats(code), facts)
+
+
+def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], lrs: Any, wds: Any,
+                 rule: Rule, threads: int | None) -> bool:  # fmt: skip
+    """Check and update a list of row-sparse gradients, if all is plain and on the CPU; False if it is left alone."""
+    plain: list[Rows] = []
+    for i, grad in enumerate(grads):
+        if not is_row_sparse(grad):
+            return False
+        found = rows(weights[i], grad, histories[i], masters[i] if masters else None, row_wise=rule.row_wise)
+        if found is None or found.place or not found.facts[ARE_APART]:
+            return False
+        plain.append(found)
+    if len(plain) > 1 and not are_disjoint(*together([found.spans for found in plain])):
+        return False
+    rates, each = hyper(lrs, wds, rule), len(lrs) > 1 or len(wds) > 1
+    plans = [found.plan(f"[{i}]", rates[i if each else 0], rule, threads) for i, found in enumerate(plain)]
+    for carry_out in plans:
+        carry_out()
+    return True

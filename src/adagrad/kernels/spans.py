@@ -63,6 +63,14 @@ def are_disjoint(spans: np.ndarray, written: int) -> bool:
     return bool(disjoint(spans[0], spans[1], written, guess(spans.shape[1])))
 
 
+def together(pieces: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, int]:
+    """Spans and how many of them, the first, are written to: those of several pieces as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    parts = [spans[:, :count] for spans, count in pieces] + [spans[:, count:] for spans, count in pieces]
+    return np.concatenate([np.empty((2, 0), np.int64), *parts], axis=1), sum(count for _, count in pieces)
+
+
 @functools.lru_cache(maxsize=64)
 def guess(spans: int) -> np.ndarray:
     """A guess at the order of so many spans, which :func:`disjoint` makes better."""

@@ -207,7 +207,10 @@ def table(weights: list[Any], grads: list[Any], histories: list[Any], masters: l
 # ---------------------------------------------------------------------------------------------------------- all at once
 
 SHORT = 32
-"""Weights in a list that is tried first as if it had few elements; then no thread need be asked for."""
+"""Weights in a list that is tried first as if it had few elements, if the last one had; then no thread is asked for."""
+
+WAS_LARGE = PLACES
+"""Where this is remembered, behind the workers."""
 
 DONE, LARGE, LEFT = -3, -2, -1
 """What was done of a list: all; nothing, because it is not so small; nothing, because it is not plain, dense or on the
@@ -221,6 +224,7 @@ def _update_plain(weights: int, grads: int, histories: int, masters: int, n: int
     code, total = fill(weights, grads, histories, masters, how, row_wise, table, codes, spans)
     if code < 0 or code >= PLACES:
         return LEFT
+    workers[WAS_LARGE] = total >= small
     if is_trial and total >= small:
         return LARGE
     if not disjoint(spans[0], spans[1], len(order) - n, order):
@@ -250,7 +254,7 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
     lists = id(weights), id(grads), id(histories), id(masters) if masters else 0, n
     known, order, small = _workers(rule.row_wise), guess(4 * n if masters else 3 * n), cpu_dense.SMALL
     given = *lists, how, rule.row_wise, hyper, rule.scalars, known, order, small
-    is_trial = n <= SHORT
+    is_trial = n <= SHORT and not known[WAS_LARGE]
     while True:
         if is_trial:
             code = _update_plain(*given, True, 1)
@@ -267,5 +271,5 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
 
 @functools.cache
 def _workers(row_wise: bool) -> np.ndarray:
-    """The workers that have been compiled, by code."""
-    return np.zeros(PLACES, np.int64)
+    """The workers that have been compiled, by code; and whether the last list had many elements."""
+    return np.zeros(PLACES + 1, np.int64)
