@@ -370,6 +370,39 @@ def test_attributes_may_change_between_steps() -> None:
         assert optimizer.num_update == len(changes) + 1
 
 
+def test_what_equals_a_good_value_need_not_be_one() -> None:
+    """True equals 1 and 1.0, and 0.0 equals -0.0."""
+    optimizer, weight, history = AdaGrad(0.5, epsilon=1.0), np.ones(2, np.float32), np.zeros(2, np.float32)
+
+    def update(index: Any) -> None:
+        optimizer.update(index, weight, np.ones(2, np.float32), history)
+
+    update(1)
+    for index in (True, 1.0):
+        with pytest.raises(TypeError, match=f"index={index}: must be an integer or a string"):
+            update(index)
+    optimizer.epsilon = True
+    with pytest.raises(TypeError, match="epsilon=True: must be a number, not bool"):
+        update(1)
+    optimizer.epsilon, optimizer.epsilon_inside = 1.0, 0  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="epsilon_inside=0: must be"):
+        update(1)
+    for lr in (0.0, -0.0, 0.0):
+        weights = [np.array([-0.0], np.float32) for _ in range(2)]
+        for each, fused in zip(weights, (True, False), strict=True):
+            AdaGrad(lr, use_fused_step=fused).update(0, each, np.ones(1, np.float32), np.zeros(1, np.float32))
+        assert_same_bits(*weights, str(lr))
+
+
+@pytest.mark.parametrize("grads", [1, 41])
+@pytest.mark.parametrize("method", ["check", "update", "step", "fused_step"])
+def test_lists_of_different_lengths(method: str, grads: int) -> None:
+    weights = [np.ones(3, np.float32) for _ in range(40)]
+    states = [np.zeros(3, np.float32) for _ in range(40)]
+    with pytest.raises(ValueError, match=f"grads: {grads} entries: must be 40, as many as indices"):
+        getattr(AdaGrad(), method)(list(range(40)), weights, [np.ones(3, np.float32)] * grads, states)
+
+
 # ----------------------------------------------------------------------------------------------------- counts and rates
 
 

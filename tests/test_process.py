@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import adagrad
-from adagrad.kernels import numba_jit
+from adagrad.kernels import disk_cache, numba_jit
 
 SOURCES = str(Path(adagrad.__file__).parents[1])
 LIMIT = 300
@@ -90,9 +90,9 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch
     """The environment without what the cache folder depends on; what is known of it is forgotten before and after."""
     for name in ("ADAGRAD_CACHE_DIR", "NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    numba_jit.cache_folder.cache_clear()
+    disk_cache.cache_folder.cache_clear()
     yield monkeypatch
-    numba_jit.cache_folder.cache_clear()
+    disk_cache.cache_folder.cache_clear()
 
 
 def small_kernel() -> Any:
@@ -143,7 +143,7 @@ def test_any_folder_works(
     """Where there is no folder to be had, kernels are compiled, and forgotten with the process."""
     folder = make(tmp_path)
     no_variables.setenv(variable, str(folder))
-    found = numba_jit.cache_folder()
+    found = disk_cache.cache_folder()
     assert (found is not None) == usable
     first, second = loaded_from_cache(small_kernel()), loaded_from_cache(small_kernel())
     assert (first, second) == (False, usable)
@@ -155,8 +155,8 @@ def test_any_folder_works(
 def test_the_order_of_the_variables(tmp_path: Path, no_variables: pytest.MonkeyPatch) -> None:
     for variable in ("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR", "ADAGRAD_CACHE_DIR"):
         no_variables.setenv(variable, str(tmp_path / variable))
-        numba_jit.cache_folder.cache_clear()
-        folder = numba_jit.cache_folder()
+        disk_cache.cache_folder.cache_clear()
+        folder = disk_cache.cache_folder()
         if sys.platform == "linux" or variable.endswith("_DIR"):
             assert folder is not None
             assert tmp_path / variable in folder.parents
@@ -169,18 +169,18 @@ def test_a_folder_that_others_can_write_to_is_not_used(
 ) -> None:
     """It holds pickles and machine code."""
     no_variables.setenv("ADAGRAD_CACHE_DIR", str(tmp_path))
-    folder = numba_jit.cache_folder()
+    folder = disk_cache.cache_folder()
     assert folder is not None
     loaded_from_cache(small_kernel())
     before = sorted(folder.iterdir())
     assert before
     folder.chmod(mode)
-    numba_jit.cache_folder.cache_clear()
-    assert numba_jit.cache_folder() is None
+    disk_cache.cache_folder.cache_clear()
+    assert disk_cache.cache_folder() is None
     assert not loaded_from_cache(small_kernel())
     assert sorted(folder.iterdir()) == before
     folder.chmod(0o700)
-    numba_jit.cache_folder.cache_clear()
+    disk_cache.cache_folder.cache_clear()
     assert loaded_from_cache(small_kernel())
 
 
@@ -188,24 +188,46 @@ def test_a_folder_that_others_can_write_to_is_not_used(
 def test_a_folder_that_others_can_replace_is_not_used(tmp_path: Path, no_variables: pytest.MonkeyPatch) -> None:
     """Whoever can write to a folder above can put another in its place, unless that is sticky, as /tmp is."""
     no_variables.setenv("ADAGRAD_CACHE_DIR", str(tmp_path / "above" / "cache"))
-    folder = numba_jit.cache_folder()
+    folder = disk_cache.cache_folder()
     assert folder is not None
     for mode, safe in [(0o777, False), (0o1777, True), (0o755, True), (0o707, False)]:
         (tmp_path / "above").chmod(mode)
-        numba_jit.cache_folder.cache_clear()
-        assert (numba_jit.cache_folder() == folder) == safe
+        disk_cache.cache_folder.cache_clear()
+        assert (disk_cache.cache_folder() == folder) == safe
+
+
+as_root = pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give a folder away")
 
 
 @posix
-@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give a folder away")
+@as_root
+@pytest.mark.parametrize(("owner", "group", "mode", "safe"), [
+    (0, 0, 0o775, True), (0, 12345, 0o775, False), (0, 12345, 0o755, True), (12345, 0, 0o1777, False),
+    (12345, 0, 0o755, False), (0, 12345, 0o1775, True),
+])  # fmt: skip
+def test_a_folder_that_is_in_one_of_another_user_or_group(
+    owner: int, group: int, mode: int, safe: bool, tmp_path: Path, no_variables: pytest.MonkeyPatch
+) -> None:
+    """Whose owner, sticky or not, and whose group, if it may write and is not one's own, can replace it."""
+    no_variables.setenv("ADAGRAD_CACHE_DIR", str(tmp_path / "above" / "cache"))
+    folder = disk_cache.cache_folder()
+    assert folder is not None
+    os.chown(tmp_path / "above", owner, group)
+    (tmp_path / "above").chmod(mode)
+    disk_cache.cache_folder.cache_clear()
+    assert (disk_cache.cache_folder() == folder) == safe
+
+
+@posix
+@as_root
 def test_a_folder_of_another_user_is_not_used(tmp_path: Path, no_variables: pytest.MonkeyPatch) -> None:
     no_variables.setenv("ADAGRAD_CACHE_DIR", str(tmp_path))
-    folder = numba_jit.cache_folder()
+    folder = disk_cache.cache_folder()
     assert folder is not None
     os.chown(folder, 12345, 12345)
-    numba_jit.cache_folder.cache_clear()
+    disk_cache.cache_folder.cache_clear()
     no_variables.setattr(os, "getuid", lambda: 54321)
-    assert numba_jit.cache_folder() is None
+    assert disk_cache.cache_folder() is None
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
@@ -227,7 +249,7 @@ def test_damaged_files_cost_a_compilation(
     no_variables.setenv("ADAGRAD_CACHE_DIR", str(tmp_path))
     assert not loaded_from_cache(small_kernel())
     assert loaded_from_cache(small_kernel())
-    folder = numba_jit.cache_folder()
+    folder = disk_cache.cache_folder()
     assert folder is not None
     damaged = list(folder.iterdir())
     assert len(damaged) == 2, "one for each signature"
@@ -240,7 +262,7 @@ def test_damaged_files_cost_a_compilation(
 def test_files_that_vanish(tmp_path: Path, no_variables: pytest.MonkeyPatch) -> None:
     no_variables.setenv("ADAGRAD_CACHE_DIR", str(tmp_path))
     loaded_from_cache(small_kernel())
-    folder = numba_jit.cache_folder()
+    folder = disk_cache.cache_folder()
     assert folder is not None
     shutil.rmtree(folder)
     assert not loaded_from_cache(small_kernel())
@@ -528,3 +550,31 @@ def test_a_frequent_row_takes_no_memory_of_its_occurrences() -> None:
     )
     used, _ = map(int, run(code).split())
     assert used < 200_000 * 64 * 4 / 4
+
+
+@linux
+@pytest.mark.parametrize("megabytes", [200, 300])
+def test_no_memory_for_the_sums(megabytes: int) -> None:
+    """Rows of several megabytes each occur twice: nothing is updated, nothing counted, and it is said."""
+    code = f"""
+        import re, resource
+        from pathlib import Path
+        import numpy as np
+        from adagrad import AdaGrad, RowSparse
+        def example(n, length):
+            values = np.ones((2 * n, length), np.float32)
+            return np.ones((n, length), np.float32), np.zeros((n, length), np.float32), RowSparse(
+                values, np.repeat(np.arange(n), 2), (n, length))
+        optimizer = AdaGrad()
+        weight, history, grad = example(4, 4)
+        optimizer.update(0, weight, grad, history)
+        weight, history, grad = example(300, 300_000)
+        size = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+        resource.setrlimit(resource.RLIMIT_AS, ((size + {megabytes} * 1024) * 1024,) * 2)
+        try:
+            optimizer.update(1, weight, grad, history)
+        except MemoryError as error:
+            same = all((w == 1).all() and (h == 0).all() for w, h in zip(weight, history, strict=True))
+            print(error, same, optimizer._index_update_count)
+        """
+    assert run(code).endswith("too many for the memory that is left True {0: 1}")

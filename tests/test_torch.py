@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import oracle
+from adagrad.kernels import call
+from adagrad.rule import Rule
 from adagrad.torch import Adagrad
 from support import assert_same_bits, to_numpy
 
@@ -687,3 +689,21 @@ def test_gradients_flow_through_a_sparse_step() -> None:
     plain.grad = coo([0, 2, 0], values.detach(), (3, 4))
     Adagrad([plain], weight_decay=0.1, initial_accumulator_value=0.1).step()
     assert_same_bits(step(start, values), plain)
+
+
+def test_parameters_in_a_tuple_of_ones_own() -> None:
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = Adagrad(params, lr=0.5)
+    optimizer.param_groups[0]["params"] = tuple(params)
+    for p in params:
+        p.grad = torch.full((3,), 2.0)
+    optimizer.step()
+    assert all(p.tolist() == [0.5] * 3 for p in params)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_rate_on_a_device_is_not_read_by_the_host(count: int) -> None:
+    """Those on a CUDA device go to its kernels; here "meta" stands for it."""
+    tensors = [torch.ones(3, device="meta") for _ in range(count)]
+    lrs = [torch.tensor(0.1, device="meta")] * count
+    assert not call.update_plain(tensors, tensors, tensors, [], lrs, [0.0], Rule(), None)

@@ -93,6 +93,7 @@ class AdaGrad(Optimizer):
         self.initial_accumulator_value = checks.non_negative("initial_accumulator_value", initial_accumulator_value)
         super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
         self._rule_given: tuple[Any, ...] = ()
+        self._rule_types: tuple[type, ...] = ()
 
     def create_state(self, index: Index, weight: Array) -> Array:
         """The history at its start: ``initial_accumulator_value`` everywhere, in the shape of the weight.
@@ -157,7 +158,8 @@ class AdaGrad(Optimizer):
     def rule(self) -> Rule:
         """The rule's options and scalars as they are now; checked, since attributes may have been set meanwhile."""
         given = (self.rescale_grad, self.clip_gradient, self.epsilon, self.epsilon_inside, self.decoupled_decay)
-        if given != self._rule_given:
+        types = tuple(map(type, given))  # True equals 1.0, and is refused
+        if given != self._rule_given or types != self._rule_types:
             self._rule = Rule(
                 rescale_grad=checks.finite("rescale_grad", self.rescale_grad),
                 clip_gradient=checks.positive_or_none("clip_gradient", self.clip_gradient),
@@ -166,13 +168,13 @@ class AdaGrad(Optimizer):
                 decoupled_decay=checks.boolean("decoupled_decay", self.decoupled_decay),
                 row_wise=self.row_wise,
             )
-            self._rule_given = given
+            self._rule_given, self._rule_types = given, types
         return self._rule
 
     def check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        indices, weights, grads, states = as_lists(indices, weights, grads, states)
         lrs, wds, _ = self._resolve(indices)
-        fused = self.use_fused_step
-        kernels.prepare(list(weights), list(grads), list(states), lrs, wds, self.rule(), fused=fused)
+        kernels.prepare(weights, grads, states, lrs, wds, self.rule(), fused=self.use_fused_step)
 
     def _saved(self) -> dict[str, Callable[[str, Any], Any]]:
         return super()._saved() | {

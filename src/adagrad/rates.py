@@ -163,7 +163,7 @@ class Rates:
             pairs = [self._resolved[index] for index in indices]
             return [lr for lr, _ in pairs], [wd for _, wd in pairs], {}
         counts, begin = self._index_update_count, self.begin_num_update
-        if not all(map(counts.__contains__, indices)):
+        if not {int, str}.issuperset(map(type, indices)):
             for index in indices:
                 _check_index(index)
         if self.lr_scheduler is None and not (self.param_dict or self.lr_mult or self.wd_mult):

@@ -22,7 +22,7 @@ _grad_of, _sum_of, _step_of = operator.attrgetter("grad"), operator.itemgetter("
 _rule_of = operator.itemgetter("maximize", "clip_value", "eps", "epsilon_inside", "decoupled_decay", "row_wise")
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64, typed=True)
 def _rule(maximize: bool, clip_value: Any, eps: Any, inside: bool, decoupled: bool, row_wise: bool) -> Rule:
     """The rule of a group with these options."""
     return Rule(
@@ -39,7 +39,7 @@ class Part:
     """The parameters of a group that have gradients, with their gradients, states and rates."""
 
     def __init__(self, defaults: dict[str, Any], group: dict[str, Any], states: list[dict[str, Any]]) -> None:
-        self.params: list[Tensor] = group["params"]
+        self.params: list[Tensor] = list(group["params"])
         self.grads: list[Any] = list(map(_grad_of, self.params))
         self.states = states
         if any(map(operator.is_, self.grads, itertools.repeat(None))):

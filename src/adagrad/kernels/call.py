@@ -29,7 +29,8 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
 
     False if it is left to :func:`prepare`.
     """
-    if not weights:
+    # Not a tensor for lr, which may be on a device, and lists of one length, which compiled code walks side by side.
+    if not table.fit(weights, grads, histories, masters) or set(map(type, lrs)) != {float}:
         return False
     if is_row_sparse(grads[0]):
         return rows.update_plain(weights, grads, histories, masters, lrs, wds, rule, threads)

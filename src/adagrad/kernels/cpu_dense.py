@@ -2,8 +2,8 @@
 
 Row ``i`` of ``table`` holds, for one weight, the addresses of weight, gradient, history and master copy (0 for none),
 the number of elements and, where the history is row-wise, the length of a row, else 0; ``hyper`` holds its lr,
-coupled and decoupled weight decay (one row may stand for all weights). Everything that the table names is
-C-contiguous and aligned; see :mod:`adagrad.kernels` for what makes it so.
+coupled and decoupled weight decay (one row may stand for all weights). What a row names has no gaps, is aligned, and
+all of it lies in one order: :mod:`adagrad.kernels.table` and :mod:`adagrad.kernels.ordinary` see to that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COLUMNS = 6
 """Columns of the address table."""
 
 ALIGN = 16
-"""Elements: where workers part, so that no two write to one cache line of a float32 array."""
+"""Elements: where workers part. No two write to one cache line of a float32 array that begins with one."""
 
 
 def table_row(memories: Sequence[np.ndarray | None], rule: Rule) -> list[int]:
@@ -133,7 +133,7 @@ def _descend_block(w: Any, g: Any, m: Any, i: int, count: Any, history: Any, con
 
 @jit(helper=True)
 def _border(element: int, size: int, unit: int) -> int:
-    """Where a worker's share ends within a weight: whole cache lines, or whole rows."""
+    """Where a worker's share ends within a weight: a whole number of units, or of rows."""
     return max(element, 0) // unit * unit if element < size else size
 
 

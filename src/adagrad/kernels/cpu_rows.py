@@ -13,11 +13,11 @@ from typing import Any
 import numba
 import numpy as np
 
-from adagrad.kernels.blocks import ask, filled, load_block, store_block
+from adagrad.kernels.blocks import ask, load_block, store_block
 from adagrad.kernels.cpu_dense import elements, one_row
 from adagrad.kernels.cpu_rule import constants
 from adagrad.kernels.formats import TOKENS, pointer
-from adagrad.kernels.numba_jit import jit, max_workers, place, run, worker, workers
+from adagrad.kernels.numba_jit import call, in_parallel, jit, let_go, max_workers, place, worker, workers
 from adagrad.kernels.row_groups import (
     ARE_DISTINCT,
     BASE,
@@ -25,16 +25,32 @@ from adagrad.kernels.row_groups import (
     ENTRIES,
     FACTS,
     GRAD,
+    GROUPS,
     HISTORY,
     LENGTH,
     MASTER,
     RATES,
     ROWS,
     SCALARS,
+    SCRATCH,
     STRIDE,
     WEIGHT,
-    number_rows,
-    own_positions,
+)
+from adagrad.kernels.row_sums import (
+    ADDRESS,
+    COUNTS,
+    GROUPED,
+    MISSING,
+    OWNER,
+    POSITIONS,
+    SECOND,
+    SUMMED,
+    SUMS,
+    TO,
+    clear,
+    grouped,
+    grouping,
+    sum_at,
 )
 from adagrad.rule import CHUNK, LANES
 
@@ -89,55 +105,6 @@ def _add(total: Any, g: Any, length: int, coming: Any, coming_g: Any) -> None:
         store_block(total, whole, load_block(total, whole, rest) + load_block(g, whole, rest), rest)
 
 
-@jit(helper=True)
-def _clear(total: Any, length: int, token: Any) -> None:
-    """Begin a sum: adding to -0 gives the number that is added, the sign of 0 included."""
-    zeros, whole = filled(token.dtype.type(-0.0)), length - length % LANES
-    for i in range(0, whole, LANES):
-        store_block(total, i, zeros, None)
-    if whole < length:
-        store_block(total, whole, zeros, length - whole)
-
-
-# ---------------------------------------------------------------------------------------------------------------- sums
-#
-# Occurrences are added in chunks of CHUNK. A row that has more has a second sum, to which each complete chunk is added.
-
-
-@jit(helper=True)
-def _number_sums(numbers: Any, rows: Any, counts: Any) -> Any:
-    """In place: the sum that each position adds to, or -1 where its row occurs once; the row and count of each sum."""
-    sum_of, n = np.empty(len(rows), np.int32), 0
-    for number in range(len(rows)):
-        several = counts[number] > 1
-        sum_of[number] = n if several else -1
-        rows[n], counts[n] = rows[number], counts[number]
-        n += 1 if several else 0
-    for j in range(len(numbers)):
-        numbers[j] = sum_of[numbers[j]]
-    return numbers, rows[:n], counts[:n]
-
-
-@jit(helper=True)
-def _begin_sums(counts: Any, length: int, th: Any) -> Any:
-    """Memory of all sums, and of each row's: how much is missing to a chunk (never 0 for a row of one), its second."""
-    n = len(counts)
-    missing, second, total = np.empty(n, np.int32), np.empty(n, np.int32), n
-    for i in range(n):
-        is_long = counts[i] > CHUNK
-        missing[i], second[i] = CHUNK if is_long else CHUNK + 1, total
-        total += 1 if is_long else 0
-    memory = np.empty((total, length), th.dtype)
-    for i in range(total):
-        _clear(_sum(memory, i, length, th), length, th)
-    return memory, missing, second
-
-
-@jit(helper=True)
-def _sum(memory: Any, i: Any, length: int, th: Any) -> Any:
-    return pointer(np.int64(memory.ctypes.data) + i * length * th.itemsize, th, "sum")
-
-
 # --------------------------------------------------------------------------------------------------------- the gradient
 
 
@@ -164,14 +131,14 @@ def _add_up(positions: Any, to: Any, memory: Any, missing: Any, second: Any, bas
     """Add the values at ``positions``, each to a sum."""
     n = len(positions)
     for j in range(n):
-        then, chunk = min(j + SUMS_AHEAD, n - 1), _sum(memory, to[j], length, th)
-        coming, coming_g = _sum(memory, to[then], length, th), _values(base, stride, positions[then], tv)
+        then, chunk = min(j + SUMS_AHEAD, n - 1), sum_at(memory, to[j], length, th)
+        coming, coming_g = sum_at(memory, to[then], length, th), _values(base, stride, positions[then], tv)
         _add(chunk, _values(base, stride, positions[j], tv), length, coming, coming_g)
         missing[to[j]] -= np.int32(1)
         if missing[to[j]] == 0:
             missing[to[j]] = CHUNK
-            _add(_sum(memory, second[to[j]], length, th), chunk, length, None, None)
-            _clear(chunk, length, th)
+            _add(sum_at(memory, second[to[j]], length, th), chunk, length, None, None)
+            clear(chunk, length, th)
 
 
 @jit(helper=True)
@@ -179,14 +146,14 @@ def _update_from_sums(rows: Any, counts: Any, memory: Any, missing: Any, second:
                       th: Any, tm: Any, length: int, fixed: Any, row_wise: Any, ahead: int) -> None:  # fmt: skip
     n = len(rows)
     for i in range(n):
-        then, g = min(i + ahead, n - 1), _sum(memory, i, length, th)
+        then, g = min(i + ahead, n - 1), sum_at(memory, i, length, th)
         if counts[i] > CHUNK:
-            chunk, g = g, _sum(memory, second[i], length, th)
+            chunk, g = g, sum_at(memory, second[i], length, th)
             if missing[i] < CHUNK:
                 _add(g, chunk, length, None, None)
         at = _operands(base, stride, np.int64(rows[i]), tw, th, tm)
         coming = _operands(base, stride, np.int64(rows[then]), tw, th, tm)
-        _update_row(at, g, coming, _sum(memory, then, length, th), length, fixed, row_wise)
+        _update_row(at, g, coming, sum_at(memory, then, length, th), length, fixed, row_wise)
 
 
 @jit(helper=True)
@@ -216,12 +183,13 @@ def kernel(is_high: bool, weight: str, values: str, history: str, master: str | 
         fixed = constants(scalars, rates, th)
         ahead = min(max(AHEAD_BYTES // max(length * tw.itemsize, 1), 1), AHEAD)
         batch = min(max(BATCH_BYTES // max(length * tv.itemsize, 1), 64), BATCH)
-        once, several, sums = np.empty((3, BATCH + 1), np.int64)
+        once, several, sums = numba.carray(place(facts[SCRATCH]), (count, 3, BATCH + 1), np.int64)[k]
+        kept = numba.carray(place(facts[GROUPS]), (count, GROUPED, 3), np.int64)[k]
+        positions, to = grouped(kept, POSITIONS, np.int32), grouped(kept, TO, np.int32)
+        rows, counts = grouped(kept, SUMMED, dtype), grouped(kept, COUNTS, np.int32)
+        missing, second = grouped(kept, MISSING, np.int32), grouped(kept, SECOND, np.int32)
+        memory = kept[SUMS, ADDRESS]
         # Distinct rows are shared out by position, others by owner.
-        positions = own_positions(ids if distinct == 0 else ids[:0], k, count)
-        numbers, rows, counts = number_rows(ids, positions)
-        to, rows, counts = _number_sums(numbers, rows, counts)
-        memory, missing, second = _begin_sums(counts, length, th)
         first, last = (n * k // count, n * (k + 1) // count) if distinct else (0, len(positions))
         for start in range(first, last, batch):
             stop = min(start + batch, last)
@@ -234,18 +202,48 @@ def kernel(is_high: bool, weight: str, values: str, history: str, master: str | 
             _update_once(ids, single, base, stride, tw, tv, th, tm, length, fixed, by_row, ahead)
             _add_up(others, added, memory, missing, second, base, stride, tv, th, length)
         _update_from_sums(rows, counts, memory, missing, second, base, stride, tw, th, tm, length, fixed, by_row, ahead)
-        memory[:0] = 0  # it is used by address above: this keeps it alive until here
 
     return worker(update)
+
+
+@jit()
+def _carry_out(facts: Any, rates: Any, scalars: Any, group: int, update: int, count: int) -> bool:
+    """Group and update by ``count`` workers; False if memory was short, and then nothing has changed."""
+    kept, scratch = np.zeros((count, GROUPED, 3), np.int64), np.empty((count, 3, BATCH + 1), np.int64)
+    facts[RATES], facts[SCALARS] = rates.ctypes.data, scalars.ctypes.data
+    facts[GROUPS], facts[SCRATCH] = kept.ctypes.data, scratch.ctypes.data
+    done = True
+    for work in (group, update):
+        if work != 0 and done:
+            if count > 1:
+                in_parallel(work, facts, count)
+            else:
+                call(work, np.int64(facts.ctypes.data), 0, 1)
+            for k in range(count if work == group else 0):
+                done &= kept[k, SUMS, OWNER] != 0
+    for k in range(count):
+        for what in range(GROUPED):
+            if kept[k, what, OWNER] != 0:
+                let_go(kept[k, what, OWNER])
+    scratch[:0] = 0  # it is used by address above: this keeps it alive until here
+    return done
 
 
 def launch(facts: Any, rows: Any, formats: Any, row_wise: bool, rates: Any, scalars: Any, threads: int | None) -> None:
     """Update ``rows``, the row of each of the values, which ``facts`` has been told of.
 
-    ``formats`` are those of weight, values, history and master copy (None for none). At most ``threads`` threads, or as
-    many as Numba may use.
+    ``formats`` are those of weight, values, history and master copy (None for none); ``rates`` those of one weight. At
+    most ``threads`` threads, or as many as Numba may use.
+
+    Raises
+    ------
+    MemoryError
+        Where there is none for the sums of the rows that occur more than once; then nothing has changed.
     """
-    facts[RATES], facts[SCALARS] = rates.ctypes.data, scalars.ctypes.data
     threads = 1 if facts[ENTRIES] * facts[LENGTH] < SMALL else threads or max_workers()
+    is_high = rows.itemsize == 8
+    group = 0 if facts[ARE_DISTINCT] else grouping(is_high, formats[2])
+    update = kernel(is_high, *formats, row_wise)
     with workers(threads) as count:
-        run(kernel(rows.itemsize == 8, *formats, row_wise), facts, count)
+        if not _carry_out(facts, rates, scalars, group, update, count):
+            raise MemoryError(f"indices: {len(rows)} row ids: too many for the memory that is left")

@@ -20,7 +20,7 @@ from adagrad.rule import Rule
 
 def hyper(lrs: Sequence[float], wds: Sequence[float], rule: Rule) -> np.ndarray:
     """lr, coupled wd and decoupled wd of each weight, float64, or one row for all."""
-    if len(lrs) == 1 and len(wds) == 1:
+    if len(lrs) == 1 and len(wds) == 1 and lrs[0] != 0:  # 0 and -0 would share an entry
         return _one(lrs[0], wds[0], rule.decoupled_decay)
     table = np.zeros((max(len(lrs), len(wds)), 3))
     table[:, 0] = lrs

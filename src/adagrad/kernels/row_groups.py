@@ -39,11 +39,11 @@ _AHEAD = 16
 # What is known of a row-sparse update, an int64 each: the number of row ids, the elements of a row, the weight's rows,
 # whether the ids have 64 bits; where each operand begins and ends; the bytes from a row to the next of all operands but
 # the ids; where the checked copy of the ids is, whether they increase; where the rates and the rule's scalars are;
-# whether what is written to shares no memory with any other operand.
+# whether what is written to shares no memory with any other operand; where it is written down what was grouped.
 WEIGHT, GRAD, HISTORY, MASTER, IDS = range(5)
 ENTRIES, LENGTH, HEIGHT, ARE_LONG = range(4)
 BASE, ENDS, STRIDE = 4, 9, 14
-ROWS, ARE_DISTINCT, RATES, SCALARS, ARE_APART, FACTS = range(18, 24)
+ROWS, ARE_DISTINCT, RATES, SCALARS, ARE_APART, GROUPS, SCRATCH, FACTS = range(18, 26)
 
 _numbers = np.empty(0, np.int32)
 
@@ -54,19 +54,27 @@ _numbers = np.empty(0, np.int32)
 @jit(helper=True)
 def _copy(indices: Any, rows: Any, height: int) -> Any:
     """Copy ids: the position of the first outside ``range(height)`` and the id, or -1 and whether they increase."""
-    least, greatest, increasing = np.int64(0), np.int64(-1), True
-    for i in range(len(rows)):
-        row = np.int64(indices[i])
-        rows[i] = row
-        least, greatest = min(least, row), max(greatest, row)
-    if least < 0 or greatest >= height:
+    while True:
+        least, greatest = np.int64(0), np.int64(-1)
         for i in range(len(rows)):
             row = np.int64(indices[i])
-            if row < 0 or row >= height:
-                return i, row
-    for i in range(1, len(rows)):
-        increasing &= rows[i] > rows[i - 1]
-    return -1, np.int64(increasing)
+            rows[i] = row
+            least, greatest = min(least, row), max(greatest, row)
+        if least < 0 or greatest >= height:
+            for i in range(len(rows)):
+                row = np.int64(indices[i])
+                if row < 0 or row >= height:
+                    return i, row
+        # Other threads may change the ids meanwhile, and what was looked at need not be what was copied.
+        least, greatest, before = np.int64(0), np.int64(-1), np.int64(-1)
+        increasing: Any = True
+        for i in range(len(rows)):
+            row = np.int64(rows[i])
+            least, greatest = min(least, row), max(greatest, row)
+            increasing &= row > before
+            before = row
+        if least >= 0 and greatest < height:
+            return -1, np.int64(increasing)
 
 
 @jit()

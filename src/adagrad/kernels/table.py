@@ -190,12 +190,19 @@ class Table(NamedTuple):
         return rows, int(rows[:, SIZE].sum())
 
 
+def fit(weights: Any, grads: Any, histories: Any, masters: Any) -> bool:
+    """Whether all are lists of one length, which is not 0; ``masters`` may be empty."""
+    if not type(weights) is type(grads) is type(histories) is type(masters) is list:
+        return False
+    return 0 < len(weights) == len(grads) == len(histories) and len(masters) in (0, len(weights))
+
+
 def table(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], row_wise: bool) -> Table:
     """See :class:`Table`. ``masters`` may be empty or hold None."""
     n, how = len(weights), layout()
     columns = 4 if masters else 3
     rows, codes, spans = np.empty((n, COLUMNS), np.int64), np.empty(n, np.int64), np.empty((2, columns * n), np.int64)
-    if how is None or n == 0:
+    if how is None or not fit(weights, grads, histories, masters):
         codes[:], spans[:] = -1, 0
         return Table(rows, codes, -1, 0, spans, (columns - 1) * n)
     common, total = fill(
@@ -247,9 +254,12 @@ def _update_plain(weights: int, grads: int, histories: int, masters: int, n: int
 
 def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], hyper: np.ndarray,
                  rule: Rule, threads: int | None) -> bool:  # fmt: skip
-    """Check and update a list by one call of compiled code; False if it is left as it was."""
+    """Check and update a list by one call of compiled code; False if it is left as it was.
+
+    The lists :func:`fit`; ``hyper`` has a row for each weight, or one for all.
+    """
     n, how = len(weights), layout()
-    if how is None or n == 0:
+    if how is None:
         return False
     lists = id(weights), id(grads), id(histories), id(masters) if masters else 0, n
     known, order, small = _workers(rule.row_wise), guess(4 * n if masters else 3 * n), cpu_dense.SMALL

@@ -1,0 +1,149 @@
+"""Where compiled kernels are kept for the next process."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import stat
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile, _CacheLocator
+
+
+class _Locator(_CacheLocator):  # type: ignore[misc]
+    """Where a kernel's machine code is kept: a folder for each state of all source files of the kernels.
+
+    Numba's own cache looks at the file of the decorated function alone, so it would miss an edit in a helper's file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def get_cache_path(self) -> str:
+        return str(self._path)
+
+    def get_source_stamp(self) -> str:
+        return ""  # the folder's name has it
+
+    def get_disambiguator(self) -> str:
+        return ""
+
+    @classmethod
+    def from_function(cls, py_func: Callable[..., Any], py_file: str) -> _Locator | None:
+        path = cache_folder()
+        return None if path is None else cls(path)
+
+
+class _CacheImpl(CompileResultCacheImpl):  # type: ignore[misc]
+    _locator_classes = (_Locator,)
+
+    def rebuild(self, target_context: Any, payload: Any) -> Any:
+        compiled = super().rebuild(target_context, payload)
+        # Numba forgets this of a loaded function. What calls it, and is compiled in this process, would be saved
+        # without knowing that it needs the parallel layer, and the process that loads it would call address 0.
+        compiled.library._reload_init.update(compiled.reload_init)
+        return compiled
+
+
+class _Files(IndexDataCacheFile):  # type: ignore[misc]
+    """A file for each signature of a function, named after it.
+
+    Numba numbers the files and keeps an index, which two processes that save two signatures at once can corrupt: both
+    take the same number, and the index then leads to the code of the other.
+    """
+
+    def __init__(self, folder: str, function: str) -> None:
+        super().__init__(folder, function, "")
+        self._function = function
+
+    def _file(self, key: object) -> str:
+        return f"{self._function}.{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.nbc"
+
+    def save(self, key: object, data: object) -> None:
+        self._save_data(self._file(key), data)
+
+    def load(self, key: object) -> Any:
+        return self._load_data(self._file(key))
+
+    def flush(self) -> None:
+        """There is no index to empty."""
+
+
+class Cache(FunctionCache):  # type: ignore[misc]
+    """Numba's disk cache; whatever goes wrong with it (a full disk, a damaged file) costs a compilation, no more."""
+
+    _impl_class = _CacheImpl
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._cache_file = _Files(self._cache_path, self._impl.filename_base)
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # a missing file is the usual one
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with suppress(Exception):
+            super().save_overload(sig, data)
+
+
+@functools.cache
+def _source_hash() -> str:
+    digest = hashlib.sha256(f"{sys.version} {numba.__version__}".encode())
+    here = Path(__file__).parent
+    for source in [*sorted(here.glob("*.py")), here.parent / "rule.py"]:
+        if not source.name.startswith("cuda"):  # Triton's, which has a cache of its own
+            digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def cache_folder() -> Path | None:
+    """The folder of the compiled kernels, or None where there is none to be had.
+
+    ``ADAGRAD_CACHE_DIR``, else Numba's ``NUMBA_CACHE_DIR``, else the user's cache folder. It holds pickles and machine
+    code, so one that another user could write to is not used.
+    """
+    chosen = os.environ.get("ADAGRAD_CACHE_DIR") or os.environ.get("NUMBA_CACHE_DIR")
+    try:
+        root = Path(chosen) if chosen else _user_cache() / "adagrad"
+        path = root.absolute() / f"kernels-{_source_hash()}"
+        with suppress(OSError):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return path if path.is_dir() and _private(path) else None
+    except (OSError, RuntimeError):
+        return None
+
+
+def _user_cache() -> Path:
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def _private(path: Path) -> bool:
+    """Whether only this user, its own group or root can replace files in ``path``, or a folder that it is in."""
+    if not hasattr(os, "getuid"):
+        return True
+
+    def can_change(status: os.stat_result) -> bool:
+        by_group = status.st_mode & stat.S_IWGRP and status.st_gid not in (os.getgid(), 0)
+        return bool(by_group or status.st_mode & stat.S_IWOTH)
+
+    here, above = path.stat(), [folder.stat() for folder in path.resolve().parents]
+    if here.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return False
+    if any(status.st_uid not in (os.getuid(), 0) for status in (here, *above)):
+        return False
+    # A sticky folder, as /tmp is, lets only the owner of a folder in it put another in its place.
+    return all(status.st_mode & stat.S_ISVTX or not can_change(status) for status in above)

@@ -1,0 +1,102 @@
+"""The sums of the rows that occur more than once, and what a worker hands over from grouping ids to updating rows.
+
+Occurrences are added in chunks of CHUNK. A row that has more has a second sum, to which each complete chunk is added.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numba
+import numpy as np
+
+from adagrad.kernels.blocks import filled, store_block
+from adagrad.kernels.formats import TOKENS, pointer
+from adagrad.kernels.numba_jit import jit, keep, place, worker
+from adagrad.kernels.row_groups import ENTRIES, FACTS, GROUPS, LENGTH, ROWS, number_rows, own_positions
+from adagrad.rule import CHUNK, LANES
+
+
+@jit(helper=True)
+def clear(total: Any, length: int, token: Any) -> None:
+    """Begin a sum: adding to -0 gives the number that is added, the sign of 0 included."""
+    zeros, whole = filled(token.dtype.type(-0.0)), length - length % LANES
+    for i in range(0, whole, LANES):
+        store_block(total, i, zeros, None)
+    if whole < length:
+        store_block(total, whole, zeros, length - whole)
+
+
+@jit(helper=True)
+def number_sums(numbers: Any, rows: Any, counts: Any) -> Any:
+    """In place: the sum that each position adds to, or -1 where its row occurs once; the row and count of each sum."""
+    sum_of, n = np.empty(len(rows), np.int32), 0
+    for number in range(len(rows)):
+        several = counts[number] > 1
+        sum_of[number] = n if several else -1
+        rows[n], counts[n] = rows[number], counts[number]
+        n += 1 if several else 0
+    for j in range(len(numbers)):
+        numbers[j] = sum_of[numbers[j]]
+    return numbers, rows[:n], counts[:n]
+
+
+@jit(helper=True)
+def begin_sums(counts: Any, length: int, th: Any) -> Any:
+    """Memory of all sums, and of each row's: how much is missing to a chunk (never 0 for a row of one), its second."""
+    n = len(counts)
+    missing, second, total = np.empty(n, np.int32), np.empty(n, np.int32), n
+    for i in range(n):
+        is_long = counts[i] > CHUNK
+        missing[i], second[i] = CHUNK if is_long else CHUNK + 1, total
+        total += 1 if is_long else 0
+    memory = np.empty((total, length), th.dtype)
+    for i in range(total):
+        clear(sum_at(np.int64(memory.ctypes.data), i, length, th), length, th)
+    return memory, missing, second
+
+
+@jit(helper=True)
+def sum_at(memory: Any, i: Any, length: int, th: Any) -> Any:
+    return pointer(memory + i * length * th.itemsize, th, "sum")
+
+
+# What a worker has grouped, for the one that updates: the positions that it owns and the sum that each adds to; row and
+# count of each sum; memory of the sums, and what `begin_sums` says of each. Address, length and owner of each array.
+POSITIONS, TO, SUMMED, COUNTS, MISSING, SECOND, SUMS, GROUPED = range(8)
+ADDRESS, SIZE, OWNER = range(3)
+
+
+@jit(helper=True)
+def _hand_over(kept: Any, what: int, array: Any) -> None:
+    kept[what, ADDRESS], kept[what, SIZE], kept[what, OWNER] = array.ctypes.data, array.size, keep(array)
+
+
+@functools.cache
+def grouping(is_high: bool, history: str) -> int:
+    """The worker that groups the ids by row: all that may run out of memory, before anything is updated."""
+    th, dtype = TOKENS[history], np.int64 if is_high else np.int32
+
+    def group(arguments: Any, k: Any, count: Any) -> None:
+        facts = numba.carray(place(arguments), FACTS, np.int64)
+        ids = numba.carray(place(facts[ROWS]), facts[ENTRIES], dtype)
+        kept = numba.carray(place(facts[GROUPS]), (count, GROUPED, 3), np.int64)[k]
+        positions = own_positions(ids, k, count)
+        numbers, rows, counts = number_rows(ids, positions)
+        to, rows, counts = number_sums(numbers, rows, counts)
+        memory, missing, second = begin_sums(counts, facts[LENGTH], th)
+        _hand_over(kept, POSITIONS, positions)
+        _hand_over(kept, TO, to)
+        _hand_over(kept, SUMMED, rows)
+        _hand_over(kept, COUNTS, counts)
+        _hand_over(kept, MISSING, missing)
+        _hand_over(kept, SECOND, second)
+        _hand_over(kept, SUMS, memory)
+
+    return worker(group)
+
+
+@jit(helper=True)
+def grouped(kept: Any, what: int, dtype: Any) -> Any:
+    return numba.carray(place(kept[what, ADDRESS]), kept[what, SIZE], dtype)
