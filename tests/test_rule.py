@@ -40,6 +40,16 @@ def test_update(name: str, dtype: Any, hyper: oracle.Hyper, row_wise: bool) -> N
             assert_same_bits(array, before, "arguments are not written to")
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_root_is_exact_where_autograd_records(dtype: Any) -> None:
+    history = positive(np.random.default_rng(1), (4096,), dtype)
+    recorded = torch.from_numpy(history.copy()).requires_grad_()
+    found = rule.denominator(recorded, rule.Rule(epsilon=0.0))
+    assert_same_bits(found.detach(), np.sqrt(history))
+    found.sum().backward()
+    assert_same_bits(recorded.grad, dtype(1) / (dtype(2) * np.sqrt(history)))
+
+
 @pytest.mark.parametrize("name", LIBRARIES)
 @pytest.mark.parametrize("hyper", HYPERS.values(), ids=HYPERS)
 def test_special_numbers(name: str, hyper: oracle.Hyper) -> None:

@@ -188,13 +188,12 @@ def _sqrt(array: Array) -> Array:
     """The root, correctly rounded."""
     if not is_torch(array):
         return np.sqrt(array)
-    torch = sys.modules["torch"]
-    if type(array) is not torch.Tensor or array.device.type != "cpu" or array.requires_grad:
-        return array.sqrt()
-    # torch's root of CPU tensors (MKL's) is off by a unit in the last place here and there; NumPy's is exact.
-    root = torch.empty_like(array)
-    with np.errstate(invalid="ignore"):
-        np.sqrt(array.numpy(), out=root.numpy())
+    root = array.sqrt()
+    if type(array) is sys.modules["torch"].Tensor and array.device.type == "cpu":
+        # torch's root of CPU tensors (MKL's) is off by a unit in the last place here and there; NumPy's is exact. It is
+        # written where autograd, if it records, keeps the root for its derivative.
+        with np.errstate(invalid="ignore"):
+            np.sqrt(array.detach().numpy(), out=root.detach().numpy())
     return root
 
 
