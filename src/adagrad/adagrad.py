@@ -93,7 +93,6 @@ class AdaGrad(Optimizer):
         self.initial_accumulator_value = checks.non_negative("initial_accumulator_value", initial_accumulator_value)
         super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
         self._rule_given: tuple[Any, ...] = ()
-        self._rule_types: tuple[type, ...] = ()
 
     def create_state(self, index: Index, weight: Array) -> Array:
         """The history at its start: ``initial_accumulator_value`` everywhere, in the shape of the weight.
@@ -135,13 +134,13 @@ class AdaGrad(Optimizer):
             return
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
         lrs, wds, counts = self._resolve(indices)
-        is_sparse = [kernels.is_row_sparse(grad) for grad in grads]
-        if all(is_sparse) or getattr(self.step, "__func__", None) is AdaGrad.step:
+        if getattr(self.step, "__func__", None) is AdaGrad.step or all(map(kernels.is_row_sparse, grads)):
             kernels.update(weights, grads, states, lrs, wds, self.rule(), fused=True)
             self._count(counts)
             return
         # A step of a subclass is to see the dense part; the whole list is checked before anything changes.
         kernels.prepare(weights, grads, states, lrs, wds, self.rule(), fused=True)
+        is_sparse = [kernels.is_row_sparse(grad) for grad in grads]
         dense = [i for i, each in enumerate(is_sparse) if not each]
         sparse = [i for i, each in enumerate(is_sparse) if each]
         self._count(counts)
@@ -157,9 +156,9 @@ class AdaGrad(Optimizer):
 
     def rule(self) -> Rule:
         """The rule's options and scalars as they are now; checked, since attributes may have been set meanwhile."""
-        given = (self.rescale_grad, self.clip_gradient, self.epsilon, self.epsilon_inside, self.decoupled_decay)
-        types = tuple(map(type, given))  # True equals 1.0, and is refused
-        if given != self._rule_given or types != self._rule_types:
+        values = (self.rescale_grad, self.clip_gradient, self.epsilon, self.epsilon_inside, self.decoupled_decay)
+        given = (*values, *map(type, values))  # with their types: True equals 1.0, and is refused
+        if given != self._rule_given:
             self._rule = Rule(
                 rescale_grad=checks.finite("rescale_grad", self.rescale_grad),
                 clip_gradient=checks.positive_or_none("clip_gradient", self.clip_gradient),
@@ -168,7 +167,7 @@ class AdaGrad(Optimizer):
                 decoupled_decay=checks.boolean("decoupled_decay", self.decoupled_decay),
                 row_wise=self.row_wise,
             )
-            self._rule_given, self._rule_types = given, types
+            self._rule_given = given
         return self._rule
 
     def check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:

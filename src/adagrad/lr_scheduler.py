@@ -202,7 +202,7 @@ class _ToFinal(LRScheduler):
 
     def remaining(self, done: int, steps: int) -> float:
         """The part of the way still to go after ``done`` of ``steps`` updates, rounded as MXNet does."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define remaining")
 
     def config(self) -> dict[str, Any]:
         return {"max_update": self.max_update, "final_lr": self.final_lr} | super().config()

@@ -17,7 +17,7 @@ from adagrad.kernels.blocks import ask, load_block, store_block
 from adagrad.kernels.cpu_dense import elements, one_row
 from adagrad.kernels.cpu_rule import constants
 from adagrad.kernels.formats import TOKENS, pointer
-from adagrad.kernels.numba_jit import call, in_parallel, jit, let_go, max_workers, place, worker, workers
+from adagrad.kernels.numba_jit import jit, let_go, max_workers, place, run, worker, workers
 from adagrad.kernels.row_groups import (
     ARE_DISTINCT,
     BASE,
@@ -212,21 +212,19 @@ def _carry_out(facts: Any, rates: Any, scalars: Any, group: int, update: int, co
     kept, scratch = np.zeros((count, GROUPED, 3), np.int64), np.empty((count, 3, BATCH + 1), np.int64)
     facts[RATES], facts[SCALARS] = rates.ctypes.data, scalars.ctypes.data
     facts[GROUPS], facts[SCRATCH] = kept.ctypes.data, scratch.ctypes.data
-    done = True
-    for work in (group, update):
-        if work != 0 and done:
-            if count > 1:
-                in_parallel(work, facts, count)
-            else:
-                call(work, np.int64(facts.ctypes.data), 0, 1)
-            for k in range(count if work == group else 0):
-                done &= kept[k, SUMS, OWNER] != 0
+    are_grouped = True
+    if not facts[ARE_DISTINCT]:
+        run(group, facts, count)
+        for k in range(count):
+            are_grouped &= kept[k, SUMS, OWNER] != 0
+    if are_grouped:
+        run(update, facts, count)
     for k in range(count):
         for what in range(GROUPED):
             if kept[k, what, OWNER] != 0:
                 let_go(kept[k, what, OWNER])
     scratch[:0] = 0  # it is used by address above: this keeps it alive until here
-    return done
+    return are_grouped
 
 
 def launch(facts: Any, rows: Any, formats: Any, row_wise: bool, rates: Any, scalars: Any, threads: int | None) -> None:

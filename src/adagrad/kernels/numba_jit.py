@@ -67,6 +67,9 @@ def worker(function: Callable[[Any, Any, Any], None]) -> int:
 _workers: list[Any] = []
 
 
+_BYTES = ir.IntType(8).as_pointer()
+
+
 def _call_code(typing: Any, work: Any, arguments: Any, k: Any, count: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         word = ir.IntType(64)
@@ -84,7 +87,7 @@ call: Any = intrinsic(_call_code)
 
 def _place_code(typing: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        return builder.inttoptr(args[0], _BYTES)
 
     return numba.types.voidptr(numba.types.int64), generate
 
@@ -102,7 +105,7 @@ def _release_gil_code(typing: Any) -> Any:
 
 def _acquire_gil_code(typing: Any, state: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        context.get_python_api(builder).restore_thread(builder.inttoptr(args[0], ir.IntType(8).as_pointer()))
+        context.get_python_api(builder).restore_thread(builder.inttoptr(args[0], _BYTES))
         return context.get_dummy_value()
 
     return numba.types.void(numba.types.int64), generate
@@ -131,34 +134,29 @@ def _let_go_code(typing: Any, owner: Any) -> Any:
     return numba.types.void(numba.types.int64), generate
 
 
-_BYTES = ir.IntType(8).as_pointer()
-
 keep: Any = intrinsic(_keep_code)
 """Keep an array's memory after the end of the worker that made it; what is returned goes to ``let_go``, once."""
 
 let_go: Any = intrinsic(_let_go_code)
 
 
-@jit()
-def in_serial(work: int, arguments: Any) -> None:
-    """All of a worker's parts by the calling thread; ``arguments`` is an int64 array."""
-    call(work, np.int64(arguments.ctypes.data), 0, 1)
-
-
 @jit(parallel=True)
-def in_parallel(work: int, arguments: Any, count: int) -> None:
-    """``count`` parts by as many threads."""
+def _in_parallel(work: int, arguments: Any, count: int) -> None:
     address = np.int64(arguments.ctypes.data)
     for k in numba.prange(count):
         call(work, address, k, count)
 
 
+@jit()
 def run(work: int, arguments: Any, count: int) -> None:
-    """A worker's parts by ``count`` threads; more than one only while the parallel layer is held."""
+    """A worker's parts by ``count`` threads, more than one only while the parallel layer is held.
+
+    ``arguments`` is an int64 array. Called from Python or from compiled code.
+    """
     if count > 1:
-        in_parallel(work, arguments, count)
+        _in_parallel(work, arguments, count)
     else:
-        in_serial(work, arguments)
+        call(work, np.int64(arguments.ctypes.data), 0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ threads

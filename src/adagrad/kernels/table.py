@@ -35,7 +35,7 @@ from adagrad.kernels.layout import (
     look,
     word,
 )
-from adagrad.kernels.numba_jit import acquire_gil, call, in_parallel, jit, max_workers, release_gil, workers
+from adagrad.kernels.numba_jit import acquire_gil, jit, max_workers, release_gil, run, workers
 from adagrad.kernels.spans import disjoint, guess
 from adagrad.rule import Rule
 
@@ -240,13 +240,10 @@ def _update_plain(weights: int, grads: int, histories: int, masters: int, n: int
     if work == 0:
         return code
     if is_trial:
-        call(work, np.int64(block.ctypes.data), 0, 1)
+        run(work, block, 1)
     else:
         state = release_gil()
-        if count > 1 and total >= small:
-            in_parallel(work, block, count)
-        else:
-            call(work, np.int64(block.ctypes.data), 0, 1)
+        run(work, block, count if total >= small else 1)
         acquire_gil(state)
     table[:0], block[:0] = 0, 0  # they are used by address above: this keeps them alive until here
     return DONE
