@@ -341,20 +341,24 @@ def test_several_weights_and_dense_ones_in_one_call() -> None:
 
 @numba.njit
 def grouped_by(ids: np.ndarray, k: int, count: int) -> Any:
-    positions = row_groups.own_positions(ids, k, count)
-    return positions, row_groups.number_rows(ids, positions)
+    return row_groups.group(ids, k, count)
 
 
 def grouped(ids: np.ndarray, count: int) -> dict[int, list[int]]:
     """The positions of each row, as ``count`` workers have them."""
     found: dict[int, list[int]] = {}
     for k in range(count):
-        positions, (numbers, rows, counts) = grouped_by(ids, k, count)
-        assert positions.tolist() == sorted(positions.tolist())
-        for number, (row, occurrences) in enumerate(zip(rows.tolist(), counts.tolist(), strict=True)):
+        single, positions, added, to, summed, counts = (part.tolist() for part in grouped_by(ids, k, count))
+        assert positions == sorted(positions)
+        assert added == sorted(added)
+        several: list[list[int]] = [[] for _ in summed]
+        for position, number in zip(added, to, strict=True):
+            several[number].append(position)
+        for row, where in [*zip(single, ([i] for i in positions), strict=True), *zip(summed, several, strict=True)]:
             assert row not in found, "two workers, or two numbers, for one row"
-            found[row] = positions[numbers == number].tolist()
-            assert len(found[row]) == occurrences
+            found[row] = where
+        assert list(map(len, several)) == counts
+        assert min(counts, default=2) > 1
     return found
 
 

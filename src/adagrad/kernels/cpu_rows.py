@@ -1,7 +1,7 @@
 """Row-sparse updates on the CPU: each row present is updated once, with the sum of its occurrences.
 
-The gradient is read from front to back. A row that occurs once is updated from where its values lie; the values of the
-others are added, as they come, to sums, from which their rows are updated at the end. While one row is computed, the
+Rows that occur once are updated from where their values lie. The values of the others are added to sums, from which
+their rows are updated at the end. Both go through the gradient from front to back. While one row is computed, the
 memory of a row to come is asked for, block by block.
 """
 
@@ -37,6 +37,7 @@ from adagrad.kernels.row_groups import (
     WEIGHT,
 )
 from adagrad.kernels.row_sums import (
+    ADDED,
     ADDRESS,
     COUNTS,
     GROUPED,
@@ -44,6 +45,7 @@ from adagrad.kernels.row_sums import (
     OWNER,
     POSITIONS,
     SECOND,
+    SINGLE,
     SUMMED,
     SUMS,
     TO,
@@ -63,8 +65,8 @@ AHEAD, AHEAD_BYTES = 4, 2048
 SUMS_AHEAD = 8
 """The same for occurrences that are only added up."""
 
-BATCH, BATCH_BYTES = 1024, 65_536
-"""Occurrences that are looked at together, those of single rows first; of wide rows, how many bytes of the gradient."""
+BATCH = 1024
+"""Positions that are written down at a time where no row occurs twice."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -114,15 +116,16 @@ def _values(base: Any, stride: Any, position: Any, tv: Any) -> Any:
 
 
 @jit(helper=True)
-def _update_once(ids: Any, positions: Any, base: Any, stride: Any, tw: Any, tv: Any, th: Any, tm: Any, length: int,
+def _update_once(rows: Any, positions: Any, base: Any, stride: Any, tw: Any, tv: Any, th: Any, tm: Any, length: int,
                  fixed: Any, row_wise: Any, ahead: int) -> None:  # fmt: skip
-    """Update the rows at ``positions``, each from the values there."""
+    """Update rows, each from the values at its position."""
     n = len(positions)
     for j in range(n):
-        i, then = positions[j], positions[min(j + ahead, n - 1)]
-        at = _operands(base, stride, np.int64(ids[i]), tw, th, tm)
-        coming = _operands(base, stride, np.int64(ids[then]), tw, th, tm)
-        _update_row(at, _values(base, stride, i, tv), coming, _values(base, stride, then, tv), length, fixed, row_wise)
+        then = min(j + ahead, n - 1)
+        at = _operands(base, stride, np.int64(rows[j]), tw, th, tm)
+        coming = _operands(base, stride, np.int64(rows[then]), tw, th, tm)
+        g, coming_g = _values(base, stride, positions[j], tv), _values(base, stride, positions[then], tv)
+        _update_row(at, g, coming, coming_g, length, fixed, row_wise)
 
 
 @jit(helper=True)
@@ -131,13 +134,14 @@ def _add_up(positions: Any, to: Any, memory: Any, missing: Any, second: Any, bas
     """Add the values at ``positions``, each to a sum."""
     n = len(positions)
     for j in range(n):
-        then, chunk = min(j + SUMS_AHEAD, n - 1), sum_at(memory, to[j], length, th)
-        coming, coming_g = sum_at(memory, to[then], length, th), _values(base, stride, positions[then], tv)
+        mine, then = np.uint64(to[j]), min(j + SUMS_AHEAD, n - 1)
+        chunk, coming = sum_at(memory, np.int64(mine), length, th), sum_at(memory, np.int64(to[then]), length, th)
+        coming_g = _values(base, stride, positions[then], tv)
         _add(chunk, _values(base, stride, positions[j], tv), length, coming, coming_g)
-        missing[to[j]] -= np.int32(1)
-        if missing[to[j]] == 0:
-            missing[to[j]] = CHUNK
-            _add(sum_at(memory, second[to[j]], length, th), chunk, length, None, None)
+        missing[mine] -= np.int32(1)
+        if missing[mine] == 0:
+            missing[mine] = CHUNK
+            _add(sum_at(memory, second[mine], length, th), chunk, length, None, None)
             clear(chunk, length, th)
 
 
@@ -156,17 +160,6 @@ def _update_from_sums(rows: Any, counts: Any, memory: Any, missing: Any, second:
         _update_row(at, g, coming, sum_at(memory, then, length, th), length, fixed, row_wise)
 
 
-@jit(helper=True)
-def _pick(positions: Any, to: Any, start: int, stop: int, once: Any, several: Any, sums: Any) -> Any:
-    """Of the occurrences from ``start`` to ``stop``: the positions of single rows, the others', and their sums."""
-    m, e = 0, 0
-    for j in range(start, stop):
-        once[m], several[e], sums[e] = positions[j], positions[j], to[j]
-        m += 1 if to[j] < 0 else 0
-        e += 1 if to[j] >= 0 else 0
-    return once[:m], several[:e], sums[:e]
-
-
 @functools.cache
 def kernel(is_high: bool, weight: str, values: str, history: str, master: str | None, row_wise: bool) -> int:
     """The worker for these formats of operands (None: no master copy); ids have 64 bits for a high weight, else 32."""
@@ -182,35 +175,38 @@ def kernel(is_high: bool, weight: str, values: str, history: str, master: str | 
         scalars = numba.carray(place(facts[SCALARS]), 4, np.float64)
         fixed = constants(scalars, rates, th)
         ahead = min(max(AHEAD_BYTES // max(length * tw.itemsize, 1), 1), AHEAD)
-        batch = min(max(BATCH_BYTES // max(length * tv.itemsize, 1), 64), BATCH)
-        once, several, sums = numba.carray(place(facts[SCRATCH]), (count, 3, BATCH + 1), np.int64)[k]
         kept = numba.carray(place(facts[GROUPS]), (count, GROUPED, 3), np.int64)[k]
-        positions, to = grouped(kept, POSITIONS, np.int32), grouped(kept, TO, np.int32)
-        rows, counts = grouped(kept, SUMMED, dtype), grouped(kept, COUNTS, np.int32)
-        missing, second = grouped(kept, MISSING, np.int32), grouped(kept, SECOND, np.int32)
-        memory = kept[SUMS, ADDRESS]
+        numbers = numba.carray(place(facts[SCRATCH]), (count, BATCH), np.int32)[k]
         # Distinct rows are shared out by position, others by owner.
-        first, last = (n * k // count, n * (k + 1) // count) if distinct else (0, len(positions))
-        for start in range(first, last, batch):
-            stop = min(start + batch, last)
+        first, last = n * k // count, n * (k + 1) // count
+        rows = ids[first:last] if distinct else grouped(kept, SINGLE, dtype)
+        positions = grouped(kept, POSITIONS, np.int32)
+        for start in range(0, len(rows), BATCH):
+            stop = min(start + BATCH, len(rows))
             if distinct:
                 for i in range(start, stop):
-                    once[i - start] = i
-                single, others, added = once[: stop - start], several[:0], sums[:0]
+                    numbers[i - start] = first + i
+                here = numbers[: stop - start]
             else:
-                single, others, added = _pick(positions, to, start, stop, once, several, sums)
-            _update_once(ids, single, base, stride, tw, tv, th, tm, length, fixed, by_row, ahead)
-            _add_up(others, added, memory, missing, second, base, stride, tv, th, length)
+                here = positions[start:stop]
+            _update_once(rows[start:stop], here, base, stride, tw, tv, th, tm, length, fixed, by_row, ahead)
+        memory = kept[SUMS, ADDRESS]
+        missing, second = grouped(kept, MISSING, np.int32), grouped(kept, SECOND, np.int32)
+        added, to = grouped(kept, ADDED, np.int32), grouped(kept, TO, np.uint32)
+        _add_up(added, to, memory, missing, second, base, stride, tv, th, length)
+        rows, counts = grouped(kept, SUMMED, dtype), grouped(kept, COUNTS, np.int32)
         _update_from_sums(rows, counts, memory, missing, second, base, stride, tw, th, tm, length, fixed, by_row, ahead)
 
     return worker(update)
 
 
 @jit()
-def _carry_out(facts: Any, rates: Any, scalars: Any, group: int, update: int, count: int) -> bool:
-    """Group and update by ``count`` workers; False if memory was short, and then nothing has changed."""
-    kept, scratch = np.zeros((count, GROUPED, 3), np.int64), np.empty((count, 3, BATCH + 1), np.int64)
-    facts[RATES], facts[SCALARS] = rates.ctypes.data, scalars.ctypes.data
+def carry_out(facts: Any, kept: Any, scratch: Any, group: int, update: int, count: int) -> bool:
+    """Group and update by ``count`` workers; False if memory was short, and then nothing has changed.
+
+    ``kept`` and ``scratch`` are what :func:`room` gives, or more.
+    """
+    kept[:] = 0
     facts[GROUPS], facts[SCRATCH] = kept.ctypes.data, scratch.ctypes.data
     are_grouped = True
     if not facts[ARE_DISTINCT]:
@@ -223,11 +219,21 @@ def _carry_out(facts: Any, rates: Any, scalars: Any, group: int, update: int, co
         for what in range(GROUPED):
             if kept[k, what, OWNER] != 0:
                 let_go(kept[k, what, OWNER])
-    scratch[:0] = 0  # it is used by address above: this keeps it alive until here
     return are_grouped
 
 
-def launch(facts: Any, rows: Any, formats: Any, row_wise: bool, rates: Any, scalars: Any, threads: int | None) -> None:
+@jit()
+def room(count: int) -> Any:
+    """What ``count`` workers write down what they have grouped in, and positions."""
+    return np.empty((count, GROUPED, 3), np.int64), np.empty((count, BATCH), np.int32)
+
+
+def out_of_memory(at: str, entries: int) -> MemoryError:
+    return MemoryError(f"indices of grads{at}: {entries} row ids: too many for the memory that is left")
+
+
+def launch(at: str, facts: Any, rows: Any, formats: Any, row_wise: bool, rates: Any, scalars: Any, threads: int | None
+           ) -> None:  # fmt: skip
     """Update ``rows``, the row of each of the values, which ``facts`` has been told of.
 
     ``formats`` are those of weight, values, history and master copy (None for none); ``rates`` those of one weight. At
@@ -239,9 +245,11 @@ def launch(facts: Any, rows: Any, formats: Any, row_wise: bool, rates: Any, scal
         Where there is none for the sums of the rows that occur more than once; then nothing has changed.
     """
     threads = 1 if facts[ENTRIES] * facts[LENGTH] < SMALL else threads or max_workers()
-    is_high = rows.itemsize == 8
-    group = 0 if facts[ARE_DISTINCT] else grouping(is_high, formats[2])
-    update = kernel(is_high, *formats, row_wise)
+    high = rows.itemsize == 8
+    group = 0 if facts[ARE_DISTINCT] else grouping(high, formats[2])
+    update = kernel(high, *formats, row_wise)
+    facts[RATES], facts[SCALARS] = rates.ctypes.data, scalars.ctypes.data
     with workers(threads) as count:
-        if not _carry_out(facts, rates, scalars, group, update, count):
-            raise MemoryError(f"indices: {len(rows)} row ids: too many for the memory that is left")
+        kept, scratch = room(count)
+        if not carry_out(facts, kept, scratch, group, update, count):
+            raise out_of_memory(at, len(rows))

@@ -93,7 +93,7 @@ def _rows(at: str, u: Update, lr: float, wd: float, rule: Rule, threads: int | N
         for k, m in enumerate(memories):
             facts[BASE + k], facts[STRIDE + k] = (0, 0) if m is None else (m.ctypes.data, m.strides[0])
         rates = hyper([lr], [wd], rule)[0]
-        cpu_rows.launch(facts, rows, formats(u), rule.row_wise, rates, rule.scalars, threads)
+        cpu_rows.launch(at, facts, rows, formats(u), rule.row_wise, rates, rule.scalars, threads)
         if present is not None:
             for memory, buffer in zip(_memories(u), memories, strict=True):
                 if memory is not None and memory is not u.grad.memory:

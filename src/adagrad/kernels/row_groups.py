@@ -9,6 +9,7 @@ buckets, and each worker owns so many buckets as hold its part of the ids. Who o
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numba
@@ -17,13 +18,19 @@ import numpy as np
 from adagrad.kernels.blocks import ask
 from adagrad.kernels.checked import refuse_row
 from adagrad.kernels.formats import pointer
-from adagrad.kernels.numba_jit import jit, place
+from adagrad.kernels.numba_jit import jit, place, run, worker
 
 BUCKETS = 1024
 """What the owners share: more than there are workers, few enough to be counted in the first-level cache."""
 
-SAMPLE = 16_384
+FULL = 64
+"""A bucket is full that holds more than this part of what a worker owns, as those of frequent rows do."""
+
+SAMPLE = 1024
 """Ids that are looked at to share the buckets out."""
+
+HIGH = 2**31
+"""Rows of a weight above which ids need 64 bits."""
 
 MOST = 2**31 - 1
 """Occurrences that can be told apart; a gradient with more is left to the array expression."""
@@ -39,53 +46,85 @@ _AHEAD = 16
 # What is known of a row-sparse update, an int64 each: the number of row ids, the elements of a row, the weight's rows,
 # whether the ids have 64 bits; where each operand begins and ends; the bytes from a row to the next of all operands but
 # the ids; where the checked copy of the ids is, whether they increase; where the rates and the rule's scalars are;
-# whether what is written to shares no memory with any other operand; where it is written down what was grouped.
+# where workers write down what they found of the ids, and what they grouped; room for positions.
 WEIGHT, GRAD, HISTORY, MASTER, IDS = range(5)
 ENTRIES, LENGTH, HEIGHT, ARE_LONG = range(4)
 BASE, ENDS, STRIDE = 4, 9, 14
-ROWS, ARE_DISTINCT, RATES, SCALARS, ARE_APART, GROUPS, SCRATCH, FACTS = range(18, 26)
+ROWS, ARE_DISTINCT, RATES, SCALARS, FOUND, GROUPS, SCRATCH, FACTS = range(18, 26)
 
-_numbers = np.empty(0, np.int32)
+# What a worker finds of its part of the ids: the position of one outside the weight, or -1, and that id; the first and
+# the last, and whether they increase.
+BAD, BAD_ID, FIRST, LAST, INCREASE, FINDINGS = range(6)
+
+_words = np.empty(0, np.int32)
+
+_NONE = np.uint32(2**32 - 1)
 
 
 # ---------------------------------------------------------------------------------------------------- before the update
 
 
 @jit(helper=True)
-def _copy(indices: Any, rows: Any, height: int) -> Any:
-    """Copy ids: the position of the first outside ``range(height)`` and the id, or -1 and whether they increase."""
+def _copy(indices: Any, rows: Any, start: int, stop: int, height: int, found: Any) -> None:
+    """Copy the ids from ``start`` to ``stop``; see above for what is found of them."""
     while True:
-        least, greatest = np.int64(0), np.int64(-1)
-        for i in range(len(rows)):
-            row = np.int64(indices[i])
-            rows[i] = row
-            least, greatest = min(least, row), max(greatest, row)
-        if least < 0 or greatest >= height:
-            for i in range(len(rows)):
-                row = np.int64(indices[i])
-                if row < 0 or row >= height:
-                    return i, row
-        # Other threads may change the ids meanwhile, and what was looked at need not be what was copied.
-        least, greatest, before = np.int64(0), np.int64(-1), np.int64(-1)
-        increasing: Any = True
-        for i in range(len(rows)):
-            row = np.int64(rows[i])
-            least, greatest = min(least, row), max(greatest, row)
-            increasing &= row > before
+        # Signs tell, so that vector instructions do: is any of these numbers negative?
+        outside, down, before = np.int64(0), np.int64(0), np.int64(-1)
+        # What is looked at is what is copied, though other threads may change the ids meanwhile: each is read once.
+        for i in range(start, stop):
+            at = np.uint64(i)
+            row = np.int64(indices[at])
+            rows[at] = row
+            outside |= row | (height - 1 - row)
+            down |= row - before - 1
             before = row
-        if least >= 0 and greatest < height:
-            return -1, np.int64(increasing)
+        if outside >= 0:
+            found[BAD], found[INCREASE] = -1, down >= 0
+            found[FIRST], found[LAST] = (rows[start], before) if start < stop else (0, -1)
+            return
+        for i in range(start, stop):
+            row = np.int64(indices[i])
+            if row < 0 or row >= height:
+                found[BAD], found[BAD_ID] = i, row
+                return
+
+
+@functools.cache
+def checking(is_high: bool) -> int:
+    """The worker that copies and checks ids, to int64 for a high weight, else to int32."""
+    dtype = np.int64 if is_high else np.int32
+
+    def check(arguments: Any, k: Any, count: Any) -> None:
+        facts = numba.carray(place(arguments), FACTS, np.int64)
+        address, n, height = facts[BASE + IDS], facts[ENTRIES], facts[HEIGHT]
+        rows = numba.carray(place(facts[ROWS]), n, dtype)
+        found = numba.carray(place(facts[FOUND]), (count, FINDINGS), np.int64)[k]
+        start, stop = n * k // count, n * (k + 1) // count
+        if facts[ARE_LONG]:
+            _copy(numba.carray(place(address), n, np.int64), rows, start, stop, height, found)
+        else:
+            _copy(numba.carray(place(address), n, np.int32), rows, start, stop, height, found)
+
+    return worker(check)
 
 
 @jit()
-def _copy_ids(facts: Any, rows: Any) -> Any:
-    address, n, height = facts[BASE + IDS], facts[ENTRIES], facts[HEIGHT]
-    if facts[ARE_LONG]:
-        bad, found = _copy(numba.carray(place(address), n, np.int64), rows, height)
-    else:
-        bad, found = _copy(numba.carray(place(address), n, np.int32), rows, height)
-    facts[ROWS], facts[ARE_DISTINCT] = rows.ctypes.data, found
-    return bad, found
+def check_ids(facts: Any, rows: int, found: Any, check: int, count: int) -> Any:
+    """Copy the ids to the address ``rows``: the position of one outside the weight and the id, or -1 and 0.
+
+    ``found`` has room for what ``count`` workers find.
+    """
+    facts[ROWS], facts[FOUND] = rows, found.ctypes.data
+    run(check, facts, count)
+    increase, before = True, np.int64(-1)
+    for k in range(count):
+        if found[k, BAD] >= 0:
+            return found[k, BAD], found[k, BAD_ID]
+        if found[k, FIRST] <= found[k, LAST] or found[k, INCREASE] == 0:
+            increase &= (found[k, INCREASE] != 0) & (found[k, FIRST] > before)
+            before = found[k, LAST]
+    facts[ARE_DISTINCT] = increase
+    return np.int64(-1), np.int64(0)
 
 
 def checked_rows(at: str, facts: Any) -> Any:
@@ -98,14 +137,18 @@ def checked_rows(at: str, facts: Any) -> Any:
     IndexError
         For an id outside the weight; ``at`` says of which gradient.
     """
-    rows = np.empty(facts[ENTRIES], np.int32 if facts[HEIGHT] <= 2**31 else np.int64)
-    bad, found = _copy_ids(facts, rows)
+    high = bool(facts[HEIGHT] > HIGH)
+    rows = np.empty(facts[ENTRIES], np.int64 if high else np.int32)
+    bad, row = check_ids(facts, rows.ctypes.data, np.empty((1, FINDINGS), np.int64), checking(high), 1)
     if bad >= 0:
-        refuse_row(at, bad, found, int(facts[HEIGHT]))
+        refuse_row(at, bad, row, int(facts[HEIGHT]))
     return rows
 
 
 # ------------------------------------------------------------------------------------------------------- by each worker
+
+
+# Indices are unsigned here: Numba asks of others whether they count from the end, which took a third of the time.
 
 
 @jit(helper=True)
@@ -114,62 +157,100 @@ def _hash(row: Any) -> Any:
 
 
 @jit(helper=True)
-def own_positions(ids: Any, k: int, count: int) -> Any:
-    """The positions of the ids whose rows worker ``k`` of ``count`` owns, int32, ascending.
+def own_rows(ids: Any, k: int, count: int) -> Any:
+    """The positions of the ids whose rows worker ``k`` of ``count`` owns, int32, ascending; the ids there, and padding.
 
     Each worker looks at all ids: to have them sorted out by another, in whose cache they are then, costs more.
     """
-    n = len(ids)
-    found = np.empty(n + 1, np.int32)
-    if count == 1:
-        for i in range(n):
-            found[i] = i
-        return found[:n]
-    counts, step = np.zeros(BUCKETS, np.int64), max(n // SAMPLE, 1)
-    for i in range(0, n, step):
-        counts[_hash(ids[i]) >> _BUCKET] += 1
-    # A bucket is mine if the middle of its ids, all laid end to end by bucket, is in my part of them.
-    is_mine, total, before = np.empty(BUCKETS, np.bool_), counts.sum(), 0
-    first, last = total * k, total * (k + 1) if k < count - 1 else np.int64(2**63 - 1)
-    for bucket in range(BUCKETS):
-        middle = (before + counts[bucket] // 2) * count
-        is_mine[bucket] = (middle >= first) & (middle < last)
-        before += counts[bucket]
-    m = 0
+    n, m = len(ids), np.uint64(0)
+    positions, rows = np.empty(n + 1, np.int32), np.empty(n + 1 + _AHEAD, ids.dtype)
+    is_mine = _own_buckets(ids, k, count)
     for i in range(n):
-        found[m] = i
-        m += is_mine[_hash(ids[i]) >> _BUCKET]
-    return found[:m]
+        row = ids[np.uint64(i)]
+        positions[m], rows[m] = i, row
+        m += np.uint64(is_mine[_hash(row) >> _BUCKET])
+    padded = m + np.uint64(_AHEAD)
+    rows[m:padded] = 0
+    return positions[:m], rows[:padded]
 
 
 @jit(helper=True)
-def number_rows(ids: Any, positions: Any) -> Any:
-    """Number the rows of the ids at ``positions`` by their first occurrence.
+def _own_buckets(ids: Any, k: int, count: int) -> Any:
+    """Which buckets worker ``k`` owns: of the full ones, each goes to whoever has least; the others fill up in turn."""
+    if count == 1:
+        return np.ones(BUCKETS, np.bool_)
+    n, counts = len(ids), np.zeros(BUCKETS, np.int64)
+    for i in range(0, n, max(n // SAMPLE, 1)):
+        counts[_hash(ids[i]) >> _BUCKET] += 1
+    owners, loads, total = np.zeros(BUCKETS, np.int64), np.zeros(count, np.int64), counts.sum()
+    for bucket in range(BUCKETS):
+        if counts[bucket] * count * FULL > total:
+            owners[bucket] = np.argmin(loads)
+            loads[owners[bucket]] += counts[bucket]
+    owner = 0
+    for bucket in range(BUCKETS):
+        if counts[bucket] * count * FULL <= total:
+            while owner < count - 1 and loads[owner] * count >= total:
+                owner += 1
+            owners[bucket] = owner
+            loads[owner] += counts[bucket]
+    return owners == k
 
-    The number of each position, int32; the row and the count of each number.
+
+@jit(helper=True)
+def _number(ids: Any, m: int) -> Any:
+    """Number the rows of the first ``m`` ids by their first occurrence.
+
+    The number of each id; the row and the count of each number; how many there are; memory for a word of each.
     """
-    m, bits = len(positions), 4
+    bits = 4
     while 1 << bits < 2 * m:
         bits += 1
-    numbers, rows, counts = np.empty(m, np.int32), np.empty(m + 1, ids.dtype), np.empty(m + 1, np.int32)
-    table = np.full(1 << bits, -1, np.int32)
-    places = pointer(np.int64(table.ctypes.data), _numbers, "sum")
+    numbers, rows, counts = np.empty(m + 1, np.uint32), np.empty(m + 1, ids.dtype), np.empty(m + 1, np.int32)
+    table = np.full(1 << bits, _NONE, np.uint32)
+    places = pointer(np.int64(table.ctypes.data), _words, "sum")
     # The bits of the hash below the bucket's: rows of one owner share the bucket's.
-    shift, mask, n = _BUCKET - np.uint64(bits), np.uint64((1 << bits) - 1), 0
-    for j in range(m):
-        ask(places, np.int64((_hash(ids[positions[min(j + _AHEAD, m - 1)]]) >> shift) & mask))
-        row = ids[positions[j]]
+    shift, mask, n = _BUCKET - np.uint64(bits), np.uint64((1 << bits) - 1), np.uint64(0)
+    for i in range(m):
+        j = np.uint64(i)
+        ask(places, np.int64((_hash(ids[j + np.uint64(_AHEAD)]) >> shift) & mask))
+        row = ids[j]
         at = (_hash(row) >> shift) & mask
         # As if the row were new, so that finding it and entering it are the same steps: no branch to guess.
         rows[n], counts[n] = row, 0
         while True:
-            number = table[at]
-            number = np.int32(n) if number < 0 else number
+            number = min(np.uint64(table[at]), n)  # where there is none: that of a new row
             if rows[number] == row:
                 break
             at = (at + np.uint64(1)) & mask
-        table[at] = number
-        numbers[j] = number
+        table[at] = np.uint32(number)
+        numbers[j] = np.uint32(number)
         counts[number] += np.int32(1)
-        n += 1 if number == n else 0
-    return numbers, rows[:n], counts[:n]
+        n += np.uint64(number == n)
+    return numbers, rows, counts, n, table
+
+
+@jit(helper=True)
+def group(ids: Any, k: int, count: int) -> Any:
+    """Group the ids whose rows worker ``k`` of ``count`` owns.
+
+    Of the rows that occur once: the rows, and the position of each, ascending. Of the others: the positions, ascending,
+    and the number of the sum that each adds to; the row of each sum, and how often it occurs.
+    """
+    positions, rows_there = own_rows(ids, k, count)
+    m, sums = len(positions), np.uint64(0)
+    to, rows, counts, n, sum_of = _number(rows_there, m)
+    for number in range(n):
+        is_sum = counts[number] > 1
+        sum_of[number] = np.uint32(sums) if is_sum else _NONE
+        rows[sums], counts[sums] = rows[number], counts[number]
+        sums += np.uint64(is_sum)
+    added, once, several = np.empty(m + 1, np.int32), np.uint64(0), np.uint64(0)
+    for i in range(m):
+        j = np.uint64(i)
+        position, row, mine = positions[j], rows_there[j], sum_of[np.uint64(to[j])]
+        rows_there[once], positions[once] = row, position
+        added[several], to[several] = position, mine
+        is_sum = np.uint64(mine != _NONE)
+        once, several = once + np.uint64(1) - is_sum, several + is_sum
+    return rows_there[:once], positions[:once], added[:several], to[:several], rows[:sums], counts[:sums]

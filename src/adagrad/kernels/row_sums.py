@@ -14,7 +14,7 @@ import numpy as np
 from adagrad.kernels.blocks import filled, store_block
 from adagrad.kernels.formats import TOKENS, pointer
 from adagrad.kernels.numba_jit import jit, keep, place, worker
-from adagrad.kernels.row_groups import ENTRIES, FACTS, GROUPS, LENGTH, ROWS, number_rows, own_positions
+from adagrad.kernels.row_groups import ENTRIES, FACTS, GROUPS, LENGTH, ROWS, group
 from adagrad.rule import CHUNK, LANES
 
 
@@ -29,22 +29,8 @@ def clear(total: Any, length: int, token: Any) -> None:
 
 
 @jit(helper=True)
-def number_sums(numbers: Any, rows: Any, counts: Any) -> Any:
-    """In place: the sum that each position adds to, or -1 where its row occurs once; the row and count of each sum."""
-    sum_of, n = np.empty(len(rows), np.int32), 0
-    for number in range(len(rows)):
-        several = counts[number] > 1
-        sum_of[number] = n if several else -1
-        rows[n], counts[n] = rows[number], counts[number]
-        n += 1 if several else 0
-    for j in range(len(numbers)):
-        numbers[j] = sum_of[numbers[j]]
-    return numbers, rows[:n], counts[:n]
-
-
-@jit(helper=True)
 def begin_sums(counts: Any, length: int, th: Any) -> Any:
-    """Memory of all sums, and of each row's: how much is missing to a chunk (never 0 for a row of one), its second."""
+    """Memory of all sums, and of each row's: how much is missing to a chunk (never 0 for a short one), its second."""
     n = len(counts)
     missing, second, total = np.empty(n, np.int32), np.empty(n, np.int32), n
     for i in range(n):
@@ -62,9 +48,10 @@ def sum_at(memory: Any, i: Any, length: int, th: Any) -> Any:
     return pointer(memory + i * length * th.itemsize, th, "sum")
 
 
-# What a worker has grouped, for the one that updates: the positions that it owns and the sum that each adds to; row and
-# count of each sum; memory of the sums, and what `begin_sums` says of each. Address, length and owner of each array.
-POSITIONS, TO, SUMMED, COUNTS, MISSING, SECOND, SUMS, GROUPED = range(8)
+# What a worker has grouped, for the one that updates: the rows that occur once and their positions; what is to be added
+# up and to which sum; row and count of each sum; what `begin_sums` says of each, and their memory. Address, length and
+# owner of each array.
+SINGLE, POSITIONS, ADDED, TO, SUMMED, COUNTS, MISSING, SECOND, SUMS, GROUPED = range(10)
 ADDRESS, SIZE, OWNER = range(3)
 
 
@@ -78,23 +65,23 @@ def grouping(is_high: bool, history: str) -> int:
     """The worker that groups the ids by row: all that may run out of memory, before anything is updated."""
     th, dtype = TOKENS[history], np.int64 if is_high else np.int32
 
-    def group(arguments: Any, k: Any, count: Any) -> None:
+    def group_ids(arguments: Any, k: Any, count: Any) -> None:
         facts = numba.carray(place(arguments), FACTS, np.int64)
         ids = numba.carray(place(facts[ROWS]), facts[ENTRIES], dtype)
         kept = numba.carray(place(facts[GROUPS]), (count, GROUPED, 3), np.int64)[k]
-        positions = own_positions(ids, k, count)
-        numbers, rows, counts = number_rows(ids, positions)
-        to, rows, counts = number_sums(numbers, rows, counts)
+        single, positions, added, to, summed, counts = group(ids, k, count)
         memory, missing, second = begin_sums(counts, facts[LENGTH], th)
+        _hand_over(kept, SINGLE, single)
         _hand_over(kept, POSITIONS, positions)
+        _hand_over(kept, ADDED, added)
         _hand_over(kept, TO, to)
-        _hand_over(kept, SUMMED, rows)
+        _hand_over(kept, SUMMED, summed)
         _hand_over(kept, COUNTS, counts)
         _hand_over(kept, MISSING, missing)
         _hand_over(kept, SECOND, second)
         _hand_over(kept, SUMS, memory)
 
-    return worker(group)
+    return worker(group_ids)
 
 
 @jit(helper=True)

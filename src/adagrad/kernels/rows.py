@@ -1,4 +1,4 @@
-"""Row-sparse updates of plain arrays on the CPU, looked at and checked by compiled code.
+"""Row-sparse updates of plain arrays on the CPU, looked at, checked and carried out by compiled code.
 
 For few lookups the checks in Python cost more than the update; this is their short cut. Whatever is not plain, and
 every error but a row id outside the weight, is left to the ordinary way.
@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adagrad.kernels import cpu_rows
-from adagrad.kernels.checked import is_row_sparse
+from adagrad.kernels.checked import is_row_sparse, refuse_row
+from adagrad.kernels.cpu_rows import carry_out, kernel, room
 from adagrad.kernels.cpu_rule import hyper
 from adagrad.kernels.layout import (
     CONTIGUOUS,
@@ -29,44 +30,41 @@ from adagrad.kernels.layout import (
     START,
     STRIDES,
     UNIT,
+    item,
     item_size,
     layout,
     look,
     word,
 )
-from adagrad.kernels.numba_jit import jit
+from adagrad.kernels.numba_jit import acquire_gil, jit, max_workers, release_gil, workers
 from adagrad.kernels.row_groups import (
-    ARE_APART,
     ARE_LONG,
     BASE,
     ENDS,
     ENTRIES,
     FACTS,
+    FINDINGS,
     GRAD,
     HEIGHT,
+    HIGH,
     HISTORY,
     IDS,
     LENGTH,
     MASTER,
     MOST,
+    RATES,
+    SCALARS,
     STRIDE,
     WEIGHT,
+    check_ids,
     checked_rows,
+    checking,
 )
-from adagrad.kernels.spans import are_disjoint, together
-from adagrad.kernels.table import Formats, code_of, formats
+from adagrad.kernels.row_sums import grouping
+from adagrad.kernels.spans import disjoint, guess
+from adagrad.kernels.table import PLACES, Formats, code_of, formats
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Rule
-
-
-@jit(helper=True)
-def _are_apart(starts: Any, ends: Any) -> bool:
-    """Whether weight, history and master copy share no byte with any other operand."""
-    for k in (WEIGHT, HISTORY, MASTER):
-        for other in range(5):
-            if other != k and max(starts[k], starts[other]) < min(ends[k], ends[other]):
-                return False
-    return True
 
 
 @jit(holds_gil=True)
@@ -104,7 +102,6 @@ def _look_at(weight: int, values: int, history: int, master: int, indices: int, 
                 facts[STRIDE + k] = size * (1 if row_wise and k == HISTORY else length)
                 if not seen[k, CONTIGUOUS]:
                     return -1
-    facts[ARE_APART] = _are_apart(facts[BASE:ENDS], facts[ENDS:STRIDE])
     return code_of(seen, has_master, row_wise, True)
 
 
@@ -126,44 +123,156 @@ class Rows(NamedTuple):
 
     def plan(self, at: str, rates: np.ndarray, rule: Rule, threads: int | None) -> Callable[[], None]:
         """What carries it out on the CPU; IndexError for a row id outside the weight."""
-        return functools.partial(self._launch, checked_rows(at, self.facts), rates, rule, threads)
+        return functools.partial(self._launch, at, checked_rows(at, self.facts), rates, rule, threads)
 
-    def _launch(self, ids: np.ndarray, rates: np.ndarray, rule: Rule, threads: int | None) -> None:
+    def _launch(self, at: str, ids: np.ndarray, rates: np.ndarray, rule: Rule, threads: int | None) -> None:
         if len(ids) and self.facts[LENGTH]:
-            cpu_rows.launch(self.facts, ids, self.formats, rule.row_wise, rates, rule.scalars, threads)
+            cpu_rows.launch(at, self.facts, ids, self.formats, rule.row_wise, rates, rule.scalars, threads)
+
+
+def _values_and_indices(weight: Any, grad: Any) -> tuple[Any, Any] | None:
+    """Those of a RowSparse or a sparse COO tensor in the shape of the weight; None where it is not so simple."""
+    if grad.shape != getattr(weight, "shape", None):
+        return None
+    if isinstance(grad, RowSparse):
+        return grad.values, grad.indices
+    return (grad._values(), grad._indices()) if grad.sparse_dim() == 1 else None
 
 
 def rows(weight: Any, grad: Any, history: Any, master: Any, *, row_wise: bool) -> Rows | None:
     """An update with a RowSparse or a sparse COO tensor as the kernels want it, or None for the ordinary way."""
-    how = layout()
-    if how is None or grad.shape != getattr(weight, "shape", None):
+    how, parts = layout(), _values_and_indices(weight, grad)
+    if how is None or parts is None:
         return None
-    if isinstance(grad, RowSparse):
-        indices, values = grad.indices, grad.values
-    elif grad.sparse_dim() == 1:
-        indices, values = grad._indices(), grad._values()
-    else:
-        return None
+    values, indices = parts
     facts = np.empty(FACTS, np.int64)
     code = _look_at(id(weight), id(values), id(history), id(master), id(indices), how, row_wise, facts)
     return None if code < 0 else Rows(values, indices, *formats(code), facts)
 
 
+# ---------------------------------------------------------------------------------------------------------- all at once
+
+_SPANS = (0, 3, 1, 2, 4)
+"""Where the spans of weights, gradients, histories, master copies and ids stand: what is written to comes first."""
+
+CHECK, GROUP, UPDATE = range(3)
+"""The workers of an update, see :func:`_workers`."""
+
+WAS_LARGE = 2 * PLACES
+"""Where it is remembered, behind the workers, whether the last list had many elements."""
+
+DONE, LARGE, LEFT, OUT_OF_RANGE, SHORT = -5, -4, -3, -2, -1
+"""What was done of a list: all; nothing, because it is not so small; nothing, because it is not plain or not on the
+CPU; nothing, because a row id is outside its weight; not all, because memory is short. Any other number is that of the
+workers that are wanted."""
+
+
+@jit(holds_gil=True)
+def _update_plain(weights: int, values: int, histories: int, masters: int, indices: int, how: Any, row_wise: bool,
+                  facts: Any, rates: Any, scalars: Any, workers: Any, order: Any, small: int, count: int
+                  ) -> Any:  # fmt: skip
+    """What was done, and of which update; the position of a row id that is outside its weight, and the id.
+
+    ``count`` is 0 for a list that is tried as if it had few elements.
+    """
+    n, most, entries = len(facts), 0, 0
+    numbers, spans = np.empty(n, np.int64), np.empty((2, 5 * n), np.int64)
+    for i in range(n):
+        master = item(masters, i) if masters else how[NONE]
+        code = _look_at(item(weights, i), item(values, i), item(histories, i), master, item(indices, i), how, row_wise,
+                        facts[i])  # fmt: skip
+        if code < 0 or code >= PLACES:
+            return LEFT, i, 0, 0
+        numbers[i] = 2 * code + (1 if facts[i, HEIGHT] > HIGH else 0)
+        most, entries = max(most, facts[i, ENTRIES] * facts[i, LENGTH]), entries + facts[i, ENTRIES]
+        facts[i, RATES], facts[i, SCALARS] = rates[i if len(rates) > 1 else 0].ctypes.data, scalars.ctypes.data
+        for k in range(5):
+            at = n * _SPANS[k] + i
+            spans[0, at], spans[1, at] = facts[i, BASE + k], facts[i, ENDS + k]
+    workers[WAS_LARGE, 0] = most >= small
+    if count == 0 and most >= small:
+        return LARGE, 0, 0, 0
+    if not disjoint(spans[0], spans[1], 3 * n, order):
+        return LEFT, 0, 0, 0
+    for i in range(n):
+        if workers[numbers[i], UPDATE] == 0:
+            return numbers[i], i, 0, 0
+    # Nothing is allocated from here on: an exception would find no GIL.
+    ids, found = np.empty(entries, np.int64), np.empty((max(count, 1), FINDINGS), np.int64)
+    kept, scratch = room(max(count, 1))
+    state = release_gil() if count > 0 else np.int64(0)
+    done, which, bad, row = _carry_out(facts, numbers, workers, ids.ctypes.data, found, kept, scratch, small, count)
+    if count > 0:
+        acquire_gil(state)
+    ids[:0] = 0  # it is used by address above: this keeps it alive until here
+    return done, which, bad, row
+
+
+@jit()
+def _carry_out(facts: Any, numbers: Any, workers: Any, start: int, found: Any, kept: Any, scratch: Any, small: int,
+               count: int) -> Any:  # fmt: skip
+    for i in range(len(facts)):
+        each = count if facts[i, ENTRIES] * facts[i, LENGTH] >= small and count > 1 else 1
+        bad, row = check_ids(facts[i], start, found, workers[numbers[i], CHECK], each)
+        if bad >= 0:
+            return OUT_OF_RANGE, i, bad, row
+        start += 8 * facts[i, ENTRIES]
+    for i in range(len(facts)):
+        elements = facts[i, ENTRIES] * facts[i, LENGTH]
+        each = count if elements >= small and count > 1 else 1
+        group, update = workers[numbers[i], GROUP], workers[numbers[i], UPDATE]
+        if elements and not carry_out(facts[i], kept, scratch, group, update, each):
+            return SHORT, i, np.int64(0), np.int64(0)
+    return DONE, 0, np.int64(0), np.int64(0)
+
+
 def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], lrs: Any, wds: Any,
                  rule: Rule, threads: int | None) -> bool:  # fmt: skip
-    """Check and update a list of row-sparse gradients, if all is plain and on the CPU; False if it is left alone."""
-    plain: list[Rows] = []
-    for i, grad in enumerate(grads):
-        if not is_row_sparse(grad):
+    """Check and update a list of row-sparse gradients by one call of compiled code; False if it is left as it was.
+
+    The lists :func:`adagrad.kernels.table.fit`.
+
+    Raises
+    ------
+    IndexError
+        For a row id outside its weight; then nothing has changed.
+    MemoryError
+        Where there is none for the sums of rows; then weights that come later in the list have not changed.
+    """
+    how, n = layout(), len(weights)
+    values: list[Any] = []
+    indices: list[Any] = []
+    for weight, grad in zip(weights, grads, strict=True):
+        parts = _values_and_indices(weight, grad) if is_row_sparse(grad) else None
+        if how is None or parts is None:
             return False
-        found = rows(weights[i], grad, histories[i], masters[i] if masters else None, row_wise=rule.row_wise)
-        if found is None or found.place or not found.facts[ARE_APART]:
-            return False
-        plain.append(found)
-    if len(plain) > 1 and not are_disjoint(*together([found.spans for found in plain])):
-        return False
-    rates, each = hyper(lrs, wds, rule), len(lrs) > 1 or len(wds) > 1
-    plans = [found.plan(f"[{i}]", rates[i if each else 0], rule, threads) for i, found in enumerate(plain)]
-    for carry_out in plans:
-        carry_out()
-    return True
+        values.append(parts[0])
+        indices.append(parts[1])
+    lists = id(weights), id(values), id(histories), id(masters) if masters else 0, id(indices)
+    facts, known = np.empty((n, FACTS), np.int64), _workers(rule.row_wise)
+    given = *lists, how, rule.row_wise, facts, hyper(lrs, wds, rule), rule.scalars, known, guess(5 * n), cpu_rows.SMALL
+    is_trial = not known[WAS_LARGE, 0]
+    while True:
+        if is_trial:
+            done, i, bad, row = _update_plain(*given, 0)
+        else:
+            with workers(threads or max_workers()) as count:
+                done, i, bad, row = _update_plain(*given, count)
+        if done >= 0:
+            code, high = divmod(done, 2)
+            form = formats(code)[1]
+            known[done] = checking(bool(high)), grouping(bool(high), form[2]), kernel(bool(high), *form, rule.row_wise)
+        elif done == OUT_OF_RANGE:
+            refuse_row(f"[{i}]", bad, row, weights[i].shape[0])
+        elif done == SHORT:
+            raise cpu_rows.out_of_memory(f"[{i}]", len(values[i]))
+        elif done != LARGE:
+            return bool(done == DONE)
+        else:
+            is_trial = False
+
+
+@functools.cache
+def _workers(row_wise: bool) -> np.ndarray:
+    """The workers that have been compiled, by twice the code and 1 more for a high weight; 0 for those to come."""
+    return np.zeros((WAS_LARGE + 1, 3), np.int64)
