@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adagrad.kernels.formats import load, pointer, store
 from adagrad.kernels.layout import COUNT, FLOAT32, FLOAT64, FORMAT, KIND, PLACE, SEEN, START, item, layout, look
-from adagrad.kernels.numba_jit import jit
+from adagrad.kernels.numba_jit import borrowed, jit
 
 _single, _double = np.empty(0, np.float32), np.empty(0, np.float64)
 
@@ -18,7 +18,8 @@ _single, _double = np.empty(0, np.float32), np.empty(0, np.float64)
 @jit(holds_gil=True)
 def _read_counts(counts: int, how: Any, addresses: Any, values: Any) -> bool:
     """Addresses (made negative for float64) and values; False unless all are plain numbers on the CPU."""
-    out, seen = np.empty(1, np.int64), np.zeros(SEEN, np.int64)
+    own_out, own_seen = np.empty(1, np.int64), np.zeros(SEEN, np.int64)
+    out, seen, how = borrowed(own_out), borrowed(own_seen), borrowed(how)
     for i in range(len(addresses)):
         if not look(item(counts, i), how, out, seen) or seen[KIND] != 1 or seen[PLACE] != 0 or seen[COUNT] != 1:
             return False
@@ -28,6 +29,7 @@ def _read_counts(counts: int, how: Any, addresses: Any, values: Any) -> bool:
             addresses[i], values[i] = seen[START], load(pointer(seen[START], _single, "history"), 0)
         else:
             addresses[i], values[i] = -seen[START], load(pointer(seen[START], _double, "history"), 0)
+    own_out[:0], own_seen[:0] = 0, 0  # they are used by address above: this keeps them alive
     return True
 
 

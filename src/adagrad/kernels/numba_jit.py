@@ -96,6 +96,15 @@ place: Any = intrinsic(_place_code)
 """The address as a pointer, for ``numba.carray``."""
 
 
+@jit(helper=True)
+def borrowed(words: Any) -> Any:
+    """The same int64 array as one that nobody counts references to: atomic instructions, more than the work itself.
+
+    For passing on to other compiled functions; ``words`` must outlive it.
+    """
+    return numba.carray(place(words.ctypes.data), words.shape, np.int64)
+
+
 def _release_gil_code(typing: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.ptrtoint(context.get_python_api(builder).save_thread(), ir.IntType(64))

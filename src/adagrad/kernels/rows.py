@@ -36,7 +36,7 @@ from adagrad.kernels.layout import (
     look,
     word,
 )
-from adagrad.kernels.numba_jit import acquire_gil, jit, max_workers, release_gil, workers
+from adagrad.kernels.numba_jit import acquire_gil, borrowed, jit, max_workers, release_gil, workers
 from adagrad.kernels.row_groups import (
     ARE_LONG,
     BASE,
@@ -71,7 +71,8 @@ from adagrad.rule import Rule
 def _look_at(weight: int, values: int, history: int, master: int, indices: int, how: Any, row_wise: bool, facts: Any
              ) -> Any:  # fmt: skip
     """The code of an update (-1 where it is not plain); fills its ``facts``."""
-    out, seen = np.empty(1, np.int64), np.zeros((5, SEEN), np.int64)
+    own_out, own_seen = np.empty(1, np.int64), np.zeros((5, SEEN), np.int64)
+    out, seen, how = borrowed(own_out), borrowed(own_seen), borrowed(how)
     things, has_master = (weight, values, history, master, indices), master != how[NONE]
     for k in range(5):
         if (k != MASTER or has_master) and not look(things[k], how, out, seen[k]):
@@ -102,7 +103,9 @@ def _look_at(weight: int, values: int, history: int, master: int, indices: int, 
                 facts[STRIDE + k] = size * (1 if row_wise and k == HISTORY else length)
                 if not seen[k, CONTIGUOUS]:
                     return -1
-    return code_of(seen, has_master, row_wise, True)
+    code = code_of(seen, has_master, row_wise, True)
+    own_out[:0], own_seen[:0] = 0, 0  # they are used by address above: this keeps them alive
+    return code
 
 
 class Rows(NamedTuple):
@@ -175,7 +178,7 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, indic
 
     ``count`` is 0 for a list that is tried as if it had few elements.
     """
-    n, most, entries = len(facts), 0, 0
+    n, most, entries, facts, how = len(facts), 0, 0, borrowed(facts), borrowed(how)
     numbers, spans = np.empty(n, np.int64), np.empty((2, 5 * n), np.int64)
     for i in range(n):
         master = item(masters, i) if masters else how[NONE]

@@ -35,7 +35,7 @@ from adagrad.kernels.layout import (
     look,
     word,
 )
-from adagrad.kernels.numba_jit import acquire_gil, jit, max_workers, release_gil, run, workers
+from adagrad.kernels.numba_jit import acquire_gil, borrowed, jit, max_workers, release_gil, run, workers
 from adagrad.kernels.spans import disjoint, guess
 from adagrad.rule import Rule
 
@@ -138,7 +138,8 @@ def fill(weights: int, grads: int, histories: int, masters: int, how: Any, row_w
     """
     n, total = len(table), 0
     columns = spans.shape[1] // n
-    out, seen, things = np.empty(1, np.int64), np.zeros((4, SEEN), np.int64), np.empty(4, np.int64)
+    own_out, own_seen, own_things = np.empty(1, np.int64), np.zeros((4, SEEN), np.int64), np.empty(4, np.int64)
+    out, seen, things, how = borrowed(own_out), borrowed(own_seen), borrowed(own_things), borrowed(how)
     for i in range(n):
         things[WEIGHT], things[GRAD], things[HISTORY] = item(weights, i), item(grads, i), item(histories, i)
         things[MASTER] = item(masters, i) if masters else how[NONE]
@@ -165,6 +166,7 @@ def fill(weights: int, grads: int, histories: int, masters: int, how: Any, row_w
     same = codes[0]
     for i in range(n):
         same = same if codes[i] == same else -1
+    own_out[:0], own_seen[:0], own_things[:0] = 0, 0, 0  # they are used by address above: this keeps them alive
     return same, total
 
 
