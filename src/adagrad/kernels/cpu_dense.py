@@ -30,6 +30,10 @@ ALIGN = 16
 """Elements: where workers part. No two write to one cache line of a float32 array that begins with one."""
 
 
+AHEAD = 2048
+"""Bytes: how far ahead memory is asked for. The processor's own guesses end with each page."""
+
+
 def table_row(memories: Sequence[np.ndarray | None], rule: Rule) -> list[int]:
     """A row of the address table, for the memory of weight, gradient, history and master copy (None for none)."""
     weight = memories[0]
@@ -42,7 +46,7 @@ def table_row(memories: Sequence[np.ndarray | None], rule: Rule) -> list[int]:
 def elements(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, constants: Any, coming: Any) -> None:
     """Element-wise: every element from ``start`` to ``stop`` has its own history value.
 
-    ``coming`` is None, or the operands of a row that comes soon: their memory is asked for block by block.
+    ``coming``: the operands of what is needed soon, from their ``start`` on; their memory is asked for block by block.
     """
     whole = stop - (stop - start) % LANES
     for i in range(start, whole, LANES):
@@ -152,14 +156,21 @@ def _share(
         begin += size
         if start >= stop:
             continue
-        w, g = pointer(table[i, WEIGHT], tw, "weight"), pointer(table[i, GRAD], tg, "grad")
-        h, m = pointer(table[i, HISTORY], th, "history"), pointer(table[i, MASTER], tm, "master")
+        w, g, h, m = _operands(table[i], 0, tw, tg, th, tm)
+        soon_w, soon_g, soon_h, soon_m = _operands(table[i], AHEAD, tw, tg, th, tm)
         fixed = constants(scalars, hyper[i if len(hyper) > 1 else 0], th)
         if row_wise is None:
-            elements(w, g, h, m, start, stop, fixed, None)
+            elements(w, g, h, m, start, stop, fixed, (soon_w, soon_g, soon_h, soon_m))
         else:
             for r in range(start // length, stop // length):
-                one_row(w, g, h, m, r * length, length, r, fixed, None)
+                one_row(w, g, h, m, r * length, length, r, fixed, (soon_w, soon_g, None, soon_m))
+
+
+@jit(helper=True)
+def _operands(row: Any, ahead: int, tw: Any, tg: Any, th: Any, tm: Any) -> Any:
+    """Weight, gradient, history and master copy of a row of the table, or what lies so many bytes further on."""
+    w, g = pointer(row[WEIGHT] + ahead, tw, "weight"), pointer(row[GRAD] + ahead, tg, "grad")
+    return w, g, pointer(row[HISTORY] + ahead, th, "history"), pointer(row[MASTER] + ahead, tm, "master")
 
 
 @functools.cache
