@@ -182,19 +182,24 @@ def _own_buckets(ids: Any, k: int, count: int) -> Any:
     n, counts = len(ids), np.zeros(BUCKETS, np.int64)
     for i in range(0, n, max(n // SAMPLE, 1)):
         counts[_hash(ids[i]) >> _BUCKET] += 1
-    owners, loads, total = np.zeros(BUCKETS, np.int64), np.zeros(count, np.int64), counts.sum()
+    is_mine, loads, total = np.zeros(BUCKETS, np.bool_), np.zeros(count, np.int64), 0
+    for bucket in range(BUCKETS):
+        total += counts[bucket]
     for bucket in range(BUCKETS):
         if counts[bucket] * count * FULL > total:
-            owners[bucket] = np.argmin(loads)
-            loads[owners[bucket]] += counts[bucket]
+            least = 0
+            for owner in range(count):
+                least = owner if loads[owner] < loads[least] else least
+            loads[least] += counts[bucket]
+            is_mine[bucket] = least == k
     owner = 0
     for bucket in range(BUCKETS):
         if counts[bucket] * count * FULL <= total:
             while owner < count - 1 and loads[owner] * count >= total:
                 owner += 1
-            owners[bucket] = owner
             loads[owner] += counts[bucket]
-    return owners == k
+            is_mine[bucket] = owner == k
+    return is_mine
 
 
 @jit(helper=True)

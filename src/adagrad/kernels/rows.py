@@ -103,7 +103,7 @@ def _look_at(weight: int, values: int, history: int, master: int, indices: int, 
                 facts[STRIDE + k] = size * (1 if row_wise and k == HISTORY else length)
                 if not seen[k, CONTIGUOUS]:
                     return -1
-    code = code_of(seen, has_master, row_wise, True)
+    code = code_of(seen, has_master, row_wise)
     own_out[:0], own_seen[:0] = 0, 0  # they are used by address above: this keeps them alive
     return code
 
@@ -200,11 +200,13 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, indic
     for i in range(n):
         if workers[numbers[i], UPDATE] == 0:
             return numbers[i], i, 0, 0
-    # Nothing is allocated from here on: an exception would find no GIL.
     ids, found = np.empty(entries, np.int64), np.empty((max(count, 1), FINDINGS), np.int64)
     kept, scratch = room(max(count, 1))
     state = release_gil() if count > 0 else np.int64(0)
-    done, which, bad, row = _carry_out(facts, numbers, workers, ids.ctypes.data, found, kept, scratch, small, count)
+    # Nothing is allocated here: an exception would find no GIL.
+    done, which, bad, row = _check_ids_and_carry_out(
+        facts, numbers, workers, np.int64(ids.ctypes.data), found, kept, scratch, small, count
+    )
     if count > 0:
         acquire_gil(state)
     ids[:0] = 0  # it is used by address above: this keeps it alive until here
@@ -212,14 +214,15 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, indic
 
 
 @jit()
-def _carry_out(facts: Any, numbers: Any, workers: Any, start: int, found: Any, kept: Any, scratch: Any, small: int,
-               count: int) -> Any:  # fmt: skip
+def _check_ids_and_carry_out(facts: Any, numbers: Any, workers: Any, ids: Any, found: Any, kept: Any, scratch: Any,
+                             small: int, count: int) -> Any:  # fmt: skip
+    """What was done, see :func:`_update_plain`; all ids are copied to the address ``ids`` first."""
     for i in range(len(facts)):
         each = count if facts[i, ENTRIES] * facts[i, LENGTH] >= small and count > 1 else 1
-        bad, row = check_ids(facts[i], start, found, workers[numbers[i], CHECK], each)
+        bad, row = check_ids(facts[i], ids, found, workers[numbers[i], CHECK], each)
         if bad >= 0:
             return OUT_OF_RANGE, i, bad, row
-        start += 8 * facts[i, ENTRIES]
+        ids += 8 * facts[i, ENTRIES]
     for i in range(len(facts)):
         elements = facts[i, ENTRIES] * facts[i, LENGTH]
         each = count if elements >= small and count > 1 else 1

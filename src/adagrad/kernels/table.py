@@ -84,8 +84,14 @@ def _has_no_gaps(a: Any) -> Any:
 
 
 @jit()
-def code_of(seen: Any, has_master: bool, row_wise: bool, of_rows: bool) -> Any:
-    """The code of an update whose arrays fit together, else -1; ``of_rows`` where the gradient has rows in any order.
+def _fits(a: Any, b: Any, row_wise: bool, shared: bool) -> Any:
+    """Whether ``b`` goes with the elements of ``a``, one by one, or by rows where it is ``shared`` by each of them."""
+    return _same_shape(a, b, shared) and (row_wise or _same_order(a, b))
+
+
+@jit()
+def code_of(seen: Any, has_master: bool, row_wise: bool) -> Any:
+    """The code of an update whose arrays fit together, else -1; the gradient's shape is not looked at.
 
     ``seen[k]`` is what :func:`adagrad.kernels.layout.look` found out of weight, gradient, history and master copy.
     """
@@ -102,11 +108,7 @@ def code_of(seen: Any, has_master: bool, row_wise: bool, of_rows: bool) -> Any:
             return -1
         if a[FORMAT] != computing and (a[FORMAT] != w[FORMAT] or k > GRAD):
             return -1
-        if k != GRAD and not a[WRITEABLE]:
-            return -1
-        if k == GRAD and of_rows:
-            continue
-        if not _same_shape(w, a, row_wise and k == HISTORY) or not (row_wise or _same_order(w, a)):
+        if k != GRAD and not (a[WRITEABLE] and _fits(w, a, row_wise, row_wise and k == HISTORY)):
             return -1
     code = w[PLACE] * PLACES + w[FORMAT]
     code += WITH_MASTER if has_master else 0
@@ -147,7 +149,8 @@ def fill(weights: int, grads: int, histories: int, masters: int, how: Any, row_w
         for k in range(4):
             if plain and (k != MASTER or has_master):
                 plain = look(things[k], how, out, seen[k])
-        codes[i] = code_of(seen, has_master, row_wise, False) if plain else -1
+        plain = plain and _fits(seen[WEIGHT], seen[GRAD], row_wise, False)
+        codes[i] = code_of(seen, has_master, row_wise) if plain else -1
         table[i] = 0
         for at in range(i, n * columns, n):
             spans[0, at], spans[1, at] = 0, 0
@@ -241,11 +244,9 @@ def _update_plain(weights: int, grads: int, histories: int, masters: int, n: int
     work, block = workers[code], arguments(table, hyper, scalars, total)
     if work == 0:
         return code
-    if is_trial:
-        run(work, block, 1)
-    else:
-        state = release_gil()
-        run(work, block, count if total >= small else 1)
+    state = np.int64(0) if is_trial else release_gil()
+    run(work, block, count if total >= small else 1)
+    if not is_trial:
         acquire_gil(state)
     table[:0], block[:0] = 0, 0  # they are used by address above: this keeps them alive until here
     return DONE
