@@ -320,6 +320,24 @@ def test_lists_of_row_sparse_gradients_take_the_quick_way(kind: Kind, row_wise: 
     assert not update()
 
 
+@pytest.mark.usefixtures("always_parallel")
+def test_a_list_of_all_kinds_takes_the_quick_way() -> None:
+    """Formats, master copies, kinds of ids, counts of rows and rates of their own for each, none of it mixed up."""
+    rng = np.random.default_rng(24)
+    given = [
+        rows(rng, kind, (9, 4), some(rng, count, 9, dtype))
+        for kind in KINDS
+        for dtype, count in ((np.int32, 30), (np.int64, 0), (np.int64, 300))
+    ]
+    hypers = [replace(HYPERS["unclipped"], lr=0.1 * (i + 1), wd=0.01 * i) for i in range(len(given))]
+    want = [expected(o, h) for o, h in zip(given, hypers, strict=True)]
+    lists = [[getattr(o, name) for o in given] for name in ("weight", "grad", "history", "master")]
+    rates = [h.lr for h in hypers], [h.wd for h in hypers]
+    assert call.update_plain(*lists, *rates, rule_of(hypers[0]), 2)
+    for i, (o, w) in enumerate(zip(given, want, strict=True)):
+        assert_same(o, w, f"weight {i}")
+
+
 def test_several_weights_and_dense_ones_in_one_call() -> None:
     rng = np.random.default_rng(14)
     given = [
@@ -409,6 +427,36 @@ def test_row_ids_are_copied_and_checked(dtype: Any) -> None:
         message = f"indices of grads[3]: indices[{at}]={ids[at]}: must be in [0, 5), the weight's rows"
         with pytest.raises(IndexError, match=re.escape(message)):
             check_ids(ids)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("height", [9, 2**31 + 1])
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 16])
+def test_workers_check_the_row_ids_together(dtype: Any, height: int, count: int) -> None:
+    """What is found does not depend on who looks at which part, an empty one included."""
+    check = row_groups.checking(height > 2**31)
+
+    def found(ids: list[int]) -> tuple[int, int, bool]:
+        given, facts = np.array(ids, dtype), np.zeros(row_groups.FACTS, np.int64)
+        rows = np.empty(len(ids), np.int64 if height > 2**31 else np.int32)
+        facts[row_groups.ENTRIES], facts[row_groups.HEIGHT] = len(ids), height
+        facts[row_groups.ARE_LONG] = dtype == np.int64
+        facts[row_groups.BASE + row_groups.IDS] = given.ctypes.data
+        room = np.full((count, row_groups.FINDINGS), 77)
+        bad, row = row_groups.check_ids(facts, rows.ctypes.data, room, check, count)
+        if bad < 0:
+            assert rows.tolist() == ids
+        return bad, row, bool(facts[row_groups.ARE_DISTINCT])
+
+    for ids in ([], [0], [8, 8], list(range(9)), [0, 1, 2, 3, 4, 5, 6, 7, 7], [*range(9), *range(9)], [8, 7, 6, 5]):
+        assert found(ids) == (-1, 0, ids == sorted(set(ids)))
+    for at in range(9):
+        ids = list(range(9))
+        ids[at] = max(ids[at] - 2, 0)
+        assert found(ids)[2] == (at == 0), "a step down at any place, a border between workers included"
+        for outside in {-1, height, int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)}:
+            if not 0 <= outside < height and outside <= np.iinfo(dtype).max:
+                assert found([*ids[:at], outside, *ids[at:]])[:2] == (at, outside)
 
 
 def test_the_order_of_the_other_rows_means_nothing() -> None:
