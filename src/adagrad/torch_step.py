@@ -98,13 +98,13 @@ def _mark_changed(params: list[Tensor]) -> None:
 
 def batches(parts: list[Part]) -> list[Batch]:
     """The parts by rule: those of one rule are updated together."""
+    if len(parts) == 1:
+        return [_alone(parts[0])]
     found: dict[Rule, Batch] = {}
     for part in parts:
         same = [other for other in parts if other.rule == part.rule]
         if len(same) == 1:
-            found[part.rule] = Batch(
-                part.rule, part.params, part.grads, part.histories, part.masters, part.lrs, [part.wd]
-            )
+            found[part.rule] = _alone(part)
             continue
         batch = found.setdefault(part.rule, Batch(part.rule))
         n = len(part.params)
@@ -116,6 +116,10 @@ def batches(parts: list[Part]) -> list[Batch]:
         batch.lrs += part.lrs if len(part.lrs) == n else part.lrs * n
         batch.wds += [part.wd] * n
     return list(found.values())
+
+
+def _alone(part: Part) -> Batch:
+    return Batch(part.rule, part.params, part.grads, part.histories, part.masters, part.lrs, [part.wd])
 
 
 def update_differentiably(parts: list[Part]) -> None:
