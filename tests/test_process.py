@@ -578,3 +578,43 @@ def test_no_memory_for_the_sums(megabytes: int) -> None:
             print(error, same, optimizer._index_update_count)
         """
     assert run(code).endswith("too many for the memory that is left True {0: 1}")
+
+
+class Clock:
+    """What the launches are timed with, here."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(numba_jit, "time", clock)
+    for name in ("_stalls", "_respite"):
+        monkeypatch.setattr(numba_jit, name, 0)
+    return clock
+
+
+def test_launches_that_stall_stay_on_the_calling_thread_for_a_while(clock: Clock) -> None:
+    """With all cores busy, a launch on several threads waits milliseconds for microseconds of work."""
+
+    def launch(seconds: float, work: int = 100_000) -> int:
+        with numba_jit.workers(2, work) as count:
+            clock.now += seconds
+        return count
+
+    slow, quick = numba_jit.STALL + 100_000 * numba_jit.SLOW + 1e-6, 1e-4
+    for _ in range(5):  # one stall is an accident: a page fault, a compilation
+        assert [launch(slow), launch(quick), launch(quick)] == [2, 2, 2]
+    assert launch(slow, work=10_000_000) == launch(slow, work=10_000_000) == 2, "much work may take its time"
+    assert [launch(slow), launch(slow)] == [2, 2]
+    assert [launch(quick) for _ in range(numba_jit.RESPITE)] == [1] * numba_jit.RESPITE
+    assert launch(slow) == 2, "the machine is asked again"
+    assert [launch(quick) for _ in range(numba_jit.RESPITE)] == [1] * numba_jit.RESPITE
+    assert [launch(quick), launch(slow), launch(quick)] == [2, 2, 2], "it is free again, and an accident is one"
+    assert [launch(slow), launch(slow), launch(quick)] == [2, 2, 1]
+    assert launch(quick, work=numba_jit.WORTH) == 2, "much work is worth a stall, and shows that there are cores"
+    assert launch(quick) == 2

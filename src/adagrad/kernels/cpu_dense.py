@@ -242,8 +242,9 @@ def launch(table: Any, total: int, hyper: Any, scalars: Any, formats: Any, row_w
     weight, or one for all; at most ``threads`` threads, or as many as Numba may use.
     """
     threads = 1 if total < SMALL else threads or max_workers()
-    with workers(threads) as count:
-        run(kernel(*formats, row_wise), arguments(table, hyper, scalars, total), count)
+    work = kernel(*formats, row_wise)
+    with workers(threads, total) as count:
+        run(work, arguments(table, hyper, scalars, total), count)
 
 
 def launch_row_part(table: Any, hyper: Any, scalars: Any, formats: Any, descending: bool) -> None:

@@ -59,6 +59,9 @@ from adagrad.rule import CHUNK, LANES
 SMALL = 65_536
 """Elements below which starting the threads costs more than they save."""
 
+ROW_COST = 50
+"""What a row costs besides its elements, in elements, about."""
+
 AHEAD, AHEAD_BYTES = 4, 2048
 """How many rows ahead memory is asked for; of wide rows, how many bytes of the weight."""
 
@@ -249,7 +252,7 @@ def launch(at: str, facts: Any, rows: Any, formats: Any, row_wise: bool, rates: 
     group = 0 if facts[ARE_DISTINCT] else grouping(high, formats[2])
     update = kernel(high, *formats, row_wise)
     facts[RATES], facts[SCALARS] = rates.ctypes.data, scalars.ctypes.data
-    with workers(threads) as count:
+    with workers(threads, int(facts[ENTRIES] * (facts[LENGTH] + ROW_COST))) as count:
         kept, scratch = room(count)
         if not carry_out(facts, kept, scratch, group, update, count):
             raise out_of_memory(at, len(rows))

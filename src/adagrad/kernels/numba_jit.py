@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar, cast
@@ -170,8 +171,18 @@ def run(work: int, arguments: Any, count: int) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ threads
 
+STALL, SLOW = 2e-3, 5e-9
+"""Seconds, and seconds for each element: a launch that takes longer has waited for a thread that had no core."""
+
+RESPITE = 100
+"""Launches that stay on the calling thread after two stalls in a row."""
+
+WORTH = 4_000_000
+"""Elements from which on several workers are worth a stall."""
+
 _lock = threading.Lock()
 _forked = False
+_stalls, _respite = 0, 0
 
 
 def _after_fork_in_child() -> None:
@@ -188,21 +199,32 @@ class workers:  # in lower case, because it is used like a function
     """How many workers a launch may have now, at most ``wanted``; the parallel layer is held while it is more than one.
 
     One, where another thread is in a parallel kernel (Numba's workqueue layer ends the process when two enter), or
-    in a forked child. The results do not depend on it.
+    in a forked child. One for a while, too, where launches have stalled: with all cores busy, each waits for the
+    scheduler, milliseconds for microseconds of work. The results do not depend on it. ``work`` is the number of
+    elements.
     """
 
-    __slots__ = ("_count", "_held")
+    __slots__ = ("_count", "_held", "_started", "_work")
 
-    def __init__(self, wanted: int) -> None:
+    def __init__(self, wanted: int, work: int) -> None:
+        global _respite
+        if wanted > 1 and _respite > 0 and work < WORTH:
+            wanted, _respite = 1, _respite - 1
         self._held = _lock  # the one of now: after a fork there is another
         self._count = wanted if wanted > 1 and not _forked and self._held.acquire(blocking=False) else 1
+        self._work = work
 
     def __enter__(self) -> int:
+        self._started = time.perf_counter()
         return self._count
 
     def __exit__(self, *raised: object) -> None:
+        global _stalls, _respite
         if self._count > 1:
             self._held.release()
+            stalled = time.perf_counter() - self._started > STALL + SLOW * self._work
+            _stalls = _stalls + 1 if stalled else 0
+            _respite = RESPITE if _stalls > 1 else 0
 
 
 def max_workers() -> int:

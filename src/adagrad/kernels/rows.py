@@ -14,7 +14,7 @@ import numpy as np
 
 from adagrad.kernels import cpu_rows
 from adagrad.kernels.checked import is_row_sparse, refuse_row
-from adagrad.kernels.cpu_rows import carry_out, kernel, room
+from adagrad.kernels.cpu_rows import ROW_COST, carry_out, kernel, room
 from adagrad.kernels.cpu_rule import hyper
 from adagrad.kernels.layout import (
     CONTIGUOUS,
@@ -162,7 +162,7 @@ CHECK, GROUP, UPDATE = range(3)
 """The workers of an update, see :func:`_workers`."""
 
 WAS_LARGE = 2 * PLACES
-"""Where it is remembered, behind the workers, whether the last list had many elements."""
+"""Where it is remembered, behind the workers, how much work the last list was, if it was not small; else 0."""
 
 DONE, LARGE, LEFT, OUT_OF_RANGE, SHORT = -5, -4, -3, -2, -1
 """What was done of a list: all; nothing, because it is not so small; nothing, because it is not plain or not on the
@@ -178,7 +178,7 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, indic
 
     ``count`` is 0 for a list that is tried as if it had few elements.
     """
-    n, most, entries, facts, how = len(facts), 0, 0, borrowed(facts), borrowed(how)
+    n, most, work, entries, facts, how = len(facts), 0, 0, 0, borrowed(facts), borrowed(how)
     numbers, spans = np.empty(n, np.int64), np.empty((2, 5 * n), np.int64)
     for i in range(n):
         master = item(masters, i) if masters else how[NONE]
@@ -188,11 +188,12 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, indic
             return LEFT, i, 0, 0
         numbers[i] = 2 * code + (1 if facts[i, HEIGHT] > HIGH else 0)
         most, entries = max(most, facts[i, ENTRIES] * facts[i, LENGTH]), entries + facts[i, ENTRIES]
+        work += facts[i, ENTRIES] * (facts[i, LENGTH] + ROW_COST)
         facts[i, RATES], facts[i, SCALARS] = rates[i if len(rates) > 1 else 0].ctypes.data, scalars.ctypes.data
         for k in range(5):
             at = n * _SPANS[k] + i
             spans[0, at], spans[1, at] = facts[i, BASE + k], facts[i, ENDS + k]
-    workers[WAS_LARGE, 0] = most >= small
+    workers[WAS_LARGE, 0] = work if most >= small else 0
     if count == 0 and most >= small:
         return LARGE, 0, 0, 0
     if not disjoint(spans[0], spans[1], 3 * n, order):
@@ -262,7 +263,7 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
         if is_trial:
             done, i, bad, row = _update_plain(*given, 0)
         else:
-            with workers(threads or max_workers()) as count:
+            with workers(threads or max_workers(), int(known[WAS_LARGE, 0])) as count:
                 done, i, bad, row = _update_plain(*given, count)
         if done >= 0:
             code, high = divmod(done, 2)
@@ -280,5 +281,5 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
 
 @functools.cache
 def _workers(row_wise: bool) -> np.ndarray:
-    """The workers that have been compiled, by twice the code and 1 more for a high weight; 0 for those to come."""
+    """The workers that have been compiled, by twice the code and 1 more for a high weight; and ``WAS_LARGE``."""
     return np.zeros((WAS_LARGE + 1, 3), np.int64)

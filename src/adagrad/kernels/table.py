@@ -222,7 +222,7 @@ SHORT = 32
 """Weights in a list that is tried first as if it had few elements, if the last one had; then no thread is asked for."""
 
 WAS_LARGE = PLACES
-"""Where this is remembered, behind the workers."""
+"""Where this is remembered, behind the workers: the number of elements if there were many, else 0."""
 
 DONE, LARGE, LEFT = -3, -2, -1
 """What was done of a list: all; nothing, because it is not so small; nothing, because it is not plain, dense or on the
@@ -236,7 +236,7 @@ def _update_plain(weights: int, grads: int, histories: int, masters: int, n: int
     code, total = fill(weights, grads, histories, masters, how, row_wise, table, codes, spans)
     if code < 0 or code >= PLACES:
         return LEFT
-    workers[WAS_LARGE] = total >= small
+    workers[WAS_LARGE] = total if total >= small else 0
     if is_trial and total >= small:
         return LARGE
     if not disjoint(spans[0], spans[1], len(order) - n, order):
@@ -269,7 +269,7 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
         if is_trial:
             code = _update_plain(*given, True, 1)
         else:
-            with workers(threads or max_workers()) as count:
+            with workers(threads or max_workers(), int(known[WAS_LARGE])) as count:
                 code = _update_plain(*given, False, count)
         if code >= 0:
             known[code] = kernel(*formats(code)[1], rule.row_wise)
@@ -281,5 +281,5 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
 
 @functools.cache
 def _workers(row_wise: bool) -> np.ndarray:
-    """The workers that have been compiled, by code; and whether the last list had many elements."""
+    """The workers that have been compiled, by code; and ``WAS_LARGE``."""
     return np.zeros(PLACES + 1, np.int64)
