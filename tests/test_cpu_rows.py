@@ -320,6 +320,28 @@ def test_lists_of_row_sparse_gradients_take_the_quick_way(kind: Kind, row_wise: 
     assert not update()
 
 
+def test_a_long_list_of_small_gradients_is_not_small() -> None:
+    """Other threads run while it is updated."""
+    rng = np.random.default_rng(26)
+    for count, is_large in ((2, False), (200, True), (3, False)):
+        given = [rows(rng, FLOAT32, (9, 16), some(rng, 30, 9)) for _ in range(count)]
+        lists = [[getattr(o, name) for o in given] for name in ("weight", "grad", "history")]
+        assert call.update_plain(*lists, [], [0.1], [0.0], rule_of(HYPERS["plain"]), None)
+        assert bool(quick._workers(False)[quick.WAS_LARGE, 0]) == is_large
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "rows"])
+@pytest.mark.parametrize("rates", [([0.1, 0.2], [0.0]), ([0.1], [0.0, 0.1])], ids=["lrs", "wds"])
+def test_too_few_rates_are_not_read_beyond_their_end(sparse: bool, rates: Any) -> None:
+    rng = np.random.default_rng(27)
+    given = [rows(rng, FLOAT32, (9, 4), [1, 2]) if sparse else operands(rng, FLOAT32, (9, 4)) for _ in range(3)]
+    before = [o.copy() for o in given]
+    lists = [[getattr(o, name) for o in given] for name in ("weight", "grad", "history")]
+    assert not call.update_plain(*lists, [], *rates, rule_of(HYPERS["plain"]), None)
+    for o, w in zip(given, before, strict=True):
+        assert_same(o, w)
+
+
 @pytest.mark.usefixtures("always_parallel")
 def test_a_list_of_all_kinds_takes_the_quick_way() -> None:
     """Formats, master copies, kinds of ids, counts of rows and rates of their own for each, none of it mixed up."""
@@ -399,6 +421,38 @@ def test_rows_at_a_regular_distance(step: int) -> None:
     ids = np.tile(np.arange(5000) * step, 2)
     found = grouped(ids, 2)
     assert found == {i * step: [i, i + 5000] for i in range(5000)}
+
+
+@numba.njit
+def probes(ids: np.ndarray, bits: int) -> float:
+    """Places of a hash table of ``2**bits`` that are looked at for an id, on average, to enter distinct ids."""
+    table, looked_at = np.zeros(1 << bits, np.bool_), 0
+    for row in ids:
+        at = np.int64(row_groups._hash(row) >> np.uint64(64 - bits))
+        looked_at += 1
+        while table[at]:
+            at = (at + 1) % len(table)
+            looked_at += 1
+        table[at] = True
+    return looked_at / len(ids)
+
+
+def test_no_step_of_the_ids_makes_them_collide() -> None:
+    """At half load random places take 1.5 looks; ids at a regular distance, as products of features have, no more."""
+    worst = {step: probes(np.arange(100_000) * step, 18) for step in [*range(1, 600), 1024, 3632, 14_528, 2**20, 2**32]}
+    assert max(worst.values()) < 1.8, max(worst, key=worst.__getitem__)
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_workers_share_rows_of_a_table_of_features_evenly(count: int) -> None:
+    """Ids come feature by feature, as embedding bags do: what stands at a regular distance is not like the others."""
+    rng = np.random.default_rng(25)
+    ids = np.arange(16) * 50_000 + rng.integers(0, 50_000, (65_536, 16))
+    ids[:, 0] = rng.integers(0, 50_000, 65_536) % 2
+    of_worker = numba.njit(lambda ids, k, count: len(row_groups.own_rows(ids, k, count)[0]))
+    shares = [of_worker(ids.reshape(-1), k, count) / ids.size for k in range(count)]
+    assert sum(shares) == 1
+    assert max(shares) < 1.3 / count
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])

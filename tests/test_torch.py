@@ -652,6 +652,23 @@ def _after_steps(start: Tensor, grad: Tensor, history: Tensor, lr: Any, **option
     return p, optimizer.state[p]["sum"]
 
 
+def test_a_transform_of_a_differentiable_step() -> None:
+    """torch.func's tensors look like others and have no memory of their own."""
+
+    def loss(kind: Any) -> Any:
+        def after_a_step(start: torch.Tensor) -> torch.Tensor:
+            p = start.clone()
+            p.grad = start * 2.0
+            kind([p], lr=0.1, differentiable=True).step()
+            return (p * p).sum()
+
+        return after_a_step
+
+    start = torch.tensor([0.3, -2.0, 5.0], dtype=torch.float64)
+    ours, theirs = (torch.func.grad(loss(kind))(start) for kind in (Adagrad, torch.optim.Adagrad))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", HYPERS)
 @pytest.mark.parametrize("row_wise", [False, True])
 def test_gradients_flow_through_a_step(name: str, row_wise: bool) -> None:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -191,8 +192,9 @@ def _sqrt(array: Array) -> Array:
     root = array.sqrt()
     if type(array) is sys.modules["torch"].Tensor and array.device.type == "cpu":
         # torch's root of CPU tensors (MKL's) is off by a unit in the last place here and there; NumPy's is exact. It is
-        # written where autograd, if it records, keeps the root for its derivative.
-        with np.errstate(invalid="ignore"):
+        # written where autograd, if it records, keeps the root for its derivative. Tensors within a torch.func
+        # transform have no memory of their own: these keep torch's.
+        with suppress(RuntimeError), np.errstate(invalid="ignore"):
             np.sqrt(array.detach().numpy(), out=root.detach().numpy())
     return root
 

@@ -32,6 +32,8 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
     # Not a tensor for lr, which may be on a device, and lists of one length, which compiled code walks side by side.
     if not table.fit(weights, grads, histories, masters) or set(map(type, lrs)) != {float}:
         return False
+    if len(lrs) not in (1, len(weights)) or len(wds) not in (1, len(weights)):
+        return False
     if is_row_sparse(grads[0]):
         return rows.update_plain(weights, grads, histories, masters, lrs, wds, rule, threads)
     return table.update_plain(weights, grads, histories, masters, hyper(lrs, wds, rule), rule, threads)

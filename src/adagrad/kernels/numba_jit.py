@@ -200,11 +200,13 @@ class workers:  # in lower case, because it is used like a function
 
     One, where another thread is in a parallel kernel (Numba's workqueue layer ends the process when two enter), or
     in a forked child. One for a while, too, where launches have stalled: with all cores busy, each waits for the
-    scheduler, milliseconds for microseconds of work. The results do not depend on it. ``work`` is the number of
-    elements.
+    scheduler, milliseconds for microseconds of work. The results do not depend on it.
     """
 
-    __slots__ = ("_count", "_held", "_started", "_work")
+    __slots__ = ("_count", "_held", "_started", "work")
+
+    work: int
+    """How many elements a launch has: what is known of it at first; whoever knows more sets it within."""
 
     def __init__(self, wanted: int, work: int) -> None:
         global _respite
@@ -212,7 +214,7 @@ class workers:  # in lower case, because it is used like a function
             wanted, _respite = 1, _respite - 1
         self._held = _lock  # the one of now: after a fork there is another
         self._count = wanted if wanted > 1 and not _forked and self._held.acquire(blocking=False) else 1
-        self._work = work
+        self.work = work
 
     def __enter__(self) -> int:
         self._started = time.perf_counter()
@@ -222,7 +224,7 @@ class workers:  # in lower case, because it is used like a function
         global _stalls, _respite
         if self._count > 1:
             self._held.release()
-            stalled = time.perf_counter() - self._started > STALL + SLOW * self._work
+            stalled = time.perf_counter() - self._started > STALL + SLOW * self.work
             _stalls = _stalls + 1 if stalled else 0
             _respite = RESPITE if _stalls > 1 else 0
 

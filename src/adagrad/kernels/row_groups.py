@@ -36,7 +36,7 @@ MOST = 2**31 - 1
 """Occurrences that can be told apart; a gradient with more is left to the array expression."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-"""2^64 divided by the golden ratio: the high bits of its multiples are spread evenly, whatever the step of the ids."""
+"""2^64 divided by the golden ratio: multiples of it have high bits that are spread evenly."""
 
 _BUCKET = np.uint64(64 - (BUCKETS - 1).bit_length())
 
@@ -153,7 +153,9 @@ def checked_rows(at: str, facts: Any) -> Any:
 
 @jit(helper=True)
 def _hash(row: Any) -> Any:
-    return np.uint64(row) * _GOLDEN
+    """64 bits, of which the high ones are best. Multiplied once, ids at some regular distances would collide."""
+    spread = np.uint64(row) * _GOLDEN
+    return (spread ^ (spread >> np.uint64(32))) * _GOLDEN
 
 
 @jit(helper=True)
@@ -179,9 +181,11 @@ def _own_buckets(ids: Any, k: int, count: int) -> Any:
     """Which buckets worker ``k`` owns: of the full ones, each goes to whoever has least; the others fill up in turn."""
     if count == 1:
         return np.ones(BUCKETS, np.bool_)
-    n, counts = len(ids), np.zeros(BUCKETS, np.int64)
-    for i in range(0, n, max(n // SAMPLE, 1)):
-        counts[_hash(ids[i]) >> _BUCKET] += 1
+    # Of ids that are looked at here and there, not at a regular distance, as features are; and one of each bucket.
+    n, counts = np.uint64(len(ids)), np.ones(BUCKETS, np.int64)
+    for i in range(min(len(ids), SAMPLE)):
+        at = ((_hash(i) >> np.uint64(32)) * n) >> np.uint64(32)
+        counts[_hash(ids[at]) >> _BUCKET] += 1
     is_mine, loads, total = np.zeros(BUCKETS, np.bool_), np.zeros(count, np.int64), 0
     for bucket in range(BUCKETS):
         total += counts[bucket]

@@ -1,7 +1,7 @@
 """Row-sparse updates of plain arrays on the CPU, looked at, checked and carried out by compiled code.
 
 For few lookups the checks in Python cost more than the update; this is their short cut. Whatever is not plain, and
-every error but a row id outside the weight, is left to the ordinary way.
+every error but a row id outside the weight and lack of memory, is left to the ordinary way.
 """
 
 from __future__ import annotations
@@ -155,8 +155,8 @@ def rows(weight: Any, grad: Any, history: Any, master: Any, *, row_wise: bool) -
 
 # ---------------------------------------------------------------------------------------------------------- all at once
 
-_SPANS = (0, 3, 1, 2, 4)
-"""Where the spans of weights, gradients, histories, master copies and ids stand: what is written to comes first."""
+_SPANS, _SPANS_WITH_MASTERS = (WEIGHT, HISTORY, GRAD, IDS), (WEIGHT, HISTORY, MASTER, GRAD, IDS)
+"""The order in which spans of memory stand: what is written to comes first."""
 
 CHECK, GROUP, UPDATE = range(3)
 """The workers of an update, see :func:`_workers`."""
@@ -172,14 +172,14 @@ workers that are wanted."""
 
 @jit(holds_gil=True)
 def _update_plain(weights: int, values: int, histories: int, masters: int, indices: int, how: Any, row_wise: bool,
-                  facts: Any, rates: Any, scalars: Any, workers: Any, order: Any, small: int, count: int
+                  facts: Any, rates: Any, scalars: Any, known: Any, order: Any, small: int, count: int
                   ) -> Any:  # fmt: skip
     """What was done, and of which update; the position of a row id that is outside its weight, and the id.
 
-    ``count`` is 0 for a list that is tried as if it had few elements.
+    ``count`` is 0 for a list that is tried as if it were little work.
     """
-    n, most, work, entries, facts, how = len(facts), 0, 0, 0, borrowed(facts), borrowed(how)
-    numbers, spans = np.empty(n, np.int64), np.empty((2, 5 * n), np.int64)
+    n, work, entries, facts, how = len(facts), 0, 0, borrowed(facts), borrowed(how)
+    numbers, spans, written = np.empty(n, np.int64), np.empty((2, len(order)), np.int64), len(order) - 2 * n
     for i in range(n):
         master = item(masters, i) if masters else how[NONE]
         code = _look_at(item(weights, i), item(values, i), item(histories, i), master, item(indices, i), how, row_wise,
@@ -187,26 +187,26 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, indic
         if code < 0 or code >= PLACES:
             return LEFT, i, 0, 0
         numbers[i] = 2 * code + (1 if facts[i, HEIGHT] > HIGH else 0)
-        most, entries = max(most, facts[i, ENTRIES] * facts[i, LENGTH]), entries + facts[i, ENTRIES]
+        entries += facts[i, ENTRIES]
         work += facts[i, ENTRIES] * (facts[i, LENGTH] + ROW_COST)
         facts[i, RATES], facts[i, SCALARS] = rates[i if len(rates) > 1 else 0].ctypes.data, scalars.ctypes.data
-        for k in range(5):
-            at = n * _SPANS[k] + i
-            spans[0, at], spans[1, at] = facts[i, BASE + k], facts[i, ENDS + k]
-    workers[WAS_LARGE, 0] = work if most >= small else 0
-    if count == 0 and most >= small:
+        for k in range(5 if masters else 4):
+            at, what = k * n + i, _SPANS_WITH_MASTERS[k] if masters else _SPANS[k]
+            spans[0, at], spans[1, at] = facts[i, BASE + what], facts[i, ENDS + what]
+    known[WAS_LARGE, 0] = work if work >= small else 0
+    if count == 0 and work >= small:
         return LARGE, 0, 0, 0
-    if not disjoint(spans[0], spans[1], 3 * n, order):
+    if not disjoint(spans[0], spans[1], written, order):
         return LEFT, 0, 0, 0
     for i in range(n):
-        if workers[numbers[i], UPDATE] == 0:
+        if known[numbers[i], UPDATE] == 0:
             return numbers[i], i, 0, 0
     ids, found = np.empty(entries, np.int64), np.empty((max(count, 1), FINDINGS), np.int64)
     kept, scratch = room(max(count, 1))
     state = release_gil() if count > 0 else np.int64(0)
-    # Nothing is allocated here: an exception would find no GIL.
+    # No exception may come from here: it would find no GIL. Lack of memory in a worker is no exception, but a sign.
     done, which, bad, row = _check_ids_and_carry_out(
-        facts, numbers, workers, np.int64(ids.ctypes.data), found, kept, scratch, small, count
+        facts, numbers, known, np.int64(ids.ctypes.data), found, kept, scratch, small, count
     )
     if count > 0:
         acquire_gil(state)
@@ -215,22 +215,27 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, indic
 
 
 @jit()
-def _check_ids_and_carry_out(facts: Any, numbers: Any, workers: Any, ids: Any, found: Any, kept: Any, scratch: Any,
+def _check_ids_and_carry_out(facts: Any, numbers: Any, known: Any, ids: Any, found: Any, kept: Any, scratch: Any,
                              small: int, count: int) -> Any:  # fmt: skip
     """What was done, see :func:`_update_plain`; all ids are copied to the address ``ids`` first."""
     for i in range(len(facts)):
-        each = count if facts[i, ENTRIES] * facts[i, LENGTH] >= small and count > 1 else 1
-        bad, row = check_ids(facts[i], ids, found, workers[numbers[i], CHECK], each)
+        elements = facts[i, ENTRIES] * facts[i, LENGTH]
+        bad, row = check_ids(facts[i], ids, found, known[numbers[i], CHECK], _crew(elements, small, count))
         if bad >= 0:
             return OUT_OF_RANGE, i, bad, row
         ids += 8 * facts[i, ENTRIES]
     for i in range(len(facts)):
         elements = facts[i, ENTRIES] * facts[i, LENGTH]
-        each = count if elements >= small and count > 1 else 1
-        group, update = workers[numbers[i], GROUP], workers[numbers[i], UPDATE]
-        if elements and not carry_out(facts[i], kept, scratch, group, update, each):
+        group, update = known[numbers[i], GROUP], known[numbers[i], UPDATE]
+        if elements and not carry_out(facts[i], kept, scratch, group, update, _crew(elements, small, count)):
             return SHORT, i, np.int64(0), np.int64(0)
     return DONE, 0, np.int64(0), np.int64(0)
+
+
+@jit(helper=True)
+def _crew(elements: Any, small: int, count: int) -> Any:
+    """How many of ``count`` workers an update gets."""
+    return count if elements >= small and count > 1 else 1
 
 
 def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], lrs: Any, wds: Any,
@@ -256,15 +261,17 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
         values.append(parts[0])
         indices.append(parts[1])
     lists = id(weights), id(values), id(histories), id(masters) if masters else 0, id(indices)
-    facts, known = np.empty((n, FACTS), np.int64), _workers(rule.row_wise)
-    given = *lists, how, rule.row_wise, facts, hyper(lrs, wds, rule), rule.scalars, known, guess(5 * n), cpu_rows.SMALL
+    facts, known, order = np.empty((n, FACTS), np.int64), _workers(rule.row_wise), guess((5 if masters else 4) * n)
+    given = *lists, how, rule.row_wise, facts, hyper(lrs, wds, rule), rule.scalars, known, order, cpu_rows.SMALL
     is_trial = not known[WAS_LARGE, 0]
     while True:
         if is_trial:
             done, i, bad, row = _update_plain(*given, 0)
         else:
-            with workers(threads or max_workers(), int(known[WAS_LARGE, 0])) as count:
+            crew = workers(threads or max_workers(), int(known[WAS_LARGE, 0]))
+            with crew as count:
                 done, i, bad, row = _update_plain(*given, count)
+                crew.work = int(known[WAS_LARGE, 0])
         if done >= 0:
             code, high = divmod(done, 2)
             form = formats(code)[1]

@@ -231,17 +231,17 @@ CPU. Any other number is a code, whose worker is wanted."""
 
 @jit(holds_gil=True)
 def _update_plain(weights: int, grads: int, histories: int, masters: int, n: int, how: Any, row_wise: bool, hyper: Any,
-                  scalars: Any, workers: Any, order: Any, small: int, is_trial: bool, count: int) -> Any:  # fmt: skip
+                  scalars: Any, known: Any, order: Any, small: int, is_trial: bool, count: int) -> Any:  # fmt: skip
     table, codes, spans = np.empty((n, COLUMNS), np.int64), np.empty(n, np.int64), np.empty((2, len(order)), np.int64)
     code, total = fill(weights, grads, histories, masters, how, row_wise, table, codes, spans)
     if code < 0 or code >= PLACES:
         return LEFT
-    workers[WAS_LARGE] = total if total >= small else 0
+    known[WAS_LARGE] = total if total >= small else 0
     if is_trial and total >= small:
         return LARGE
     if not disjoint(spans[0], spans[1], len(order) - n, order):
         return LEFT
-    work, block = workers[code], arguments(table, hyper, scalars, total)
+    work, block = known[code], arguments(table, hyper, scalars, total)
     if work == 0:
         return code
     state = np.int64(0) if is_trial else release_gil()
@@ -269,8 +269,10 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
         if is_trial:
             code = _update_plain(*given, True, 1)
         else:
-            with workers(threads or max_workers(), int(known[WAS_LARGE])) as count:
+            crew = workers(threads or max_workers(), int(known[WAS_LARGE]))
+            with crew as count:
                 code = _update_plain(*given, False, count)
+                crew.work = int(known[WAS_LARGE])
         if code >= 0:
             known[code] = kernel(*formats(code)[1], rule.row_wise)
         elif code != LARGE:
