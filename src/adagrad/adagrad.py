@@ -127,14 +127,16 @@ class AdaGrad(Optimizer):
 
         Parameters and errors as in :meth:`~adagrad.Optimizer.update`.
         """
-        if not isinstance(indices, (list, tuple)) or not isinstance(grads, (list, tuple)):
-            indices, weights, grads, states = as_lists(indices, weights, grads, states)
-        if not kernels.any_row_sparse(grads):
-            self.step(indices, weights, grads, states)
-            return
+        is_own_step = getattr(self.step, "__func__", None) is AdaGrad.step
+        if not is_own_step:
+            if not isinstance(indices, (list, tuple)) or not isinstance(grads, (list, tuple)):
+                indices, weights, grads, states = as_lists(indices, weights, grads, states)
+            if not kernels.any_row_sparse(grads):
+                self.step(indices, weights, grads, states)
+                return
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
         lrs, wds, counts = self._resolve(indices)
-        if getattr(self.step, "__func__", None) is AdaGrad.step or all(map(kernels.is_row_sparse, grads)):
+        if is_own_step or all(map(kernels.is_row_sparse, grads)):
             kernels.update(weights, grads, states, lrs, wds, self.rule(), fused=True)
             self._count(counts)
             return

@@ -261,13 +261,14 @@ def as_lists(indices: Any, weights: Any, grads: Any, states: Any) -> tuple[list[
     """The arguments of an update as lists of one length, single ones wrapped; indices are hashable and distinct."""
     if not isinstance(indices, (list, tuple)):
         indices, weights, grads, states = [indices], [weights], [grads], [states]
+    n = len(indices)
     for name, values in (("weights", weights), ("grads", grads), ("states", states)):
-        if not isinstance(values, (list, tuple)):
+        if type(values) is not list and not isinstance(values, (list, tuple)):
             raise TypeError(f"{name}={checks.describe(values)}: must be a list, like indices")
-        if len(values) != len(indices):
-            raise ValueError(f"{name}: {len(values)} entries: must be {len(indices)}, as many as indices")
+        if len(values) != n:
+            raise ValueError(f"{name}: {len(values)} entries: must be {n}, as many as indices")
     try:
-        distinct = len(set(indices)) == len(indices)
+        distinct = len(set(indices)) == n
     except TypeError:
         raise TypeError(f"indices={checks.describe(indices)}: must be integers or strings") from None
     if not distinct:

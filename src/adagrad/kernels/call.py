@@ -29,14 +29,18 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
 
     False if it is left to :func:`prepare`.
     """
-    # Not a tensor for lr, which may be on a device, and lists of one length, which compiled code walks side by side.
-    if not table.fit(weights, grads, histories, masters) or set(map(type, lrs)) != {float}:
-        return False
-    if len(lrs) not in (1, len(weights)) or len(wds) not in (1, len(weights)):
+    if not (table.fit(weights, grads, histories, masters) and _are_plain(lrs, wds, len(weights))):
         return False
     if is_row_sparse(grads[0]):
         return rows.update_plain(weights, grads, histories, masters, lrs, wds, rule, threads)
     return table.update_plain(weights, grads, histories, masters, hyper(lrs, wds, rule), rule, threads)
+
+
+def _are_plain(lrs: Sequence[Any], wds: Sequence[Any], n: int) -> bool:
+    """Whether there is a rate for each weight, or one for all, and no lr is a tensor, which may be on a device."""
+    if len(lrs) == len(wds) == 1:
+        return type(lrs[0]) is float
+    return len(lrs) in (1, n) and len(wds) in (1, n) and set(map(type, lrs)) == {float}
 
 
 def update(
