@@ -172,7 +172,10 @@ def run(work: int, arguments: Any, count: int) -> None:
 # ------------------------------------------------------------------------------------------------------------ threads
 
 STALL, SLOW = 2e-3, 5e-9
-"""Seconds, and seconds for each element: a launch that takes longer has waited for a thread that had no core."""
+"""Seconds of the calling thread, and for each element: a launch that takes longer has waited for one without a core.
+
+It spins while it waits. Time that it sleeps, for the GIL or for memory, does not count.
+"""
 
 RESPITE = 100
 """Launches that stay on the calling thread after two stalls in a row."""
@@ -217,14 +220,15 @@ class workers:  # in lower case, because it is used like a function
         self.work = work
 
     def __enter__(self) -> int:
-        self._started = time.perf_counter()
+        if self._count > 1:
+            self._started = time.thread_time()
         return self._count
 
     def __exit__(self, *raised: object) -> None:
         global _stalls, _respite
         if self._count > 1:
             self._held.release()
-            stalled = time.perf_counter() - self._started > STALL + SLOW * self.work
+            stalled = time.thread_time() - self._started > STALL + SLOW * self.work
             _stalls = _stalls + 1 if stalled else 0
             _respite = RESPITE if _stalls > 1 else 0
 
