@@ -24,7 +24,7 @@ BUCKETS = 1024
 """What the owners share: more than there are workers, few enough to be counted in the first-level cache."""
 
 FULL = 64
-"""A bucket is full that holds more than this part of what a worker owns, as those of frequent rows do."""
+"""A bucket is full that holds more than one in so many of a worker's ids, as those of frequent rows do."""
 
 SAMPLE = 1024
 """Ids that are looked at to share the buckets out."""
