@@ -129,9 +129,12 @@ acquire_gil: Any = intrinsic(_acquire_gil_code)
 
 def _keep_code(typing: Any, array: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        context.nrt.incref(builder, array, args[0])
         owner = context.make_array(array)(context, builder, args[0]).meminfo
-        return builder.ptrtoint(owner, ir.IntType(64))
+        # What counts is the first word. By Numba's own function the count would be lost: some versions of Numba take it
+        # out again, against one that they do not see the end of.
+        word = ir.IntType(64)
+        builder.atomic_rmw("add", builder.bitcast(owner, word.as_pointer()), word(1), "monotonic")
+        return builder.ptrtoint(owner, word)
 
     return numba.types.int64(array), generate
 
