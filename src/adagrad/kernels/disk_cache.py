@@ -44,11 +44,10 @@ class _CacheImpl(CompileResultCacheImpl):  # type: ignore[misc]
     _locator_classes = (_Locator,)
 
     def rebuild(self, target_context: Any, payload: Any) -> Any:
-        compiled = super().rebuild(target_context, payload)
-        # Numba forgets this of a loaded function. What calls it, and is compiled in this process, would be saved
-        # without knowing that it needs the parallel layer, and the process that loads it would call address 0.
-        compiled.library._reload_init.update(compiled.reload_init)
-        return compiled
+        # Much of the code calls the parallel layer, or calls code that does, which Numba does not always know: to load
+        # it where the layer is not would end the process. To ask this loads the layer.
+        numba.get_num_threads()
+        return super().rebuild(target_context, payload)
 
 
 class _Files(IndexDataCacheFile):  # type: ignore[misc]
