@@ -10,12 +10,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 
 import oracle
 from adagrad import RowSparse, kernels
 from adagrad.kernels import cpu_dense, cpu_rows
-from adagrad.rule import Rule
+from adagrad.rule import Rule, is_torch
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {
@@ -31,7 +30,9 @@ DTYPES = {
 
 def to_numpy(array: Any) -> np.ndarray:
     """A torch tensor as NumPy sees it, bfloat16 included; a NumPy array as it is."""
-    if isinstance(array, torch.Tensor):
+    if is_torch(array):
+        import torch
+
         array = array.detach()
         if array.dtype == torch.bfloat16:
             return array.view(torch.uint16).numpy().view(BFLOAT16)
