@@ -580,6 +580,40 @@ def test_no_memory_for_the_sums(megabytes: int) -> None:
     assert run(code).endswith("too many for the memory that is left True {0: 1}")
 
 
+@linux
+def test_what_finds_no_memory_leaves_none_behind() -> None:
+    code = """
+        import re, resource, sys
+        from pathlib import Path
+        import numpy as np
+        from adagrad import AdaGrad, RowSparse
+
+        def status(name):
+            return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+        def attempt():
+            try:
+                optimizer.update(0, weight, grad, history)
+            except MemoryError:
+                return
+            raise AssertionError("there was memory")
+
+        sys.unraisablehook = lambda _: None
+        rows, length = 100_000, 256
+        weight, history = np.ones((rows, length), np.float32), np.ones((rows, length), np.float32)
+        values, ids = np.ones((2 * rows, length), np.float32), np.repeat(np.arange(rows), 2)
+        optimizer, grad = AdaGrad(), RowSparse(values, ids, weight.shape)
+        optimizer.update(0, weight[:500], RowSparse(values[:1000], ids[:1000], (500, length)), history[:500])
+        resource.setrlimit(resource.RLIMIT_AS, ((status("VmSize") + 40 * 1024) * 1024,) * 2)
+        attempt()
+        before = status("VmRSS")
+        for _ in range(8):
+            attempt()
+        print(status("VmRSS") - before)
+        """
+    assert int(run(code)) < 4096, "KiB"
+
+
 class Clock:
     """What the launches are timed with, here."""
 

@@ -29,18 +29,23 @@ def clear(total: Any, length: int, token: Any) -> None:
 
 
 @jit(helper=True)
-def begin_sums(counts: Any, length: int, th: Any) -> Any:
-    """Memory of all sums, and of each row's: how much is missing to a chunk (never 0 for a short one), its second."""
+def plan_sums(counts: Any) -> Any:
+    """Of each row's sum: how much is missing to a chunk (never 0 for a short one), its second; how many sums in all."""
     n = len(counts)
     missing, second, total = np.empty(n, np.int32), np.empty(n, np.int32), n
     for i in range(n):
         is_long = counts[i] > CHUNK
         missing[i], second[i] = CHUNK if is_long else CHUNK + 1, total
         total += 1 if is_long else 0
+    return missing, second, total
+
+
+@jit(helper=True)
+def begin_sums(total: int, length: int, th: Any) -> Any:
     memory = np.empty((total, length), th.dtype)
     for i in range(total):
         clear(sum_at(np.int64(memory.ctypes.data), i, length, th), length, th)
-    return memory, missing, second
+    return memory
 
 
 @jit(helper=True)
@@ -49,7 +54,7 @@ def sum_at(memory: Any, i: Any, length: int, th: Any) -> Any:
 
 
 # What a worker has grouped, for the one that updates: the rows that occur once and their positions; what is to be added
-# up and to which sum; row and count of each sum; what `begin_sums` says of each, and their memory. Address, length and
+# up and to which sum; row and count of each sum; what `plan_sums` says of each, and their memory. Address, length and
 # owner of each array.
 SINGLE, POSITIONS, ADDED, TO, SUMMED, COUNTS, MISSING, SECOND, SUMS, GROUPED = range(10)
 ADDRESS, SIZE, OWNER = range(3)
@@ -69,17 +74,18 @@ def grouping(is_high: bool, history: str) -> int:
         facts = numba.carray(place(arguments), FACTS, np.int64)
         ids = numba.carray(place(facts[ROWS]), facts[ENTRIES], dtype)
         kept = numba.carray(place(facts[GROUPS]), (count, GROUPED, 3), np.int64)[k]
+        # What is handed over is let go by whoever called, even where there is no memory for the next.
         single, positions, added, to, summed, counts = group(ids, k, count)
-        memory, missing, second = begin_sums(counts, facts[LENGTH], th)
         _hand_over(kept, SINGLE, single)
         _hand_over(kept, POSITIONS, positions)
         _hand_over(kept, ADDED, added)
         _hand_over(kept, TO, to)
         _hand_over(kept, SUMMED, summed)
         _hand_over(kept, COUNTS, counts)
+        missing, second, total = plan_sums(counts)
         _hand_over(kept, MISSING, missing)
         _hand_over(kept, SECOND, second)
-        _hand_over(kept, SUMS, memory)
+        _hand_over(kept, SUMS, begin_sums(total, facts[LENGTH], th))
 
     return worker(group_ids)
 
