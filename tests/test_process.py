@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -652,3 +653,31 @@ def test_launches_that_stall_stay_on_the_calling_thread_for_a_while(clock: Clock
     assert [launch(slow), launch(slow), launch(quick)] == [2, 2, 1]
     assert launch(quick, work=numba_jit.WORTH) == 2, "much work is worth a stall, and shows that there are cores"
     assert launch(quick) == 2
+
+
+def test_a_launch_that_a_signal_ended_before_it_began_does_not_hold_the_layer(clock: Clock) -> None:
+    """The exception of a signal handler may come after the layer was taken and before the with statement began."""
+    numba_jit.workers(2, 100)
+    with numba_jit.workers(2, 100) as count:
+        assert count == 2
+        others: list[int] = []
+        thread = threading.Thread(target=lambda: others.append(numba_jit.workers(2, 100).__enter__()))
+        thread.start()
+        thread.join()
+        assert others == [1], "another thread's is in use"
+    assert not numba_jit._lock.locked()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_while_another_thread_imports_torch_and_ml_dtypes(fused: bool) -> None:
+    code = f"""
+        import sys, types
+        for name in ("torch", "ml_dtypes"):
+            sys.modules[name] = types.ModuleType(name)
+        import numpy as np
+        from adagrad import AdaGrad
+        optimizer, weight = AdaGrad(0.5, epsilon=0.0, use_fused_step={fused}), np.ones(3, np.float32)
+        optimizer.update(0, weight, weight.copy(), optimizer.create_state(0, weight))
+        print(weight.tolist())
+        """
+    assert run(code) == "[0.5, 0.5, 0.5]"

@@ -65,8 +65,9 @@ class Rule:
 
 def is_torch(array: object) -> bool:
     """Whether ``array`` is a torch tensor, found out without importing torch."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(array, torch.Tensor)
+    # Another thread may be importing it.
+    tensor = getattr(sys.modules.get("torch"), "Tensor", None)
+    return tensor is not None and isinstance(array, tensor)
 
 
 def update(weight: Array, grad: Array, history: Array, lr: Any, wd: Any, rule: Rule) -> tuple[Array, Array]:

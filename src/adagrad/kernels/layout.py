@@ -172,12 +172,12 @@ def look_once(thing: object, how: np.ndarray) -> np.ndarray | None:
 
 def layout() -> np.ndarray | None:
     """What :func:`look` must know of the libraries at hand, or None where it cannot be found."""
-    modules = sys.modules
-    torch = modules.get("torch")
-    # Before CUDA is initialized there is no CUDA tensor, and asking for its keys would initialize it. A module that is
-    # being imported has no cuda yet.
-    with_cuda = torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized()
-    return _layout(torch is not None, with_cuda, "ml_dtypes" in modules)
+    # Modules that another thread is importing do not have all their names yet.
+    torch: Any = sys.modules.get("torch")
+    with_bfloat16 = hasattr(sys.modules.get("ml_dtypes"), "bfloat16")
+    # Before CUDA is initialized there is no CUDA tensor, and asking for its keys would initialize it.
+    with_cuda = hasattr(torch, "cuda") and torch.cuda.is_initialized()
+    return _layout(hasattr(torch, "Tensor"), with_cuda, with_bfloat16)
 
 
 @functools.cache

@@ -76,8 +76,9 @@ def _dtype_id(name: str) -> int:
     """The address of a dtype object, of which NumPy has one; 0 for a type that is not known."""
     if name != "bfloat16":
         return id(np.dtype(name))
-    module = sys.modules.get("ml_dtypes")
-    return 0 if module is None else id(np.dtype(module.bfloat16))
+    # Another thread may be importing it.
+    bfloat16 = getattr(sys.modules.get("ml_dtypes"), "bfloat16", None)
+    return 0 if bfloat16 is None else id(np.dtype(bfloat16))
 
 
 def _agrees(how: np.ndarray, array: np.ndarray) -> bool:

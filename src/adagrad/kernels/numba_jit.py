@@ -187,6 +187,7 @@ WORTH = 4_000_000
 """Elements from which on several workers are worth a stall."""
 
 _lock = threading.Lock()
+_owner = 0
 _forked = False
 _stalls, _respite = 0, 0
 
@@ -215,11 +216,16 @@ class workers:  # in lower case, because it is used like a function
     """How many elements a launch has: what is known of it at first; whoever knows more sets it within."""
 
     def __init__(self, wanted: int, work: int) -> None:
-        global _respite
+        global _owner, _respite
         if wanted > 1 and _respite > 0 and work < WORTH:
             wanted, _respite = 1, _respite - 1
         self._held = _lock  # the one of now: after a fork there is another
-        self._count = wanted if wanted > 1 and not _forked and self._held.acquire(blocking=False) else 1
+        self._count = 1
+        if wanted > 1 and not _forked:
+            # Held by this very thread, it is not in use: an exception from a signal came before it could be released.
+            me = threading.get_ident()
+            if self._held.acquire(blocking=False) or _owner == me:
+                _owner, self._count = me, wanted
         self.work = work
 
     def __enter__(self) -> int:
@@ -228,9 +234,13 @@ class workers:  # in lower case, because it is used like a function
         return self._count
 
     def __exit__(self, *raised: object) -> None:
-        global _stalls, _respite
+        global _owner, _stalls, _respite
         if self._count > 1:
-            self._held.release()
+            if _owner == threading.get_ident():
+                try:
+                    _owner = 0
+                finally:
+                    self._held.release()
             stalled = time.thread_time() - self._started > STALL + SLOW * self.work
             _stalls = _stalls + 1 if stalled else 0
             _respite = RESPITE if _stalls > 1 else 0
