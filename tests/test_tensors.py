@@ -288,3 +288,70 @@ def test_in_many_steps_on_a_model() -> None:
         results.append([p.detach().clone() for p in parameters])
     for one, two in zip(*results, strict=True):
         assert_same_bits(one, two)
+
+
+@FUSED
+@CLASSES
+def test_autograd_notices_that_weights_changed(klass: type[AdaGrad], fused: bool) -> None:
+    for grad in (torch.ones(3, 2), RowSparse(torch.ones(1, 2), torch.tensor([1]), (3, 2))):
+        weight = torch.ones(3, 2, requires_grad=True)
+        loss = (weight * weight).sum()
+        optimizer = klass(0.1, use_fused_step=fused)
+        optimizer.update(0, weight, grad, optimizer.create_state(0, weight))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+class Subclass(torch.Tensor):
+    """A tensor that only PyTorch understands, for all that is known."""
+
+
+@FUSED
+def test_nothing_is_recorded_of_an_update_of_a_subclass(fused: bool) -> None:
+    weight = torch.ones(3).as_subclass(Subclass).requires_grad_()
+    optimizer = AdaGrad(0.5, epsilon=0.0, use_fused_step=fused)
+    history = optimizer.create_state(0, weight)
+    optimizer.update(0, weight, (torch.ones(3) * torch.ones(3, requires_grad=True)).as_subclass(Subclass), history)
+    assert weight.tolist() == [0.5] * 3
+    assert weight.is_leaf
+    assert not history.requires_grad
+    assert optimizer._index_update_count == {0: 1}
+
+
+@FUSED
+@pytest.mark.parametrize("row", [-1, 4])
+def test_row_ids_outside_a_subclass_are_refused(row: int, fused: bool) -> None:
+    weights = [torch.ones(4, 2), torch.ones(4, 2).as_subclass(Subclass)]
+    optimizer = AdaGrad(0.5, use_fused_step=fused)
+    states = [optimizer.create_state(i, w) for i, w in enumerate(weights)]
+    grads = [torch.ones(4, 2), RowSparse(torch.ones(2, 2), torch.tensor([1, row]), (4, 2))]
+    with pytest.raises(IndexError, match=rf"indices of grads\[1\]: indices\[1\]={row}: must be in \[0, 4\)"):
+        optimizer.update([0, 1], weights, grads, states)
+    assert all((w == 1).all() for w in weights)
+    assert all((h == 0).all() for h in states)
+
+
+@FUSED
+def test_dtypes_of_a_subclass_are_checked(fused: bool) -> None:
+    optimizer = AdaGrad(0.5, use_fused_step=fused)
+    weight = torch.ones(3).as_subclass(Subclass)
+    with pytest.raises(TypeError, match="history in states"):
+        optimizer.update(0, weight, torch.ones(3), torch.zeros(3, dtype=torch.float16).as_subclass(Subclass))
+    whole = torch.ones(3, dtype=torch.int32).as_subclass(Subclass)
+    with pytest.raises(TypeError, match="int32"):
+        optimizer.update(0, whole, torch.ones(3, dtype=torch.int32), torch.zeros(3).as_subclass(Subclass))
+
+
+def test_a_step_of_ones_own_updates_a_parameter_of_low_precision() -> None:
+    class Descent(AdaGrad):
+        def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+            for index, weight, grad in zip(indices, weights, grads, strict=True):
+                self._update_count(index)
+                weight -= 0.5 * grad
+
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
+    optimizer = Descent(multi_precision=True)
+    optimizer.update_multi_precision(
+        0, weight, torch.ones(3, dtype=torch.float16), optimizer.create_state_multi_precision(0, weight)
+    )
+    assert weight.tolist() == [0.5] * 3

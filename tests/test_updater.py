@@ -464,3 +464,78 @@ def test_loaded_states_are_adopted_once() -> None:
     again(0, np.ones(3), weight)
     assert again.states[0] is state
     assert (state == 3).all()
+
+
+class Adamish(Optimizer):
+    """Keeps states in structures of its own."""
+
+    def __init__(self, structure: Any, **kwargs: Any) -> None:
+        super().__init__(learning_rate=0.5, use_fused_step=False, **kwargs)
+        self.structure = structure
+
+    def create_state(self, index: Any, weight: Any) -> Any:
+        return self.structure(weight)
+
+    def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        for index, weight, grad, state in zip(indices, weights, grads, states, strict=True):
+            self._update_count(index)
+            first = state[0] if isinstance(state, (tuple, list)) else state
+            first[...] += grad
+            weight[...] -= self._get_lr(index) * first
+
+
+@pytest.mark.parametrize("multi_precision", [False, True])
+@pytest.mark.parametrize(
+    "structure",
+    [
+        lambda w: (np.zeros_like(w), np.zeros_like(w)),
+        lambda w: [np.zeros_like(w), [np.zeros_like(w), None]],
+        lambda w: (np.zeros_like(w), (np.zeros_like(w), np.zeros_like(w))),
+    ],
+)
+def test_states_of_any_structure_go_on_after_loading(structure: Any, multi_precision: bool) -> None:
+    def make() -> Updater:
+        return get_updater(Adamish(structure, multi_precision=multi_precision))
+
+    weights = [np.ones(3, np.float16) for _ in range(2)]
+    whole, saved, again = make(), make(), make()
+    for _ in range(2):
+        whole(0, np.ones(3, np.float16), weights[0])
+        saved(0, np.ones(3, np.float16), weights[1])
+    again.set_states(saved.get_states(True))
+    whole(0, np.ones(3, np.float16), weights[0])
+    again(0, np.ones(3, np.float16), weights[1])
+    assert_same_bits(weights[1], weights[0])
+    assert whole.get_states() == again.get_states()
+
+
+def test_loaded_states_of_another_structure_are_refused() -> None:
+    saved, again = get_updater(Adamish(lambda w: (w * 0, (w * 0, w * 0)))), get_updater(Adamish(lambda w: (w * 0,) * 2))
+    saved(0, np.ones(3, np.float32), np.ones(3, np.float32))
+    again.set_states(saved.get_states())
+    with pytest.raises(ValueError, match=r"states\[0\]\[1\]: .* must be one history"):
+        again(0, np.ones(3, np.float32), np.ones(3, np.float32))
+
+
+def test_loaded_bfloat16_states_of_tensors() -> None:
+    def make() -> Updater:
+        return get_updater(Adamish(torch.zeros_like))
+
+    weight, saved, again = torch.ones(3, dtype=torch.bfloat16), make(), make()
+    saved(0, torch.ones_like(weight), weight)
+    again.set_states(saved.get_states())
+    again(0, torch.ones_like(weight), weight)
+    assert again.states[0].dtype == torch.bfloat16
+    assert again.states[0].tolist() == [2.0] * 3
+
+
+def test_indices_that_are_numpy_integers_are_saved_as_integers() -> None:
+    updater, weight = get_updater(AdaGrad()), np.ones(3, np.float32)
+    updater.optimizer.set_lr_mult({np.int32(1): 2.0})
+    for index in np.arange(2):
+        updater(index, weight.copy(), weight)
+    again = get_updater(AdaGrad())
+    again.set_states(updater.get_states(True))
+    assert set(again.states) == {0, 1}
+    assert again.optimizer.lr_mult == {1: 2.0}
+    assert all(type(index) is int for index in (*again.states, *again.optimizer.lr_mult))

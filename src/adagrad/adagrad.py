@@ -153,8 +153,15 @@ class AdaGrad(Optimizer):
             kernels.update(weights, grads, states, lrs, wds, self.rule(), fused=True)
 
     def update_multi_precision(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
-        """The same as :meth:`~adagrad.Optimizer.update`: the kernels know master copies, nothing is copied."""
-        self.update(indices, weights, grads, states)
+        """The same as :meth:`~adagrad.Optimizer.update`: the kernels know master copies, nothing is copied.
+
+        A subclass with a step of its own gets what :meth:`Optimizer.update_multi_precision` gives it, as in MXNet.
+        """
+        kind = type(self)
+        if kind.step is AdaGrad.step and kind.fused_step is AdaGrad.fused_step and kind.update is Optimizer.update:
+            self.update(indices, weights, grads, states)
+        else:
+            super().update_multi_precision(indices, weights, grads, states)
 
     def rule(self) -> Rule:
         """The rule's options and scalars as they are now; checked, since attributes may have been set meanwhile."""

@@ -23,6 +23,7 @@ import importlib
 import io
 import json
 import math
+import numbers
 import os
 import re
 import secrets
@@ -58,7 +59,7 @@ def encode(states: Mapping[int | str, Any], optimizer: Mapping[str, Any] | None)
     keys. At most one array at a time is copied, beside the bytes returned. TypeError for anything else.
     """
     leaves: list[tuple[str, Any]] = []
-    table = [[_key(key), _outline(state, json.dumps(key), leaves)] for key, state in states.items()]
+    table = [[_key(key), _outline(state, json.dumps(_key(key)), leaves)] for key, state in states.items()]
     packed = None if optimizer is None else _pack(dict(optimizer))
     tensors: dict[str, Any] = {}
     end = 0
@@ -90,9 +91,9 @@ def encode(states: Mapping[int | str, Any], optimizer: Mapping[str, Any] | None)
 
 
 def _key(key: Any) -> int | str:
-    if isinstance(key, bool) or not isinstance(key, (int, str)):
+    if isinstance(key, bool) or not isinstance(key, (numbers.Integral, str)):
         raise TypeError(f"states: a key of type {type(key).__name__}: keys must be int or str")
-    return key
+    return key if isinstance(key, str) else int(key)
 
 
 def _outline(state: Any, name: str, leaves: list[tuple[str, Any]], depth: int = 0) -> Any:

@@ -178,7 +178,7 @@ class Optimizer(Rates):
         for is_low, weight, master in zip(low, weights, masters, strict=True):
             if is_low:
                 with np.errstate(over="ignore"):  # to infinity, as the kernels round
-                    weight[...] = cast(master, weight)
+                    (weight.detach() if is_torch(weight) else weight)[...] = cast(master, weight)
 
     def check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """Raise what an update with these lists would raise; for callers that split a list over several updates."""

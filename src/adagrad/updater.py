@@ -6,6 +6,8 @@ import os
 import sys
 from typing import Any
 
+import numpy as np
+
 from adagrad import checks
 from adagrad.optimizer import Optimizer, as_lists
 from adagrad.rates import Index
@@ -73,11 +75,7 @@ class Updater:
         """The loaded state of ``index`` where ``weight`` is: on its device and, if that was asked for, of its rows."""
         state = self.states[index]
         fresh = self.optimizer.create_state_multi_precision(index, weight)
-        if type(state) is not type(fresh) and isinstance(state, tuple) != isinstance(fresh, tuple):
-            raise ValueError(f"states[{index!r}]: {_kind(state)}: must be {_kind(fresh)}, for this weight")
-        pairs = zip(state, fresh, strict=True) if isinstance(fresh, tuple) else [(state, fresh)]
-        adopted = [_into(loaded, new, resize=self._loaded[index]) for loaded, new in pairs]
-        return tuple(adopted) if isinstance(fresh, tuple) else adopted[0]
+        return _adopted(f"states[{index!r}]", state, fresh, resize=self._loaded[index])
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
@@ -151,11 +149,25 @@ def _is_list(index: Any) -> bool:
 
 
 def _kind(state: Any) -> str:
-    return "a pair (master copy, history)" if isinstance(state, tuple) else "one history"
+    if not isinstance(state, (tuple, list)):
+        return "one history"
+    return "a pair (master copy, history)" if len(state) == 2 else f"{len(state)} entries"
 
 
 def _shapes(state: Any) -> Any:
     return [_shapes(each) for each in state] if isinstance(state, (tuple, list)) else tuple(getattr(state, "shape", ()))
+
+
+def _adopted(at: str, loaded: Any, fresh: Any, *, resize: bool) -> Any:
+    """``loaded`` in the structure of ``fresh``, each array :func:`_into` its counterpart."""
+    if not isinstance(fresh, (tuple, list)):
+        if isinstance(loaded, (tuple, list)):
+            raise ValueError(f"{at}: {_kind(loaded)}: must be {_kind(fresh)}, for this weight")
+        return _into(loaded, fresh, resize=resize)
+    if not isinstance(loaded, (tuple, list)) or len(loaded) != len(fresh):
+        raise ValueError(f"{at}: {_kind(loaded)}: must be {_kind(fresh)}, for this weight")
+    adopted = [_adopted(f"{at}[{k}]", *pair, resize=resize) for k, pair in enumerate(zip(loaded, fresh, strict=True))]
+    return tuple(adopted) if isinstance(fresh, tuple) else adopted
 
 
 def _into(loaded: Any, fresh: Any, *, resize: bool) -> Any:
@@ -164,7 +176,10 @@ def _into(loaded: Any, fresh: Any, *, resize: bool) -> Any:
         return loaded
     if is_torch(fresh):
         torch = sys.modules["torch"]
-        loaded = torch.as_tensor(loaded, device=fresh.device) if is_torch(loaded) else torch.from_numpy(loaded)
+        if not is_torch(loaded):
+            is_bfloat16 = loaded.dtype.name == "bfloat16"  # which PyTorch does not take from NumPy
+            loaded = torch.from_numpy(loaded.view(np.int16) if is_bfloat16 else loaded)
+            loaded = loaded.view(torch.bfloat16) if is_bfloat16 else loaded
         loaded = loaded.to(fresh.device)
     before, now = tuple(loaded.shape), tuple(fresh.shape)
     if not resize or before == now or before[1:] != now[1:] or not now:

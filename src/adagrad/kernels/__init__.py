@@ -6,10 +6,12 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from adagrad.kernels import expressions
 from adagrad.kernels.batch import Prepared, of_states
 from adagrad.kernels.checked import any_row_sparse, is_row_sparse
-from adagrad.rule import Array, Rule
+from adagrad.rule import Array, Rule, is_torch
 
 __all__ = ["any_row_sparse", "is_row_sparse", "prepare", "update"]
 
@@ -54,6 +56,10 @@ def update(
     """
     if not (fused and _call().update_plain(weights, grads, states, [], lrs, wds, rule, threads)):
         prepare(weights, grads, states, lrs, wds, rule, fused=fused, threads=threads).run()
+    if set(map(type, weights)) != {np.ndarray} and any(map(is_torch, weights)):
+        from adagrad.kernels.tensor_views import mark_changed
+
+        mark_changed([weight for weight in weights if is_torch(weight)])
 
 
 def prepare(

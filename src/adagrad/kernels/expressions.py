@@ -28,15 +28,24 @@ def prepare(batch: Batch) -> Prepared:
 
 
 def by_expression(at: str, update: Update | Wrapped, lr: Any, wd: float, rule: Rule) -> Job:
-    """What carries out an update; IndexError for a row id out of range on the CPU."""
+    """What carries out an update; IndexError for a row id out of range: a device is waited for."""
     if isinstance(update, Wrapped):
+        from adagrad.kernels import tensor_checks
+
         weight, grad, history, master = update
         indices, values = (grad.indices, grad.values) if isinstance(grad, RowSparse) else (None, grad)
+        if indices is not None:
+            tensor_checks.check_rows(at, indices, len(weight))
+        weight, values, history, master = (t if t is None else t.detach() for t in (weight, values, history, master))
     else:
         weight, values, history = update.weight.array, update.grad.array, update.history.array
         master, indices = None if update.master is None else update.master.array, update.indices
         if indices is not None and update.weight.device == "cpu":
             _check_rows(at, host_indices(indices), len(weight))
+        elif indices is not None:
+            from adagrad.kernels import tensor_checks
+
+            tensor_checks.check_rows(at, indices, len(weight))
     if indices is None:
         return functools.partial(expression.step, weight, values, history, master, lr, wd, rule)
     return functools.partial(expression.step_rows, weight, indices, values, history, master, lr, wd, rule)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adagrad.arrays import Operand, overlaps_itself
+from adagrad.kernels.checked import refuse_row
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Rule, history_shape
 
@@ -43,6 +44,12 @@ def check_memory(written: Sequence[Operand], read: Operand) -> None:
 
 def check_wrapped(i: int, weight: Tensor, grad: Any, history: Tensor, master: Tensor | None, rule: Rule) -> None:
     """What can be asked of any tensor."""
+    computing = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"weights[{i}]: dtype {weight.dtype}: must be float16, bfloat16, float32 or float64")
+    for name, tensor in (("history in states", history), ("master copy in states", master)):
+        if tensor is not None and tensor.dtype != computing:
+            raise TypeError(f"{name}[{i}]: dtype {tensor.dtype}: must be {computing}, for a weight of {weight.dtype}")
     values = grad.values if isinstance(grad, RowSparse) else grad
     wanted = history_shape(tuple(weight.shape), row_wise=rule.row_wise)
     for name, tensor, shape in (("grads", grad, weight.shape), ("history in states", history, wanted)):
@@ -51,6 +58,20 @@ def check_wrapped(i: int, weight: Tensor, grad: Any, history: Tensor, master: Te
     for name, tensor in (("grads", values), ("history in states", history), ("master copy in states", master)):
         if tensor is not None and tensor.device != weight.device:
             raise ValueError(f"{name}[{i}]: device {tensor.device}: must be {weight.device}")
+
+
+def check_rows(at: str, indices: Tensor, rows: int) -> None:
+    """IndexError for a row id outside the weight, on any device, which is waited for."""
+    if indices.device.type == "meta":
+        return
+    outside = (indices < 0) | (indices >= rows)
+    try:
+        if not bool(outside.any()):
+            return
+    except RuntimeError:  # fake tensors, and those of a transform, have no numbers that could be asked for
+        return
+    position = int(outside.nonzero()[0, 0])
+    refuse_row(at, position, int(indices[position]), rows)
 
 
 def placed(o: Operand) -> Operand:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from adagrad.kernels.dtensor import has_whole_rows, is_dtensor, local
 from adagrad.row_sparse import RowSparse
@@ -82,6 +83,15 @@ def _rows(i: int, weight: Tensor, grad: Tensor, history: Tensor, master: Tensor 
     shape = (math.prod(sizes), *rest)
     flat = RowSparse(values, row, shape)
     return weight.view(shape), flat, history.view(shape), None if master is None else master.view(shape)
+
+
+def mark_changed(weights: list[Tensor]) -> None:
+    """Tell autograd that what it saved of the weights is stale: kernels do not say so by themselves."""
+    try:
+        increment_version(weights)
+    except TypeError:  # an older PyTorch, which takes them one by one
+        for weight in weights:
+            increment_version(weight)
 
 
 # ------------------------------------------------------------------------------------------------------------ DTensors
