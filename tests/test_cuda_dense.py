@@ -118,7 +118,7 @@ def check_update(updates: list[cuda.DenseUpdate], rule: Rule, scale: float | Non
         want.append((rounded(new, dtype), history, new, as_numpy(u.grad, dtype)))
     if scale is not None:
         options["grad_scale"] = torch.tensor(scale, device=DEVICE)
-    cuda.update(updates, [], rule, **options)
+    cuda.update([cuda.Group(rule, updates, [])], **options)
     for u, (weight, history, new, grad) in zip(updates, want, strict=True):
         dtype = str(u.weight.dtype).removeprefix("torch.")
         assert_same(as_numpy(u.history, dtype), history)
@@ -200,7 +200,7 @@ def test_rounds_to_nearest_even(dtype: str) -> None:
     master = ties[torch.isfinite(ties)].to(DEVICE)
     weight = torch.zeros(len(master), dtype=getattr(torch, dtype), device=DEVICE)
     u = cuda.DenseUpdate(weight, torch.ones_like(weight), torch.ones_like(master), master.clone(), 0.0, 0.0)
-    cuda.update([u], [], Rule())
+    cuda.update([cuda.Group(Rule(), [u], [])])
     assert torch.equal(u.master, master)
     assert torch.equal(u.weight, master.to(weight.dtype))
 
@@ -239,7 +239,7 @@ def test_lr_on_the_device(dtype: str, lr_dtype: str) -> None:
 
 def test_lr_of_another_dtype_is_refused() -> None:
     with pytest.raises(TypeError, match=r"lr: a tensor of torch.int64: must be float32 or float64"):
-        cuda.update([make((3,), "float32", lr=torch.tensor(1, device=DEVICE))], [], Rule())
+        cuda.update([cuda.Group(Rule(), [make((3,), "float32", lr=torch.tensor(1, device=DEVICE))], [])])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -252,7 +252,7 @@ def test_found_inf_makes_the_call_a_no_op(row_wise: bool) -> None:
     rule = Rule(row_wise=row_wise)
     u = make((5, 4), "bfloat16", master=True, row_wise=row_wise)
     before = [t.clone() for t in u[:4]]
-    cuda.update([u], [], rule, found_inf=torch.ones(1, device=DEVICE))
+    cuda.update([cuda.Group(rule, [u], [])], found_inf=torch.ones(1, device=DEVICE))
     assert all(torch.equal(a, b) for a, b in zip(before, u[:4], strict=True))
     check_update([u], rule, found_inf=torch.zeros((), device=DEVICE))
 
@@ -302,12 +302,12 @@ def test_many_tables_push_out_the_oldest() -> None:
 def test_a_tensor_without_an_address_is_refused() -> None:
     u = make((4,), "float32")
     with pytest.raises(ValueError, match="without an address"):
-        cuda.update([u._replace(grad=torch.empty(4, device="meta"))], [], Rule())
+        cuda.update([cuda.Group(Rule(), [u._replace(grad=torch.empty(4, device="meta"))], [])])
 
 
 def test_nothing_to_do() -> None:
-    cuda.update([], [], Rule())
-    cuda.update([make((0,), "float32"), make((3, 0), "float32", row_wise=True)], [], Rule())
+    cuda.update([cuda.Group(Rule(), [], [])])
+    cuda.update([cuda.Group(Rule(), [make((0,), "float32"), make((3, 0), "float32", row_wise=True)], [])])
     cuda.check()
 
 
@@ -343,7 +343,8 @@ for dtype, wide, row_wise in cases:
     tensors = torch.zeros(9, 48, dtype=dtype), torch.zeros(9, 1 if row_wise else 48, dtype=wide)
     dense = cuda.DenseUpdate(tensors[0], tensors[0], tensors[1], None, 0.1, 0.1)
     rows = cuda.RowUpdate(tensors[0], torch.zeros(9, dtype=torch.int64), tensors[0], tensors[1], None, number, 0.1)
-    cuda.update([dense], [rows], Rule(row_wise=row_wise), grad_scale=number, found_inf=number)
+    group = cuda.Group(Rule(row_wise=row_wise), [dense], [rows])
+    cuda.update([group], grad_scale=number, found_inf=number)
 
 operations = re.compile(r"\\b(?:fma|mad|add|sub|mul|div|r?sqrt|rcp|min|max)[a-z0-9.]*[.]f(?:32|64)\\b")
 names = set()
@@ -376,19 +377,19 @@ def test_a_captured_graph_replays_the_step() -> None:
     u, twin = (make((BLOCK + 1,), "float32", lr=lr) for _ in range(2))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        cuda.update([u], [], Rule())
+        cuda.update([cuda.Group(Rule(), [u], [])])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        cuda.update([u], [], Rule())
+        cuda.update([cuda.Group(Rule(), [u], [])])
     for k in range(3 * cuda.KEPT):
-        cuda.update([make((5,), "float32", lr=0.1 + k)], [], Rule())
+        cuda.update([cuda.Group(Rule(), [make((5,), "float32", lr=0.1 + k)], [])])
     lr.fill_(0.2)
     graph.replay()
     lr.fill_(0.1)
-    cuda.update([twin], [], Rule())
+    cuda.update([cuda.Group(Rule(), [twin], [])])
     lr.fill_(0.2)
-    cuda.update([twin], [], Rule())
+    cuda.update([cuda.Group(Rule(), [twin], [])])
     assert torch.equal(u.weight, twin.weight)
     assert torch.equal(u.history, twin.history)
 
@@ -402,6 +403,6 @@ def test_more_than_2_to_the_31_elements() -> None:
     weight = torch.zeros(elements, dtype=torch.float16, device=DEVICE)
     history = torch.zeros(elements, device=DEVICE)
     grad = torch.ones_like(weight)
-    cuda.update([cuda.DenseUpdate(weight, grad, history, None, 0.5, 0.0)], [], Rule(epsilon=0.0))
+    cuda.update([cuda.Group(Rule(epsilon=0.0), [cuda.DenseUpdate(weight, grad, history, None, 0.5, 0.0)], [])])
     assert weight.min().item() == weight.max().item() == -0.5
     assert history.min().item() == history.max().item() == 1.0

@@ -743,7 +743,8 @@ def test_mixed_lists_on_a_device(klass: type[AdaGrad], monkeypatch: pytest.Monke
     launches = []
 
     def run(launch: Any, grad_scale: Any, found_inf: Any) -> None:
-        updates = [(u, False) for u in launch.dense] + [(u, True) for u in launch.rows]
+        (group,) = launch.groups.values()
+        updates = [(u, False) for u in group.dense] + [(u, True) for u in group.rows]
         launches.append([(int(u.weight[0]), is_sparse) for u, is_sparse in updates])
 
     as_operand = arrays._tensor
@@ -760,3 +761,20 @@ def test_mixed_lists_on_a_device(klass: type[AdaGrad], monkeypatch: pytest.Monke
     assert sorted(update for launch in launches for update in launch) == updates
     assert klass is Recording or len(launches) == 1
     assert optimizer._index_update_count == dict.fromkeys(range(4), 1)
+
+
+@pytest.mark.parametrize("klass", [MXNetStyle, MXNetStyleLists])
+@FUSED
+def test_steps_written_for_mxnet_see_the_master_copy(klass: type[AdaGrad], fused: bool) -> None:
+    """Under multi_precision a step of one's own gets float32 weights, gradients and histories."""
+    results = []
+    for each in (klass, AdaGrad):
+        optimizer = each(0.1, wd=0.1, multi_precision=True, use_fused_step=fused)
+        half, single = weights_of((4, 2), dtype=np.float16)[0], weights_of((4, 2))[0]
+        states = [optimizer.create_state_multi_precision(i, w) for i, w in enumerate((half, single))]
+        for _ in range(3):
+            grads = [np.full((4, 2), 0.3, w.dtype) for w in (half, single)]
+            optimizer.update_multi_precision([0, 1], [half, single], grads, states)
+        results.append([half, single, *states[0], states[1]])
+    for mine, theirs in zip(*results, strict=True):
+        assert_same_bits(mine, theirs)

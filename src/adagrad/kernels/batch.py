@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from adagrad.arrays import operand
 from adagrad.rule import Array, Rule
 
-Job = Callable[[], None]
-"""What carries out a part of a call."""
+Job = Callable[[], Any]
+"""What carries out a part of a call; on a CUDA device it may return a number there, see :func:`call.update`."""
 
 
 @dataclass
@@ -64,7 +64,6 @@ class Prepared(NamedTuple):
 
     jobs: list[Job]
 
-    def run(self) -> None:
-        """Carry it out, in place."""
-        for job in self.jobs:
-            job()
+    def run(self) -> list[Any]:
+        """Carry it out, in place; what jobs returned that is not None."""
+        return [returned for returned in [job() for job in self.jobs] if returned is not None]

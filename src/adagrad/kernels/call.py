@@ -20,7 +20,7 @@ from adagrad.kernels.checked import Update, Wrapped, is_row_sparse, look_at, ope
 from adagrad.kernels.cpu_rule import hyper
 from adagrad.kernels.expressions import by_expression
 from adagrad.kernels.spans import are_disjoint, together
-from adagrad.rule import Rule
+from adagrad.rule import Rule, is_torch
 
 
 def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], lrs: Any, wds: Any,
@@ -49,7 +49,7 @@ def update(
     threads: int | None = None,
     grad_scale: Any = None,
     found_inf: Any = None,
-) -> None:
+) -> list[Any]:
     """Check batches of updates and carry them out, in place.
 
     Parameters
@@ -62,6 +62,12 @@ def update(
         the same for powers of two). Where ``found_inf`` is not 0, nothing changes. For weights that the CUDA kernels
         do not take, the numbers are waited for.
 
+    Returns
+    -------
+    list of Tensor
+        One number on each CUDA device with row ids: not 0 where one of them was outside its weight, and so nothing on
+        that device has changed.
+
     Raises
     ------
     TypeError, ValueError, IndexError
@@ -71,8 +77,8 @@ def update(
     if len(batches) == 1 and found_inf is None and grad_scale is None:
         b = batches[0]
         if update_plain(b.weights, b.grads, b.histories, b.masters, b.lrs, b.wds, b.rule, threads):
-            return
-    prepare(batches, threads=threads, grad_scale=grad_scale, found_inf=found_inf).run()
+            return []
+    return prepare(batches, threads=threads, grad_scale=grad_scale, found_inf=found_inf).run()
 
 
 def prepare(
@@ -91,29 +97,33 @@ def prepare(
             return Prepared([])
         scale = 1.0 if grad_scale is None else float(grad_scale)
     jobs: list[Job] = []
-    launches: dict[tuple[Any, Rule], _CudaLaunch] = {}
+    launches: dict[Any, _CudaLaunch] = {}
     for call in calls:
         call.add_jobs(jobs, launches, scale, threads)
+    for device in launches:
+        _cuda().raise_reported(device)
     return Prepared([functools.partial(launch.run, grad_scale, found_inf) for launch in launches.values()] + jobs)
 
 
 class _CudaLaunch(NamedTuple):
-    """What goes to one CUDA device under one rule."""
+    """What goes to one CUDA device, by rule."""
 
     device: Any
-    rule: Rule
-    dense: list[Any]
-    rows: list[Any]
+    groups: dict[Rule, Any]
 
-    def add(self, weight: Any, grad: Any, indices: Any, history: Any, master: Any, lr: Any, wd: float) -> None:
+    def add(self, rule: Rule, weight: Any, grad: Any, indices: Any, history: Any, master: Any, lr: Any, wd: float
+            ) -> None:  # fmt: skip
+        group = self.groups.setdefault(rule, _cuda().Group(rule, [], []))
+        if is_torch(lr) and lr.device != self.device:
+            lr = lr.to(self.device, non_blocking=True)
         if indices is None:
-            self.dense.append(_cuda().DenseUpdate(weight, grad, history, master, lr, wd))
+            group.dense.append(_cuda().DenseUpdate(weight, grad, history, master, lr, wd))
         else:
-            self.rows.append(_cuda().RowUpdate(weight, indices, grad, history, master, lr, wd))
+            group.rows.append(_cuda().RowUpdate(weight, indices, grad, history, master, lr, wd))
 
-    def run(self, grad_scale: Any, found_inf: Any) -> None:
+    def run(self, grad_scale: Any, found_inf: Any) -> Any:
         scale, found = (t if t is None else t.to(self.device, non_blocking=True) for t in (grad_scale, found_inf))
-        _cuda().update(self.dense, self.rows, self.rule, grad_scale=scale, found_inf=found)
+        return _cuda().update(list(self.groups.values()), grad_scale=scale, found_inf=found)
 
 
 @functools.cache
@@ -171,7 +181,7 @@ class _Call:
     def add_jobs(
         self,
         jobs: list[Job],
-        launches: dict[tuple[Any, Rule], _CudaLaunch],
+        launches: dict[Any, _CudaLaunch],
         scale: float,
         threads: int | None,
     ) -> None:
@@ -180,9 +190,8 @@ class _Call:
         scaled = rule if scale == 1 else replace(rule, rescale_grad=rule.rescale_grad / scale)
 
         def on_cuda(i: int, weight: Any, grad: Any, indices: Any, history: Any, master: Any) -> None:
-            key = weight.device, rule
-            launch = launches.setdefault(key, _CudaLaunch(*key, [], []))
-            launch.add(weight, grad, indices, history, master, *batch.rates(i))
+            launch = launches.setdefault(weight.device, _CudaLaunch(weight.device, {}))
+            launch.add(rule, weight, grad, indices, history, master, *batch.rates(i))
 
         for code, which in self.groups:
             place, formats = table.formats(code)

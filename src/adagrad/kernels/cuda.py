@@ -18,6 +18,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -69,25 +70,35 @@ class RowUpdate(NamedTuple):
     wd: float
 
 
+class Group(NamedTuple):
+    """Updates under one rule."""
+
+    rule: Rule
+    dense: Sequence[DenseUpdate]
+    rows: Sequence[RowUpdate]
+
+
 def update(
-    dense: Sequence[DenseUpdate],
-    rows: Sequence[RowUpdate],
-    rule: Rule,
+    groups: Sequence[Group],
     *,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-) -> None:
+) -> Tensor | None:
     """One AdaGrad step (Duchi, Hazan, Singer, JMLR 12, 2011) of tensors on one CUDA device, in place.
 
     Parameters
     ----------
-    dense, rows : sequences of DenseUpdate and RowUpdate
+    groups : sequence of Group
         All on the same device. No weight, history or master copy shares memory with anything else in the call.
-    rule : Rule
     grad_scale : Tensor, optional
         One number on the device; each gradient (for rows: each sum of a row's occurrences) is divided by it first.
     found_inf : Tensor, optional
         One number on the device; where it is not 0, the call changes nothing.
+
+    Returns
+    -------
+    Tensor or None
+        Where there are row ids, a number on the device that is not 0 if one of them is outside its weight.
 
     Raises
     ------
@@ -98,27 +109,29 @@ def update(
     ValueError
         A dense tensor has elements but no address.
     """
-    if not dense and not rows:
-        return
-    device = (dense or rows)[0].weight.device
+    groups = [group for group in groups if group.dense or group.rows]
+    if not groups:
+        return None
+    device = (groups[0].dense or groups[0].rows)[0].weight.device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        report = _report_of(device)
-        _raise_reported(report, arrived=False)
-        tables = _tables_of(device)
-        weights, grads, histories, masters, lrs, wds = zip(*dense, strict=True) if dense else ((),) * 6
-        settings = tables.settings([*lrs, *[u.lr for u in rows]], [*wds, *[u.wd for u in rows]], rule)
-        columns = cuda_dense.columns(weights, grads, histories, masters, rule)
-        addresses, launches = tables.addresses(columns) if dense else (settings, [])
-        sparse = [(len(dense) + i, u) for i, u in enumerate(rows) if u.indices.numel()]
-        skip, sorted_ids = None, []
-        if sparse:
-            # Every id of the call is checked before the first element changes.
-            skip = torch.zeros(1, dtype=torch.int32, device=device)
-            sorted_ids = [cuda_rows.sort_ids(u, skip, report) for _, u in sparse]
+        raise_reported(device)
+        tables, report, skip = _tables_of(device), _report_of(device), None
+        launches: list[Callable[..., None]] = []
+        for rule, dense, rows in groups:
+            weights, grads, histories, masters, lrs, wds = zip(*dense, strict=True) if dense else ((),) * 6
+            settings = tables.settings([*lrs, *[u.lr for u in rows]], [*wds, *[u.wd for u in rows]], rule)
+            if dense:
+                addresses, found = tables.addresses(cuda_dense.columns(weights, grads, histories, masters, rule))
+                launches += [partial(cuda_dense.run, launch, addresses, settings) for launch in found]
+            for i, u in enumerate(rows, len(dense)):
+                if u.indices.numel():
+                    # Every id of the call is checked before the first element changes.
+                    skip = torch.zeros(1, dtype=torch.int32, device=device) if skip is None else skip
+                    ids, order = cuda_rows.sort_ids(u, skip, report)
+                    launches.append(partial(cuda_rows.run, u, ids, order, settings, i, rule))
         for launch in launches:
-            cuda_dense.run(launch, addresses, settings, grad_scale, skip, found_inf)
-        for (i, u), (ids, order) in zip(sparse, sorted_ids, strict=True):
-            cuda_rows.run(u, ids, order, settings, i, rule, grad_scale, skip, found_inf)
+            launch(grad_scale, skip, found_inf)
+    return skip
 
 
 def check(device: torch.device | str | int | None = None) -> None:
@@ -155,6 +168,11 @@ def _report_of(device: torch.device) -> Tensor:
     return report
 
 
+def raise_reported(device: torch.device) -> None:
+    """Raise what earlier calls met on a device, if that has arrived."""
+    _raise_reported(_report_of(device), arrived=False)
+
+
 def _raise_reported(report: Tensor, *, arrived: bool) -> None:
     """Raise what ``report`` says. Its two words come one by one: until all has ``arrived``, wait for the second."""
     words = report.numpy()
@@ -169,6 +187,9 @@ def _raise_reported(report: Tensor, *, arrived: bool) -> None:
 
 
 _local = threading.local()
+_reserve: dict[int, list[Tensor]] = {}
+"""Pinned memory by its words, for captures."""
+
 _captured: list[Tensor] = []
 """Pinned memory that captured graphs read at each replay; nothing tells when a graph is gone, so it stays."""
 
@@ -190,7 +211,6 @@ class _Tables:
         self._device = device
         self._addresses: list[tuple[Any, tuple[Tensor, list[cuda_dense.Launch]]]] = []
         self._settings: list[tuple[Any, Tensor]] = []
-        self._reserve: dict[int, list[Tensor]] = {}
 
     def addresses(self, columns: cuda_dense.Columns) -> tuple[Tensor, list[cuda_dense.Launch]]:
         """The table of addresses and the launches that use it."""
@@ -243,9 +263,9 @@ class _Tables:
         if self._device.type != "cuda":
             return torch.from_numpy(words.copy())
         # The allocator of pinned memory reuses a buffer only when the copies out of it are done. It may be unable to
-        # hand out new memory during a capture, so earlier uploads leave a reserve.
+        # hand out new memory during a capture, so earlier uploads, on whichever stream, leave a reserve.
         size = 1 << max(len(words) - 1, 0).bit_length()
-        reserve = self._reserve.setdefault(size, [])
+        reserve = _reserve.setdefault(size, [])
         if self._capturing():
             host = reserve.pop() if reserve else _pinned(size)
             _captured.append(host)
