@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import oracle
 from adagrad.kernels import call
@@ -614,6 +615,34 @@ def test_grad_scaler_with_sparse_gradients() -> None:
     assert_same_bits(first.weight, second.weight)
 
 
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("kind", ["pre", "post", "global"])
+def test_hooks_of_the_step_see_unscaled_gradients(kind: str, fused: bool | None) -> None:
+    """As with torch.optim.Adagrad, unless the kernels were asked to unscale."""
+    seen = []
+    for klass, options in ((Adagrad, {"fused": fused}), (torch.optim.Adagrad, {})):
+        p = nn.Parameter(torch.ones(3))
+        optimizer = klass([p], **options)  # type: ignore[arg-type]
+        found: list[float] = []
+
+        def hook(*_: Any, p: Tensor = p, found: list[float] = found) -> None:
+            found.append(p.grad.norm().item())
+
+        if kind == "global":
+            handle = register_optimizer_step_pre_hook(hook)
+        else:
+            handle = getattr(optimizer, f"register_step_{kind}_hook")(hook)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for factor in (5.0, float("inf")):
+            p.grad = None
+            scaler.scale((p * factor).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        handle.remove()
+        seen.append((found, optimizer.state[p]["sum"].tolist()))
+    assert seen[0] == seen[1]
+
+
 # ------------------------------------------------------------------------------------------------------ compilation
 
 
@@ -724,3 +753,44 @@ def test_a_rate_on_a_device_is_not_read_by_the_host(count: int) -> None:
     tensors = [torch.ones(3, device="meta") for _ in range(count)]
     lrs = [torch.tensor(0.1, device="meta")] * count
     assert not call.update_plain(tensors, tensors, tensors, [], lrs, [0.0], Rule(), None)
+
+
+def test_a_parameter_that_comes_back_keeps_its_state() -> None:
+    params = [[parameter((3,))] for _ in range(2)]
+    for (p,), klass in zip(params, (Adagrad, torch.optim.Adagrad), strict=True):
+        optimizer = klass([p], lr=0.1)
+        for step in range(4):
+            if step == 2:
+                optimizer.param_groups.clear()
+                optimizer.add_param_group({"params": [p], "lr": 0.2})
+            p.grad = gradient(p, step)
+            optimizer.step()
+        assert optimizer.state[p]["step"] == 4
+    assert torch.allclose(params[0][0], params[1][0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["eps", "weight_decay", "lr_decay"])
+def test_hyper_parameters_that_are_tensors(name: str) -> None:
+    params = [parameter((3,)) for _ in range(2)]
+    number = torch.tensor(0.25)
+    for p, value in zip(params, (number, 0.25), strict=True):
+        optimizer = Adagrad([p], lr=0.1, **{name: value})  # type: ignore[arg-type]
+        for step in range(3):
+            p.grad = gradient(p, step)
+            optimizer.step()
+    assert_same_bits(*params)
+
+
+def test_many_groups_of_one_rule_and_of_others() -> None:
+    """Groups in any order: each parameter as if it were alone."""
+    options = [{"lr": 0.1 * (1 + k % 3), "eps": 0.1 * (1 + k % 2), "weight_decay": 0.01 * (k % 4)} for k in range(12)]
+    params, alone = [parameter((3,), seed=k) for k in range(12)], [parameter((3,), seed=k) for k in range(12)]
+    together = Adagrad([{"params": [p], **each} for p, each in zip(params, options, strict=True)])
+    apart = [Adagrad([p], **each) for p, each in zip(alone, options, strict=True)]  # type: ignore[arg-type]
+    for p, q in zip(params, alone, strict=True):
+        p.grad, q.grad = gradient(p, 0), gradient(q, 0)
+    together.step()
+    for each in apart:
+        each.step()
+    for p, q in zip(params, alone, strict=True):
+        assert_same_bits(p, q)

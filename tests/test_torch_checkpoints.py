@@ -238,3 +238,60 @@ def test_distributed_state_dicts(tmp_path: Path) -> None:
     assert train(model, optimizer, range(2, 4)) == train(other, again, range(2, 4))
     assert_same_model(model, other)
     assert again.state[other.low.weight]["sum"].dtype == torch.float32
+
+
+# --------------------------------------------------------------------------------------------------- the master copy
+
+
+def with_master() -> tuple[nn.Parameter, Adagrad]:
+    p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = Adagrad([p], lr=0.1, multi_precision=True)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    return p, optimizer
+
+
+def test_a_master_copy_that_torch_carried_along_is_made_anew() -> None:
+    p, optimizer = with_master()
+    theirs = torch.optim.Adagrad([p])
+    theirs.load_state_dict(optimizer.state_dict())
+    for _ in range(20):
+        theirs.step()
+    before = p.detach().clone()
+    again = Adagrad([p], multi_precision=True)
+    again.load_state_dict(theirs.state_dict())
+    p.grad = torch.zeros_like(p)
+    again.step()
+    assert_same_bits(p, before)
+    assert_same_bits(again.state[p]["master"], before.float())
+
+
+@pytest.mark.parametrize("change", ["in place", "without multi_precision"])
+def test_a_master_copy_follows_its_parameter(change: str) -> None:
+    p, optimizer = with_master()
+    kept = optimizer.state[p]["master"].clone()
+    if change == "in place":
+        with torch.no_grad():
+            p.mul_(0.5)
+    else:
+        optimizer.param_groups[0]["multi_precision"] = False
+        for _ in range(20):
+            optimizer.step()
+        optimizer.param_groups[0]["multi_precision"] = True
+    before = p.detach().clone()
+    assert not torch.equal(before, kept.bfloat16())
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert_same_bits(p, before)
+    assert_same_bits(optimizer.state[p]["master"], before.float())
+
+
+def test_a_master_copy_stays_where_a_change_was_none() -> None:
+    p, optimizer = with_master()
+    kept = optimizer.state[p]["master"].clone()
+    assert not torch.equal(kept, p.detach().float()), "it has bits that the parameter lacks"
+    with torch.no_grad():
+        p.copy_(p.clone())
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert_same_bits(optimizer.state[p]["master"], kept)

@@ -77,9 +77,9 @@ def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     calls = []
     real = cuda.update
 
-    def update(dense: Any, rows: Any, rule: Any, **others: Any) -> None:
-        calls.append((len(dense), len(rows), others))
-        real(dense, rows, rule, **others)
+    def update(groups: Any, **others: Any) -> Any:
+        calls.append((sum(len(group.dense) for group in groups), sum(len(group.rows) for group in groups), others))
+        return real(groups, **others)
 
     monkeypatch.setattr(cuda, "update", update)
     formats = table.formats
@@ -138,6 +138,30 @@ def test_grad_scale_and_found_inf_reach_the_kernels(as_if_on_cuda: list[Any], mo
     assert [float(others["grad_scale"]) for others in scaled] == [8.0] * 3
     assert [optimizer.state[p]["step"].item() for p in params] == [2.0] * 4
     assert_same_training(optimizer, other)
+
+
+def test_a_row_outside_its_weight_stops_groups_of_all_rules(as_if_on_cuda: list[Any]) -> None:
+    """And the counts on the device, where they are there."""
+    params = [nn.Parameter(torch.ones(4, 2)) for _ in range(3)]
+    options = [{}, {"clip_value": 5.0}, {"row_wise": True}]
+    groups = [{"params": [p], **each} for p, each in zip(params, options, strict=True)]
+    optimizer = Adagrad(groups, lr=0.5, fused=True)
+    for step in range(3):
+        for p in params:
+            p.grad = torch.ones(4, 2)
+        rows = torch.tensor([[1, 9 if step == 1 else 2]])
+        params[1].grad = torch.sparse_coo_tensor(rows, torch.ones(2, 2), (4, 2), check_invariants=False)
+        before = [t.clone() for p in params for t in (p.detach(), *optimizer.state[p].values())]
+        if step == 2:
+            with pytest.raises(IndexError, match="row 9"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        after = [t.clone() for p in params for t in (p.detach(), *optimizer.state[p].values())]
+        changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+        assert changed == [step == 0] * 9
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in params] == [2.0] * 3
 
 
 # ---------------------------------------------------------------------------------------------------------- on a GPU

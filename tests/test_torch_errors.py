@@ -306,3 +306,73 @@ def test_a_layout_that_does_not_fit_is_not_used(name: str, value: Any, monkeypat
 def test_the_library_does_not_import_torch() -> None:
     code = "import sys, adagrad; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------- all or nothing
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (torch.tensor(True), r"step: torch\.bool of shape \(\)"),
+        (torch.ones(1).expand(3), r"step: torch\.float32 of shape \(3,\): must be a tensor of one number"),
+        (torch.ones(0), r"step: torch\.float32 of shape \(0,\)"),
+    ],
+)
+def test_counts_are_checked_before_anything_changes(count: Tensor, message: str) -> None:
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = Adagrad(params)
+    for p in params:
+        p.grad = torch.ones(3)
+    optimizer.state[params[1]]["step"] = count
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert all((p == 1).all() for p in params)
+    assert optimizer.state[params[0]]["step"] == 0
+
+
+def not_a_leaf() -> Tensor:
+    return torch.ones(4, 2, requires_grad=True).clone()
+
+
+def rows_outside(p: Tensor, optimizer: Adagrad, row: int) -> None:
+    indices = torch.tensor([[1, row]])
+    p.grad = torch.sparse_coo_tensor(indices, torch.ones(2, 2), (4, 2), check_invariants=False)
+
+
+DIFFERENTIABLE: dict[str, tuple[Any, type[Exception], str]] = {
+    "row -1": (lambda p, o: rows_outside(p, o, -1), IndexError, r"indices\[1\]=-1: must be in \[0, 4\)"),
+    "row 4": (lambda p, o: rows_outside(p, o, 4), IndexError, r"indices\[1\]=4: must be in \[0, 4\)"),
+    "history of another shape": (lambda p, o: o.state[p].update(sum=torch.zeros(2)), ValueError, r"history in states"),
+    "history of another dtype": (
+        lambda p, o: o.state[p].update(sum=torch.zeros(4, 2, dtype=torch.float16)),
+        TypeError,
+        r"dtype torch.float16",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_differentiable_step_that_is_refused(name: str) -> None:
+    spoil, error, message = DIFFERENTIABLE[name]
+    params = [not_a_leaf(), not_a_leaf()]
+    optimizer = Adagrad(params, differentiable=True)
+    for p in params:
+        p.grad = torch.ones(4, 2)
+    spoil(params[1], optimizer)
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert all((p == 1).all() for p in params)
+    assert optimizer.state[params[0]]["step"] == 0
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_differentiable_step_of_a_leaf_is_refused() -> None:
+    params = [not_a_leaf(), torch.ones(4, 2, requires_grad=True)]
+    optimizer = Adagrad(params, differentiable=True)
+    for p in params:
+        p.grad = torch.ones(4, 2)
+    with pytest.raises(RuntimeError, match="leaf"):
+        optimizer.step()
+    assert all((p == 1).all() for p in params)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from adagrad import checks, dialects
 from adagrad.dialects import Default
@@ -51,9 +51,10 @@ class Adagrad(Optimizer):
         What histories start from; a group may have its own.
     eps : float, default 1e-10
     foreach, fused : bool, optional
-        Accepted for compatibility: the results and the kernels are the same. ``fused=False`` leaves the scaling of
-        gradients to ``torch.amp.GradScaler``; otherwise the kernels unscale, and skip steps without a wait for the
-        device. As in PyTorch, ``fused=True`` keeps the counts on the parameters' device.
+        Accepted for compatibility: the results and the kernels are the same. With ``torch.amp.GradScaler`` and
+        ``fused=True`` the kernels unscale, and skip steps without a wait for the device; by default they do, too, but
+        leave it to GradScaler where hooks of the step may look at gradients; with ``fused=False`` it is GradScaler that
+        unscales. As in PyTorch, ``fused=True`` keeps the counts on the parameters' device.
     maximize : bool, default False
     differentiable : bool, default False
         Whether autograd records the step: for parameters that are not leaves. Slow.
@@ -64,7 +65,8 @@ class Adagrad(Optimizer):
         ``(n, 1, ...)`` then.
     multi_precision : bool, default False
         Whether float16 and bfloat16 parameters get a float32 copy, ``master`` in the state, made at the first step,
-        that the rule acts on; the parameter is its rounding. Other changes of the parameter do not reach the copy.
+        that the rule acts on; the parameter is its rounding. Where something else has changed the parameter in place,
+        the next step makes a new copy.
     dialect : str, default "torch"
         Whose AdaGrad to follow: one of :data:`adagrad.dialects.DIALECTS`. Its defaults replace those of PyTorch, above
         and below, for all that is not given.
@@ -141,12 +143,21 @@ class Adagrad(Optimizer):
             "decoupled_decay": decoupled_decay,
         }
         _check_options(defaults)
+        self._versions: dict[int, int] = {}  # see torch_step.Part
         super().__init__(params, defaults)
-        self._set_amp_support()
 
-    def _set_amp_support(self) -> None:
-        # GradScaler reads it: whether `step` takes the attributes grad_scale and found_inf into account.
-        self._step_supports_amp_scaling = self.defaults["fused"] is not False and not self.defaults["differentiable"]
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """GradScaler reads it: whether `step` takes the attributes grad_scale and found_inf into account.
+
+        Unless it was asked for, hooks find gradients that GradScaler has unscaled, as with torch.optim.Adagrad.
+        """
+        fused, differentiable = self.defaults["fused"], self.defaults["differentiable"]
+        return bool(fused) or (fused is None and not differentiable and not self._has_step_hooks())
+
+    def _has_step_hooks(self) -> bool:
+        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with options of its own; their state is made here."""
@@ -155,7 +166,8 @@ class Adagrad(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            self.state.update({p: new_state(p, group) for p in group["params"]})
+            # As in PyTorch, a parameter that comes back keeps its state.
+            self.state.update({p: new_state(p, group) for p in group["params"] if not self.state.get(p)})
         except Exception:
             self.param_groups.pop()
             raise
@@ -194,19 +206,23 @@ class Adagrad(Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _update(self) -> None:
         parts = [
-            Part(self.defaults, group, states) for group, states in zip(self.param_groups, self._states(), strict=True)
+            Part(self.defaults, group, states, self._versions)
+            for group, states in zip(self.param_groups, self._states(), strict=True)
         ]
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        found_inf = None if found_inf is None else found_inf.reshape(())
         if found_inf is not None and not (found_inf.is_cuda and all(part.on_cuda() for part in parts)):
             if bool(found_inf):
                 return
             found_inf = None
+        skips: list[Tensor] = []
         if self.defaults["differentiable"]:
             update_differentiably(parts)
         else:
-            call.update(batches(parts), threads=torch.get_num_threads(), grad_scale=grad_scale, found_inf=found_inf)
+            threads = torch.get_num_threads()
+            skips = call.update(batches(parts), threads=threads, grad_scale=grad_scale, found_inf=found_inf)
         for part in parts:
-            part.commit(found_inf)
+            part.commit(found_inf, skips)
 
     def _states(self) -> list[list[dict[str, Any]]]:
         """The states of each group's parameters."""
@@ -260,7 +276,7 @@ class Adagrad(Optimizer):
                         for name, value in loaded.items()
                     }
         super().__setstate__(state)
-        self._set_amp_support()
+        self._versions = {}
 
 
 # --------------------------------------------------------------------------------------------------------- the options

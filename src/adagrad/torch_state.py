@@ -55,12 +55,26 @@ def _called(p: Tensor, group: dict[str, Any]) -> str:
     return f"parameter {group['param_names'][k]!r}" if "param_names" in group else f"parameter {k} of its group"
 
 
-def master(p: Tensor, state: dict[str, Any]) -> Tensor | None:
-    """The master copy of a parameter of low precision, a new one if the state has none; None for others."""
+def master(p: Tensor, state: dict[str, Any], *, is_ours: bool) -> Tensor | None:
+    """The master copy of a parameter of low precision; None for others.
+
+    A new one if the state has none, or one that the parameter is not the rounding of: something else has changed the
+    parameter since. That is not asked where the parameter ``is_ours``: as our last step left it.
+    """
     if p.dtype not in (torch.float16, torch.bfloat16):
         return None
-    copy = state.get("master")
-    return p.detach().to(WIDE[p.dtype], memory_format=torch.preserve_format) if copy is None else copy
+    copy: Tensor | None = state.get("master")
+    if copy is not None and (is_ours or _is_rounding(p.detach(), copy)):
+        return copy
+    return p.detach().to(WIDE[p.dtype], memory_format=torch.preserve_format)
+
+
+def _is_rounding(p: Tensor, copy: Tensor) -> bool:
+    """Whether ``p`` is the rounding of ``copy``; of shapes or devices that differ others complain."""
+    if p.device.type == "meta" or copy.shape != p.shape or copy.device != p.device:
+        return True
+    rounded = copy.to(p.dtype)
+    return bool(((rounded == p) | (rounded.isnan() & p.isnan())).all())
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints

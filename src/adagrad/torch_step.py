@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from adagrad import checks
 from adagrad import rule as expression
+from adagrad.kernels import tensor_checks
 from adagrad.kernels.batch import Batch
 from adagrad.kernels.counts import Counts
+from adagrad.kernels.tensor_views import mark_changed
 from adagrad.rule import Rule
 from adagrad.torch_state import master
 
@@ -38,7 +39,10 @@ def _rule(maximize: bool, clip_value: Any, eps: Any, inside: bool, decoupled: bo
 class Part:
     """The parameters of a group that have gradients, with their gradients, states and rates."""
 
-    def __init__(self, defaults: dict[str, Any], group: dict[str, Any], states: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, defaults: dict[str, Any], group: dict[str, Any], states: list[dict[str, Any]], versions: dict[int, int]
+    ) -> None:
+        """``versions``: of the parameters with master copies, by id, as the last step left them."""
         self.params: list[Tensor] = list(group["params"])
         self.grads: list[Any] = list(map(_grad_of, self.params))
         self.states = states
@@ -49,11 +53,16 @@ class Part:
         self.histories = list(map(_sum_of, self.states))
         self.masters: list[Tensor | None] = []
         if group["multi_precision"]:
-            self.masters = [master(p, state) for p, state in zip(self.params, self.states, strict=True)]
+            self.masters = [
+                master(p, state, is_ours=versions.get(id(p), -1) == _version(p))
+                for p, state in zip(self.params, self.states, strict=True)
+            ]
+        self._versions = versions
         self.counts = Counts(list(map(_step_of, self.states)))
-        self.rule = _rule(*_rule_of(group))
-        self.wd = checks.non_negative("weight_decay", group["weight_decay"])
-        self.lrs = self._lrs(group["lr"], group["lr_decay"], keep_tensor=defaults["differentiable"])
+        maximize, clip_value, eps, inside, decoupled, row_wise = _rule_of(group)
+        self.rule = _rule(maximize, clip_value, _number(eps), inside, decoupled, row_wise)
+        self.wd = checks.non_negative("weight_decay", _number(group["weight_decay"]))
+        self.lrs = self._lrs(group["lr"], _number(group["lr_decay"]), keep_tensor=defaults["differentiable"])
 
     def on_cuda(self) -> bool:
         return all(p.is_cuda for p in self.params)
@@ -63,59 +72,86 @@ class Part:
         if isinstance(lr, Tensor):
             keep_tensor = keep_tensor or (lr.is_cuda and self.on_cuda())
             lr = lr.reshape(()) if keep_tensor else float(lr)
+            if isinstance(lr, Tensor) and lr.is_cuda and lr.dtype not in (torch.float32, torch.float64):
+                lr = lr.float()  # which the kernels read
         if not isinstance(lr, Tensor):
             # Its sign was checked at first; a schedule that crosses zero by a rounding error is no reason to stop.
             lr = checks.finite("lr", lr)
         decay = checks.non_negative("lr_decay", decay)
         if decay == 0 or not self.params:
             return [lr]
-        return [lr / (1 + count * decay) for count in self.counts.values(wait=not self.on_cuda())]
+        rates = [1 + count * decay for count in self.counts.values(wait=not self.on_cuda())]
+        return [_on(rate, lr) / rate for rate in rates]
 
-    def commit(self, found_inf: Tensor | None) -> None:
-        """What remains of a step that succeeded: its counts, unless the device found infinities."""
+    def commit(self, found_inf: Tensor | None, skips: list[Tensor]) -> None:
+        """What remains of a step that succeeded: its counts.
+
+        Those on a device stay where the device found infinities, or one of its ``skips`` is not 0. The others stay
+        where it found infinities, and move to the device, for nobody waits to know.
+        """
         if self.masters:
             for state, copy in zip(self.states, self.masters, strict=True):
                 if copy is not None:
                     state["master"] = copy
-        if found_inf is None:
+        if found_inf is None and not skips:
             self.counts.advance()
         else:
             for p, state in zip(self.params, self.states, strict=True):
-                state["step"] = state["step"].to(p.device, non_blocking=True)
-                state["step"].add_((found_inf == 0).to(p.device, non_blocking=True))
+                if found_inf is not None:
+                    state["step"] = state["step"].to(p.device, non_blocking=True)
+                state["step"].add_(_went(state["step"].device, found_inf, skips))
         if not torch.is_grad_enabled():
-            _mark_changed(self.params)
+            mark_changed(self.params)
+        if self.masters:
+            self._versions.update({id(p): _version(p) for p in self.params})
 
 
-def _mark_changed(params: list[Tensor]) -> None:
-    """Tell autograd that what it saved of the parameters is stale: kernels do not say so by themselves."""
-    try:
-        increment_version(params)
-    except TypeError:  # an older PyTorch, which takes them one by one
-        for p in params:
-            increment_version(p)
+def _went(device: torch.device, found_inf: Tensor | None, skips: list[Tensor]) -> Any:
+    """1, or a tensor of 1 or 0 on the device: whether what was launched there has changed anything."""
+    flags = [skip.reshape(()) for skip in skips if skip.device == device]
+    if found_inf is not None:
+        flags.append(found_inf.to(device, non_blocking=True))
+    return functools.reduce(operator.mul, [flag == 0 for flag in flags]) if flags else 1
+
+
+def _number(value: Any) -> Any:
+    """A hyper-parameter that may be a tensor of one number."""
+    return float(value) if isinstance(value, Tensor) else value
+
+
+def _on(rate: Any, lr: Any) -> Any:
+    """``lr`` on the device of ``rate``, where both are tensors."""
+    return lr.to(rate.device, non_blocking=True) if isinstance(rate, Tensor) and isinstance(lr, Tensor) else lr
+
+
+def _version(p: Tensor) -> int:
+    """How often a tensor has been changed in place; -2 where nobody counts."""
+    return -2 if p.is_inference() else p._version
 
 
 def batches(parts: list[Part]) -> list[Batch]:
     """The parts by rule: those of one rule are updated together."""
     if len(parts) == 1:
         return [_alone(parts[0])]
-    found: dict[Rule, Batch] = {}
+    by_rule: dict[Rule, list[Part]] = {}
     for part in parts:
-        same = [other for other in parts if other.rule == part.rule]
-        if len(same) == 1:
-            found[part.rule] = _alone(part)
-            continue
-        batch = found.setdefault(part.rule, Batch(part.rule))
+        by_rule.setdefault(part.rule, []).append(part)
+    return [_alone(same[0]) if len(same) == 1 else _together(rule, same) for rule, same in by_rule.items()]
+
+
+def _together(rule: Rule, parts: list[Part]) -> Batch:
+    batch = Batch(rule)
+    has_masters = any(part.masters for part in parts)
+    for part in parts:
         n = len(part.params)
-        if any(other.masters for other in same):
+        if has_masters:
             batch.masters += part.masters or [None] * n
         batch.weights += part.params
         batch.grads += part.grads
         batch.histories += part.histories
         batch.lrs += part.lrs if len(part.lrs) == n else part.lrs * n
         batch.wds += [part.wd] * n
-    return list(found.values())
+    return batch
 
 
 def _alone(part: Part) -> Batch:
@@ -130,7 +166,12 @@ def update_differentiably(parts: list[Part]) -> None:
             copy = part.masters[i] if part.masters else None
             lr = part.lrs[i if len(part.lrs) > 1 else 0]
             rows: Any = ...
+            if torch.is_grad_enabled() and p.is_leaf and p.requires_grad:
+                raise RuntimeError(f"parameter {i}: a leaf that requires grad: autograd cannot record its update")
+            _check(i, p, history, copy, part.rule)
             if grad.layout == torch.sparse_coo:
+                for d, indices in enumerate(grad._indices()):
+                    tensor_checks.check_rows(f"[{i}]", indices, p.shape[d])
                 grad = grad.coalesce()
                 rows, grad = tuple(grad.indices()), grad.values()
                 if part.rule.row_wise and len(rows) != 1:
@@ -144,3 +185,10 @@ def update_differentiably(parts: list[Part]) -> None:
             writes += [(t, rows, total if k == 1 else new) for k, t in enumerate(targets)]
     for target, rows, value in writes:
         target[rows] = value.to(target.dtype)
+
+
+def _check(i: int, p: Tensor, history: Tensor, master: Tensor | None, rule: Rule) -> None:
+    """What the kernels' own checks would refuse, as far as it can be asked of any tensor."""
+    if p.is_complex():
+        p, history = torch.view_as_real(p), torch.view_as_real(history) if history.is_complex() else history
+    tensor_checks.check_wrapped(i, p, p, history, master, rule)

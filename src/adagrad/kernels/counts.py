@@ -44,6 +44,16 @@ def _increment(addresses: Any) -> None:
             store(double, 0, load(double, 0) + 1.0)
 
 
+def _check(counts: list[Tensor]) -> None:
+    if set(map(type, counts)) == {Tensor} and set(map(Tensor.numel, counts)) == {1}:  # nearly always, and quick
+        counts = [count for count in counts if count.dtype == torch.bool]
+    for count in counts:
+        if not isinstance(count, Tensor):
+            raise TypeError("step: a count that is no tensor: must be a tensor of one number")
+        if count.numel() != 1 or count.dtype == torch.bool:
+            raise ValueError(f"step: {count.dtype} of shape {tuple(count.shape)}: must be a tensor of one number")
+
+
 class Counts:
     """The counts of steps of a list of parameters, each a tensor of one number, wherever they are."""
 
@@ -52,8 +62,8 @@ class Counts:
         self._addresses, self._values = np.empty(len(counts), np.int64), np.empty(len(counts))
         how = layout()
         self._plain = how is not None and _read_counts(id(counts), how, self._addresses, self._values)
-        if not self._plain and not all(isinstance(count, Tensor) for count in counts):
-            raise TypeError("step: a count that is no tensor: must be a tensor of one number")
+        if not self._plain:
+            _check(counts)
 
     def values(self, *, wait: bool) -> list[Any]:
         """One for each parameter, or one for all; those on a device as float64 there, unless ``wait`` says to wait."""
