@@ -794,3 +794,19 @@ def test_many_groups_of_one_rule_and_of_others() -> None:
         each.step()
     for p, q in zip(params, alone, strict=True):
         assert_same_bits(p, q)
+
+
+def test_an_interrupt_that_is_noticed_after_the_kernels_loses_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    def update(*given: Any, **options: Any) -> None:
+        real(*given, **options)
+        raise KeyboardInterrupt
+
+    real = call.update
+    p = nn.Parameter(torch.ones(3))
+    optimizer = Adagrad([p])
+    p.grad = torch.ones(3)
+    monkeypatch.setattr(call, "update", update)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert optimizer.state[p]["sum"].tolist() == [1.0] * 3
+    assert optimizer.state[p]["step"] == 1

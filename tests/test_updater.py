@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from adagrad import AdaGrad, GroupAdaGrad, Optimizer, RowSparse, Updater, get_updater
+from adagrad import AdaGrad, GroupAdaGrad, Optimizer, RowSparse, Updater, get_updater, kernels
 from adagrad.lr_scheduler import CosineScheduler, FactorScheduler, MultiFactorScheduler, PolyScheduler
 from support import BFLOAT16, assert_same_bits, normal
 
@@ -539,3 +539,25 @@ def test_indices_that_are_numpy_integers_are_saved_as_integers() -> None:
     assert set(again.states) == {0, 1}
     assert again.optimizer.lr_mult == {1: 2.0}
     assert all(type(index) is int for index in (*again.states, *again.optimizer.lr_mult))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_interrupt_that_is_noticed_after_the_kernels_loses_nothing(
+    fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def update(*given: Any, **options: Any) -> None:
+        real(*given, **options)
+        raise KeyboardInterrupt
+
+    real = kernels.update
+    updater, weight = get_updater(AdaGrad(0.5, epsilon=0.0, use_fused_step=fused)), np.ones(3, np.float32)
+    with monkeypatch.context() as patched:
+        patched.setattr(kernels, "update", update)
+        with pytest.raises(KeyboardInterrupt):
+            updater(0, np.ones(3, np.float32), weight)
+    assert weight.tolist() == [0.5] * 3
+    assert updater.states[0].tolist() == [1.0] * 3
+    assert updater.optimizer._index_update_count == {0: 1}
+    updater(0, np.ones(3, np.float32), weight)
+    assert updater.states[0].tolist() == [2.0] * 3
+    assert updater.optimizer._index_update_count == {0: 2}

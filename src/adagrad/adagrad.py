@@ -119,8 +119,7 @@ class AdaGrad(Optimizer):
         """
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
         lrs, wds, counts = self._resolve(indices)
-        kernels.update(weights, grads, states, lrs, wds, self.rule(), fused=self.use_fused_step)
-        self._count(counts)
+        self._carry_out(weights, grads, states, lrs, wds, counts, fused=self.use_fused_step)
 
     def fused_step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """Update each weight once: those with row-sparse gradients by the row kernels, the others by :meth:`step`.
@@ -137,8 +136,7 @@ class AdaGrad(Optimizer):
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
         lrs, wds, counts = self._resolve(indices)
         if is_own_step or all(map(kernels.is_row_sparse, grads)):
-            kernels.update(weights, grads, states, lrs, wds, self.rule(), fused=True)
-            self._count(counts)
+            self._carry_out(weights, grads, states, lrs, wds, counts, fused=True)
             return
         # A step of a subclass is to see the dense part; the whole list is checked before anything changes.
         kernels.prepare(weights, grads, states, lrs, wds, self.rule(), fused=True)
@@ -151,6 +149,17 @@ class AdaGrad(Optimizer):
             lrs, wds, _ = self._resolve([indices[i] for i in sparse])
             weights, grads, states = ([values[i] for i in sparse] for values in (weights, grads, states))
             kernels.update(weights, grads, states, lrs, wds, self.rule(), fused=True)
+
+    def _carry_out(self, weights: Any, grads: Any, states: Any, lrs: Any, wds: Any, counts: Any, *, fused: bool
+                   ) -> None:  # fmt: skip
+        try:
+            kernels.update(weights, grads, states, lrs, wds, self.rule(), fused=fused)
+        except Exception:
+            raise
+        except BaseException:  # Python notices an interrupt when the kernels have done their work
+            self._count(counts)
+            raise
+        self._count(counts)
 
     def update_multi_precision(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """The same as :meth:`~adagrad.Optimizer.update`: the kernels know master copies, nothing is copied.

@@ -220,7 +220,14 @@ class Adagrad(Optimizer):
             update_differentiably(parts)
         else:
             threads = torch.get_num_threads()
-            skips = call.update(batches(parts), threads=threads, grad_scale=grad_scale, found_inf=found_inf)
+            try:
+                skips = call.update(batches(parts), threads=threads, grad_scale=grad_scale, found_inf=found_inf)
+            except Exception:
+                raise
+            except BaseException:  # Python notices an interrupt when the kernels have done their work
+                for part in parts:
+                    part.commit(found_inf, skips)
+                raise
         for part in parts:
             part.commit(found_inf, skips)
 

@@ -64,9 +64,15 @@ class Updater:
         size = int(min(self.optimizer.aggregate_num, max(len(indices), 1)))
         if size < len(indices):
             self.optimizer.check(indices, weights, grads, states)
-        for start in range(0, len(indices), size):
-            part = slice(start, start + size)
-            self.optimizer.update_multi_precision(indices[part], weights[part], grads[part], states[part])
+        try:
+            for start in range(0, len(indices), size):
+                part = slice(start, start + size)
+                self.optimizer.update_multi_precision(indices[part], weights[part], grads[part], states[part])
+        except Exception:
+            raise
+        except BaseException:  # an interrupt, which is noticed when the kernels have done their work
+            self.states.update(new)
+            raise
         self.states.update(new)
         for each in new:
             self._loaded.pop(each, None)
