@@ -93,7 +93,8 @@ class Part:
             for state, copy in zip(self.states, self.masters, strict=True):
                 if copy is not None:
                     state["master"] = copy
-        if found_inf is None and not skips:
+        devices = {skip.device for skip in skips}
+        if found_inf is None and not (devices and any(state["step"].device in devices for state in self.states)):
             self.counts.advance()
         else:
             for p, state in zip(self.params, self.states, strict=True):
