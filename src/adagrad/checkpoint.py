@@ -59,7 +59,8 @@ def encode(states: Mapping[int | str, Any], optimizer: Mapping[str, Any] | None)
     keys. At most one array at a time is copied, beside the bytes returned. TypeError for anything else.
     """
     leaves: list[tuple[str, Any]] = []
-    table = [[_key(key), _outline(state, json.dumps(_key(key)), leaves)] for key, state in states.items()]
+    keyed = [(_key(key), state) for key, state in states.items()]
+    table = [[key, _outline(state, json.dumps(key), leaves)] for key, state in keyed]
     packed = None if optimizer is None else _pack(dict(optimizer))
     tensors: dict[str, Any] = {}
     end = 0

@@ -72,7 +72,7 @@ class Part:
         if isinstance(lr, Tensor):
             keep_tensor = keep_tensor or (lr.is_cuda and self.on_cuda())
             lr = lr.reshape(()) if keep_tensor else float(lr)
-            if isinstance(lr, Tensor) and lr.is_cuda and lr.dtype not in (torch.float32, torch.float64):
+            if keep_tensor and lr.is_cuda and lr.dtype not in (torch.float32, torch.float64):
                 lr = lr.float()  # which the kernels read
         if not isinstance(lr, Tensor):
             # Its sign was checked at first; a schedule that crosses zero by a rounding error is no reason to stop.

@@ -56,10 +56,11 @@ def update(
     """
     if not (fused and _call().update_plain(weights, grads, states, [], lrs, wds, rule, threads)):
         prepare(weights, grads, states, lrs, wds, rule, fused=fused, threads=threads).run()
-    if set(map(type, weights)) != {np.ndarray} and any(map(is_torch, weights)):
+    tensors = [] if set(map(type, weights)) == {np.ndarray} else [weight for weight in weights if is_torch(weight)]
+    if tensors:
         from adagrad.kernels.tensor_views import mark_changed
 
-        mark_changed([weight for weight in weights if is_torch(weight)])
+        mark_changed(tensors)
 
 
 def prepare(

@@ -9,9 +9,9 @@ import numpy as np
 
 from adagrad import rule as expression
 from adagrad.kernels.batch import Batch, Job, Prepared
-from adagrad.kernels.checked import Update, Wrapped, host_indices, look_at, refuse_row, refuse_shared
+from adagrad.kernels.checked import Update, Wrapped, look_at, refuse_row, refuse_shared
 from adagrad.row_sparse import RowSparse
-from adagrad.rule import Rule
+from adagrad.rule import Array, Rule, is_torch
 
 
 def prepare(batch: Batch) -> Prepared:
@@ -30,28 +30,23 @@ def prepare(batch: Batch) -> Prepared:
 def by_expression(at: str, update: Update | Wrapped, lr: Any, wd: float, rule: Rule) -> Job:
     """What carries out an update; IndexError for a row id out of range: a device is waited for."""
     if isinstance(update, Wrapped):
-        from adagrad.kernels import tensor_checks
-
         weight, grad, history, master = update
         indices, values = (grad.indices, grad.values) if isinstance(grad, RowSparse) else (None, grad)
-        if indices is not None:
-            tensor_checks.check_rows(at, indices, len(weight))
         weight, values, history, master = (t if t is None else t.detach() for t in (weight, values, history, master))
     else:
         weight, values, history = update.weight.array, update.grad.array, update.history.array
         master, indices = None if update.master is None else update.master.array, update.indices
-        if indices is not None and update.weight.device == "cpu":
-            _check_rows(at, host_indices(indices), len(weight))
-        elif indices is not None:
-            from adagrad.kernels import tensor_checks
-
-            tensor_checks.check_rows(at, indices, len(weight))
     if indices is None:
         return functools.partial(expression.step, weight, values, history, master, lr, wd, rule)
+    _check_rows(at, indices, len(weight))
     return functools.partial(expression.step_rows, weight, indices, values, history, master, lr, wd, rule)
 
 
-def _check_rows(at: str, indices: np.ndarray, rows: int) -> None:
-    if len(indices) and (indices.min() < 0 or indices.max() >= rows):
+def _check_rows(at: str, indices: Array, rows: int) -> None:
+    if is_torch(indices):
+        from adagrad.kernels import tensor_checks
+
+        tensor_checks.check_rows(at, indices, rows)
+    elif len(indices) and (indices.min() < 0 or indices.max() >= rows):
         position = int(np.flatnonzero((indices < 0) | (indices >= rows))[0])
         refuse_row(at, position, int(indices[position]), rows)
