@@ -239,7 +239,7 @@ def test_plain_lists_take_the_quick_way(kind: Kind, row_wise: bool, count: int) 
     def update() -> bool:
         lists = [[getattr(o, name) for o in given] for name in ("weight", "grad", "history")]
         masters = [o.master for o in given] if kind.master else []
-        return call.update_plain(*lists, masters, [hyper.lr], [hyper.wd], rule_of(hyper), None)
+        return call.update_plain(*lists, masters, [], [hyper.lr], [hyper.wd], rule_of(hyper), None)
 
     assert update()
     for i, (o, w) in enumerate(zip(given, want, strict=True)):

@@ -296,7 +296,7 @@ def test_lists_of_row_sparse_gradients_take_the_quick_way(kind: Kind, row_wise: 
     def update() -> bool:
         lists = [[getattr(o, name) for o in given] for name in ("weight", "grad", "history")]
         masters = [o.master for o in given] if kind.master else []
-        return call.update_plain(*lists, masters, [hyper.lr], [hyper.wd], rule_of(hyper), None)
+        return call.update_plain(*lists, masters, [], [hyper.lr], [hyper.wd], rule_of(hyper), None)
 
     want = [expected(o, hyper) for o in given]
     assert update()
@@ -331,7 +331,7 @@ def test_a_long_list_of_small_gradients_is_not_small() -> None:
     for count, is_large in ((2, False), (200, True), (3, False)):
         given = [rows(rng, FLOAT32, (9, 16), some(rng, 30, 9)) for _ in range(count)]
         lists = [[getattr(o, name) for o in given] for name in ("weight", "grad", "history")]
-        assert call.update_plain(*lists, [], [0.1], [0.0], rule_of(HYPERS["plain"]), None)
+        assert call.update_plain(*lists, [], [], [0.1], [0.0], rule_of(HYPERS["plain"]), None)
         assert bool(quick._workers(False)[quick.WAS_LARGE, 0]) == is_large
 
 
@@ -342,7 +342,7 @@ def test_too_few_rates_are_not_read_beyond_their_end(sparse: bool, rates: Any) -
     given = [rows(rng, FLOAT32, (9, 4), [1, 2]) if sparse else operands(rng, FLOAT32, (9, 4)) for _ in range(3)]
     before = [o.copy() for o in given]
     lists = [[getattr(o, name) for o in given] for name in ("weight", "grad", "history")]
-    assert not call.update_plain(*lists, [], *rates, rule_of(HYPERS["plain"]), None)
+    assert not call.update_plain(*lists, [], [], *rates, rule_of(HYPERS["plain"]), None)
     for o, w in zip(given, before, strict=True):
         assert_same(o, w)
 
@@ -360,7 +360,7 @@ def test_a_list_of_all_kinds_takes_the_quick_way() -> None:
     want = [expected(o, h) for o, h in zip(given, hypers, strict=True)]
     lists = [[getattr(o, name) for o in given] for name in ("weight", "grad", "history", "master")]
     rates = [h.lr for h in hypers], [h.wd for h in hypers]
-    assert call.update_plain(*lists, *rates, rule_of(hypers[0]), 2)
+    assert call.update_plain(*lists, [], *rates, rule_of(hypers[0]), 2)
     for i, (o, w) in enumerate(zip(given, want, strict=True)):
         assert_same(o, w, f"weight {i}")
 

@@ -499,6 +499,38 @@ def test_closure_and_hooks() -> None:
     assert p.grad is None
 
 
+def test_hooks_are_called_from_when_they_are_there() -> None:
+    p = parameter((3,))
+    optimizer = Adagrad([p])
+    p.grad = torch.ones(3)
+    calls = []
+    for name in ("pre", "post"):
+        optimizer.step()
+        own = getattr(optimizer, f"register_step_{name}_hook")(lambda *_, name=name: calls.append(name))
+        optimizer.step()
+        own.remove()
+        optimizer.step()
+    handle = register_optimizer_step_pre_hook(lambda *_: ((optimizer, lambda: calls.append("closure")), {}))
+    try:
+        optimizer.step()
+    finally:
+        handle.remove()
+    optimizer.step()
+    assert calls == ["pre", "post", "closure"]
+    assert optimizer.state[p]["step"] == 8
+
+
+def test_a_profiler_sees_the_step() -> None:
+    p = parameter((3,))
+    optimizer = Adagrad([p])
+    p.grad = torch.ones(3)
+    optimizer.step()
+    with torch.profiler.profile() as profiler:
+        optimizer.step()
+    optimizer.step()
+    assert [event.name for event in profiler.events()].count("Optimizer.step#Adagrad.step") == 1
+
+
 def test_optimizer_in_backward() -> None:
     """One optimizer for each parameter, which steps as soon as its gradient is complete."""
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -752,7 +784,7 @@ def test_a_rate_on_a_device_is_not_read_by_the_host(count: int) -> None:
     """Those on a CUDA device go to its kernels; here "meta" stands for it."""
     tensors = [torch.ones(3, device="meta") for _ in range(count)]
     lrs = [torch.tensor(0.1, device="meta")] * count
-    assert not call.update_plain(tensors, tensors, tensors, [], lrs, [0.0], Rule(), None)
+    assert not call.update_plain(tensors, tensors, tensors, [], [], lrs, [0.0], Rule(), None)
 
 
 def test_a_parameter_that_comes_back_keeps_its_state() -> None:
@@ -796,16 +828,19 @@ def test_many_groups_of_one_rule_and_of_others() -> None:
         assert_same_bits(p, q)
 
 
-def test_an_interrupt_that_is_noticed_after_the_kernels_loses_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["update_plain", "update"])
+def test_an_interrupt_that_is_noticed_after_the_kernels_loses_no_count(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def update(*given: Any, **options: Any) -> None:
         real(*given, **options)
         raise KeyboardInterrupt
 
-    real = call.update
-    p = nn.Parameter(torch.ones(3))
+    real = getattr(call, name)
+    p = nn.Parameter(torch.ones(6)[::2] if name == "update" else torch.ones(3))
     optimizer = Adagrad([p])
     p.grad = torch.ones(3)
-    monkeypatch.setattr(call, "update", update)
+    monkeypatch.setattr(call, name, update)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
     assert optimizer.state[p]["sum"].tolist() == [1.0] * 3

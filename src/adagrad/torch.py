@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import operator
@@ -10,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from adagrad import checks, dialects
 from adagrad.dialects import Default
-from adagrad.kernels import call
 from adagrad.torch_state import OURS, RULE, as_saved, fitted, new_state
-from adagrad.torch_step import Part, batches, update_differentiably
+from adagrad.torch_step import Part, update, update_differentiably
 
 __all__ = ["Adagrad"]
 
@@ -181,6 +182,21 @@ class Adagrad(Optimizer):
 
     # ------------------------------------------------------------------------------------------------------- the step
 
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """What PyTorch puts around `step`: hooks, and a record for a profiler; but only where there are some.
+
+        It makes the record in any case, which takes longer than the whole update of a small parameter.
+        """
+        observed = Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(self: Adagrad, *args: Any, **kwargs: Any) -> Any:
+            is_observed = torch.compiler.is_compiling() or _profiler_enabled() or self._has_step_hooks()
+            return (observed if is_observed else func)(self, *args, **kwargs)
+
+        return step
+
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient.
 
@@ -199,8 +215,7 @@ class Adagrad(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
-            self._update()
+        self._update()
         return loss
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -215,21 +230,11 @@ class Adagrad(Optimizer):
             if bool(found_inf):
                 return
             found_inf = None
-        skips: list[Tensor] = []
         if self.defaults["differentiable"]:
-            update_differentiably(parts)
+            with torch.enable_grad():
+                update_differentiably(parts)
         else:
-            threads = torch.get_num_threads()
-            try:
-                skips = call.update(batches(parts), threads=threads, grad_scale=grad_scale, found_inf=found_inf)
-            except Exception:
-                raise
-            except BaseException:  # Python notices an interrupt when the kernels have done their work
-                for part in parts:
-                    part.commit(found_inf, skips)
-                raise
-        for part in parts:
-            part.commit(found_inf, skips)
+            update(parts, grad_scale, found_inf)
 
     def _states(self) -> list[list[dict[str, Any]]]:
         """The states of each group's parameters."""

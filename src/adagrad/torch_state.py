@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from adagrad.kernels.counts import advance_counts, find_counts, read_counts
 from adagrad.kernels.dtensor import from_local, has_whole_rows, is_dtensor, local, spread
+from adagrad.kernels.layout import layout
 from adagrad.rule import history_shape
 
 OURS = ("clip_value", "row_wise", "multi_precision")
@@ -75,6 +78,51 @@ def _is_rounding(p: Tensor, copy: Tensor) -> bool:
         return True
     rounded = copy.to(p.dtype)
     return bool(((rounded == p) | (rounded.isnan() & p.isnan())).all())
+
+
+# ------------------------------------------------------------------------------------------------------------- counts
+
+
+def _check(counts: list[Tensor]) -> None:
+    if set(map(type, counts)) == {Tensor} and set(map(Tensor.numel, counts)) == {1}:  # nearly always, and quick
+        counts = [count for count in counts if count.dtype == torch.bool]
+    for count in counts:
+        if not isinstance(count, Tensor):
+            raise TypeError("step: a count that is no tensor: must be a tensor of one number")
+        if count.numel() != 1 or count.dtype == torch.bool:
+            raise ValueError(f"step: {count.dtype} of shape {tuple(count.shape)}: must be a tensor of one number")
+
+
+class Counts:
+    """The counts of steps of a list of parameters, each a tensor of one number, wherever they are."""
+
+    def __init__(self, counts: list[Tensor]) -> None:
+        self._counts = counts
+        self._addresses = np.empty(len(counts), np.int64)
+        how = layout()
+        self._plain = how is not None and find_counts(id(counts), how, self._addresses)
+        if not self._plain:
+            _check(counts)
+
+    def values(self, *, wait: bool) -> list[Any]:
+        """One for each parameter, or one for all; those on a device as float64 there, unless ``wait`` says to wait."""
+        values: list[Any]
+        if self._plain:
+            numbers = np.empty(len(self._counts))
+            read_counts(self._addresses, numbers)
+            values = numbers.tolist()
+        else:
+            values = [float(count) if wait or count.device.type == "cpu" else count.double() for count in self._counts]
+        alike = all(isinstance(value, float) for value in values) and len(set(values)) == 1
+        return values[:1] if alike else values
+
+    def advance(self) -> None:
+        """Add 1 to each count."""
+        if self._plain:
+            advance_counts(self._addresses)
+        elif self._counts:
+            with torch.no_grad():
+                torch._foreach_add_(self._counts, 1)
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from adagrad import checks
 from adagrad import rule as expression
-from adagrad.kernels import tensor_checks
+from adagrad.kernels import call, tensor_checks
 from adagrad.kernels.batch import Batch
-from adagrad.kernels.counts import Counts
 from adagrad.kernels.tensor_views import mark_changed
 from adagrad.rule import Rule
-from adagrad.torch_state import master
+from adagrad.torch_state import Counts, master
 
 _grad_of, _sum_of, _step_of = operator.attrgetter("grad"), operator.itemgetter("sum"), operator.itemgetter("step")
 _rule_of = operator.itemgetter("maximize", "clip_value", "eps", "epsilon_inside", "decoupled_decay", "row_wise")
@@ -58,11 +57,16 @@ class Part:
                 for p, state in zip(self.params, self.states, strict=True)
             ]
         self._versions = versions
-        self.counts = Counts(list(map(_step_of, self.states)))
+        self.steps: list[Any] = list(map(_step_of, self.states))
         maximize, clip_value, eps, inside, decoupled, row_wise = _rule_of(group)
         self.rule = _rule(maximize, clip_value, _number(eps), inside, decoupled, row_wise)
         self.wd = checks.non_negative("weight_decay", _number(group["weight_decay"]))
         self.lrs = self._lrs(group["lr"], _number(group["lr_decay"]), keep_tensor=defaults["differentiable"])
+
+    @functools.cached_property
+    def counts(self) -> Counts:
+        """The counts, looked at: TypeError or ValueError where they cannot be counted."""
+        return Counts(self.steps)
 
     def on_cuda(self) -> bool:
         return all(p.is_cuda for p in self.params)
@@ -83,27 +87,27 @@ class Part:
         rates = [1 + count * decay for count in self.counts.values(wait=not self.on_cuda())]
         return [_on(rate, lr) / rate for rate in rates]
 
-    def commit(self, found_inf: Tensor | None, skips: list[Tensor]) -> None:
-        """What remains of a step that succeeded: its counts.
+    def advance(self, counts: Counts, found_inf: Tensor | None, skips: list[Tensor]) -> None:
+        """Add 1 to the parameters' counts.
 
         Those on a device stay where the device found infinities, or one of its ``skips`` is not 0. The others stay
         where it found infinities, and move to the device, for nobody waits to know.
         """
-        if self.masters:
-            for state, copy in zip(self.states, self.masters, strict=True):
-                if copy is not None:
-                    state["master"] = copy
         devices = {skip.device for skip in skips}
         if found_inf is None and not (devices and any(state["step"].device in devices for state in self.states)):
-            self.counts.advance()
+            counts.advance()
         else:
             for p, state in zip(self.params, self.states, strict=True):
                 if found_inf is not None:
                     state["step"] = state["step"].to(p.device, non_blocking=True)
                 state["step"].add_(_went(state["step"].device, found_inf, skips))
-        if not torch.is_grad_enabled():
-            mark_changed(self.params)
+
+    def keep_masters(self) -> None:
+        """Put the master copies that a step has updated into the state."""
         if self.masters:
+            for state, copy in zip(self.states, self.masters, strict=True):
+                if copy is not None:
+                    state["master"] = copy
             self._versions.update({id(p): _version(p) for p in self.params})
 
 
@@ -159,9 +163,45 @@ def _alone(part: Part) -> Batch:
     return Batch(part.rule, part.params, part.grads, part.histories, part.masters, part.lrs, [part.wd])
 
 
+def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    """Update the parameters by kernels, and count; errors as those of :func:`call.update`, then nothing has changed."""
+    some, threads = batches(parts), torch.get_num_threads()
+    counts: list[Counts] = []  # those that do not advance with the weights
+    skips: list[Tensor] = []
+    try:
+        if grad_scale is not None or found_inf is not None or not _update_plain(some, parts, threads):
+            counts = [part.counts for part in parts]
+            skips = call.update(some, threads=threads, grad_scale=grad_scale, found_inf=found_inf)
+    except Exception:
+        raise
+    except BaseException:  # Python notices an interrupt when the kernels have done their work
+        _finish(parts, counts, found_inf, skips)
+        raise
+    _finish(parts, counts, found_inf, skips)
+
+
+def _update_plain(some: list[Batch], parts: list[Part], threads: int) -> bool:
+    """Update and count by one call of compiled code, if that can be; False if all is left as it was."""
+    if len(some) > 1:
+        return False
+    b = some[0]
+    steps = parts[0].steps if len(parts) == 1 else [step for part in parts for step in part.steps]
+    return call.update_plain(b.weights, b.grads, b.histories, b.masters, steps, b.lrs, b.wds, b.rule, threads)
+
+
+def _finish(parts: list[Part], counts: list[Counts], found_inf: Tensor | None, skips: list[Tensor]) -> None:
+    """What remains of a step that succeeded."""
+    for part, count in zip(parts, counts, strict=False):
+        part.advance(count, found_inf, skips)
+    for part in parts:
+        mark_changed(part.params)
+        part.keep_masters()
+
+
 def update_differentiably(parts: list[Part]) -> None:
     """The same by the rule's expression, recorded by autograd; sparse gradients are coalesced."""
     writes = []
+    counts = [part.counts for part in parts]
     for part in parts:
         for i, (p, grad, history) in enumerate(zip(part.params, part.grads, part.histories, strict=True)):
             copy = part.masters[i] if part.masters else None
@@ -186,6 +226,9 @@ def update_differentiably(parts: list[Part]) -> None:
             writes += [(t, rows, total if k == 1 else new) for k, t in enumerate(targets)]
     for target, rows, value in writes:
         target[rows] = value.to(target.dtype)
+    for part, count in zip(parts, counts, strict=True):
+        count.advance()
+        part.keep_masters()
 
 
 def _check(i: int, p: Tensor, history: Tensor, master: Tensor | None, rule: Rule) -> None:

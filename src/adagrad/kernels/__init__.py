@@ -54,7 +54,7 @@ def update(
     TypeError, ValueError, IndexError
         Naming the argument, its value and the rule it broke; then nothing has changed.
     """
-    if not (fused and _call().update_plain(weights, grads, states, [], lrs, wds, rule, threads)):
+    if not (fused and _call().update_plain(weights, grads, states, [], [], lrs, wds, rule, threads)):
         prepare(weights, grads, states, lrs, wds, rule, fused=fused, threads=threads).run()
     tensors = [] if set(map(type, weights)) == {np.ndarray} else [weight for weight in weights if is_torch(weight)]
     if tensors:

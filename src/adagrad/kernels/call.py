@@ -23,17 +23,18 @@ from adagrad.kernels.spans import are_disjoint, together
 from adagrad.rule import Rule, is_torch
 
 
-def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], lrs: Any, wds: Any,
-                 rule: Rule, threads: int | None) -> bool:  # fmt: skip
+def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], counts: list[Any],
+                 lrs: Any, wds: Any, rule: Rule, threads: int | None) -> bool:  # fmt: skip
     """Check and update a list, if all of it is plain and on the CPU, and all or none of its gradients are row-sparse.
 
+    ``counts``, tensors of one number, one for each weight or none at all, go up by 1 with the weights.
     False if it is left to :func:`prepare`.
     """
     if not (table.fit(weights, grads, histories, masters) and _are_plain(lrs, wds, len(weights))):
         return False
     if is_row_sparse(grads[0]):
-        return rows.update_plain(weights, grads, histories, masters, lrs, wds, rule, threads)
-    return table.update_plain(weights, grads, histories, masters, hyper(lrs, wds, rule), rule, threads)
+        return rows.update_plain(weights, grads, histories, masters, counts, lrs, wds, rule, threads)
+    return table.update_plain(weights, grads, histories, masters, counts, hyper(lrs, wds, rule), rule, threads)
 
 
 def _are_plain(lrs: Sequence[Any], wds: Sequence[Any], n: int) -> bool:
@@ -50,7 +51,7 @@ def update(
     grad_scale: Any = None,
     found_inf: Any = None,
 ) -> list[Any]:
-    """Check batches of updates and carry them out, in place.
+    """Check batches of updates and carry them out, in place, in the ordinary way.
 
     Parameters
     ----------
@@ -74,10 +75,6 @@ def update(
         Naming the argument, its value and the rule it broke; then nothing has changed. A row id outside a weight on a
         CUDA device is raised by a later call instead.
     """
-    if len(batches) == 1 and found_inf is None and grad_scale is None:
-        b = batches[0]
-        if update_plain(b.weights, b.grads, b.histories, b.masters, b.lrs, b.wds, b.rule, threads):
-            return []
     return prepare(batches, threads=threads, grad_scale=grad_scale, found_inf=found_inf).run()
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from adagrad.kernels import cpu_rows
 from adagrad.kernels.checked import is_row_sparse, refuse_row
+from adagrad.kernels.counts import advance_counts, find_counts
 from adagrad.kernels.cpu_rows import ROW_COST, carry_out, kernel, room
 from adagrad.kernels.cpu_rule import hyper
 from adagrad.kernels.layout import (
@@ -171,8 +172,8 @@ workers that are wanted."""
 
 
 @jit(holds_gil=True)
-def _update_plain(weights: int, values: int, histories: int, masters: int, indices: int, how: Any, row_wise: bool,
-                  facts: Any, rates: Any, scalars: Any, known: Any, order: Any, small: int, count: int
+def _update_plain(weights: int, values: int, histories: int, masters: int, steps: int, indices: int, how: Any,
+                  row_wise: bool, facts: Any, rates: Any, scalars: Any, known: Any, order: Any, small: int, count: int
                   ) -> Any:  # fmt: skip
     """What was done, and of which update; the position of a row id that is outside its weight, and the id.
 
@@ -180,6 +181,7 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, indic
     """
     n, work, entries, facts, how = len(facts), 0, 0, borrowed(facts), borrowed(how)
     numbers, spans, written = np.empty(n, np.int64), np.empty((2, len(order)), np.int64), len(order) - 2 * n
+    counted = np.empty(n if steps else 0, np.int64)
     for i in range(n):
         master = item(masters, i) if masters else how[NONE]
         code = _look_at(item(weights, i), item(values, i), item(histories, i), master, item(indices, i), how, row_wise,
@@ -196,7 +198,7 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, indic
     known[WAS_LARGE, 0] = work if work >= small else 0
     if count == 0 and work >= small:
         return LARGE, 0, 0, 0
-    if not disjoint(spans[0], spans[1], written, order):
+    if not disjoint(spans[0], spans[1], written, order) or not find_counts(steps, how, counted):
         return LEFT, 0, 0, 0
     for i in range(n):
         if known[numbers[i], UPDATE] == 0:
@@ -210,6 +212,8 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, indic
     )
     if count > 0:
         acquire_gil(state)
+    if done == DONE:
+        advance_counts(counted)
     ids[:0] = 0  # it is used by address above: this keeps it alive until here
     return done, which, bad, row
 
@@ -238,8 +242,8 @@ def _crew(elements: Any, small: int, count: int) -> Any:
     return count if elements >= small and count > 1 else 1
 
 
-def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], lrs: Any, wds: Any,
-                 rule: Rule, threads: int | None) -> bool:  # fmt: skip
+def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], counts: list[Any],
+                 lrs: Any, wds: Any, rule: Rule, threads: int | None) -> bool:  # fmt: skip
     """Check and update a list of row-sparse gradients by one call of compiled code; False if it is left as it was.
 
     The lists :func:`adagrad.kernels.table.fit`.
@@ -260,7 +264,8 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
             return False
         values.append(parts[0])
         indices.append(parts[1])
-    lists = id(weights), id(values), id(histories), id(masters) if masters else 0, id(indices)
+    masters_id, counts_id = id(masters) if masters else 0, id(counts) if counts else 0
+    lists = id(weights), id(values), id(histories), masters_id, counts_id, id(indices)
     facts, known, order = np.empty((n, FACTS), np.int64), _workers(rule.row_wise), guess((5 if masters else 4) * n)
     given = *lists, how, rule.row_wise, facts, hyper(lrs, wds, rule), rule.scalars, known, order, cpu_rows.SMALL
     is_trial = not known[WAS_LARGE, 0]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from adagrad.kernels import cpu_dense
+from adagrad.kernels.counts import advance_counts, find_counts
 from adagrad.kernels.cpu_dense import COLUMNS, GRAD, HISTORY, MASTER, ROW, SIZE, WEIGHT, arguments, kernel
 from adagrad.kernels.layout import (
     CONTIGUOUS,
@@ -230,16 +231,18 @@ CPU. Any other number is a code, whose worker is wanted."""
 
 
 @jit(holds_gil=True)
-def _update_plain(weights: int, grads: int, histories: int, masters: int, n: int, how: Any, row_wise: bool, hyper: Any,
-                  scalars: Any, known: Any, order: Any, small: int, is_trial: bool, count: int) -> Any:  # fmt: skip
+def _update_plain(weights: int, grads: int, histories: int, masters: int, steps: int, n: int, how: Any, row_wise: bool,
+                  hyper: Any, scalars: Any, known: Any, order: Any, small: int, is_trial: bool, count: int
+                  ) -> Any:  # fmt: skip
     table, codes, spans = np.empty((n, COLUMNS), np.int64), np.empty(n, np.int64), np.empty((2, len(order)), np.int64)
+    counted = np.empty(n if steps else 0, np.int64)
     code, total = fill(weights, grads, histories, masters, how, row_wise, table, codes, spans)
     if code < 0 or code >= PLACES:
         return LEFT
     known[WAS_LARGE] = total if total >= small else 0
     if is_trial and total >= small:
         return LARGE
-    if not disjoint(spans[0], spans[1], len(order) - n, order):
+    if not disjoint(spans[0], spans[1], len(order) - n, order) or not find_counts(steps, how, counted):
         return LEFT
     work, block = known[code], arguments(table, hyper, scalars, total)
     if work == 0:
@@ -248,12 +251,13 @@ def _update_plain(weights: int, grads: int, histories: int, masters: int, n: int
     run(work, block, count if total >= small else 1)
     if not is_trial:
         acquire_gil(state)
+    advance_counts(counted)
     table[:0], block[:0] = 0, 0  # they are used by address above: this keeps them alive until here
     return DONE
 
 
-def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], hyper: np.ndarray,
-                 rule: Rule, threads: int | None) -> bool:  # fmt: skip
+def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], counts: list[Any],
+                 hyper: np.ndarray, rule: Rule, threads: int | None) -> bool:  # fmt: skip
     """Check and update a list by one call of compiled code; False if it is left as it was.
 
     The lists :func:`fit`; ``hyper`` has a row for each weight, or one for all.
@@ -261,7 +265,7 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
     n, how = len(weights), layout()
     if how is None:
         return False
-    lists = id(weights), id(grads), id(histories), id(masters) if masters else 0, n
+    lists = id(weights), id(grads), id(histories), id(masters) if masters else 0, id(counts) if counts else 0, n
     known, order, small = _workers(rule.row_wise), guess(4 * n if masters else 3 * n), cpu_dense.SMALL
     given = *lists, how, rule.row_wise, hyper, rule.scalars, known, order, small
     is_trial = n <= SHORT and not known[WAS_LARGE]
