@@ -19,13 +19,17 @@ from adagrad.rule import Rule
 from adagrad.torch_state import Counts, master
 
 _grad_of, _sum_of, _step_of = operator.attrgetter("grad"), operator.itemgetter("sum"), operator.itemgetter("step")
-_rule_of = operator.itemgetter("maximize", "clip_value", "eps", "epsilon_inside", "decoupled_decay", "row_wise")
+_options_of = operator.itemgetter(
+    "maximize", "clip_value", "eps", "epsilon_inside", "decoupled_decay", "row_wise", "weight_decay", "lr_decay"
+)
+_PLAIN = frozenset((bool, int, float, type(None)))
 
 
 @functools.lru_cache(maxsize=64, typed=True)
-def _rule(maximize: bool, clip_value: Any, eps: Any, inside: bool, decoupled: bool, row_wise: bool) -> Rule:
-    """The rule of a group with these options."""
-    return Rule(
+def _checked(maximize: bool, clip_value: Any, eps: Any, inside: bool, decoupled: bool, row_wise: bool, decay: Any,
+             lr_decay: Any) -> tuple[Rule, float, float]:  # fmt: skip
+    """The rule of a group with these options, its weight decay and its decay of the learning rate."""
+    rule = Rule(
         rescale_grad=-1.0 if maximize else 1.0,
         clip_gradient=checks.positive_or_none("clip_value", clip_value),
         epsilon=checks.non_negative("eps", eps),
@@ -33,35 +37,34 @@ def _rule(maximize: bool, clip_value: Any, eps: Any, inside: bool, decoupled: bo
         decoupled_decay=decoupled,
         row_wise=row_wise,
     )
+    return rule, checks.non_negative("weight_decay", decay), checks.non_negative("lr_decay", lr_decay)
 
 
-class Part:
-    """The parameters of a group that have gradients, with their gradients, states and rates."""
+class Part(Batch):
+    """The updates of a group: of those of its parameters that have gradients."""
 
     def __init__(
         self, defaults: dict[str, Any], group: dict[str, Any], states: list[dict[str, Any]], versions: dict[int, int]
     ) -> None:
         """``versions``: of the parameters with master copies, by id, as the last step left them."""
-        self.params: list[Tensor] = list(group["params"])
-        self.grads: list[Any] = list(map(_grad_of, self.params))
-        self.states = states
-        if any(map(operator.is_, self.grads, itertools.repeat(None))):
-            present = [i for i, grad in enumerate(self.grads) if grad is not None]
-            self.params, self.states = [self.params[i] for i in present], [states[i] for i in present]
-            self.grads = [self.grads[i] for i in present]
-        self.histories = list(map(_sum_of, self.states))
-        self.masters: list[Tensor | None] = []
+        params: list[Any] = list(group["params"])
+        grads: list[Any] = list(map(_grad_of, params))
+        if any(map(operator.is_, grads, itertools.repeat(None))):
+            present = [i for i, grad in enumerate(grads) if grad is not None]
+            params, grads, states = ([some[i] for i in present] for some in (params, grads, states))
+        options = _options_of(group)
+        if not _PLAIN.issuperset(map(type, options)):
+            options = tuple(map(_number, options))
+        rule, wd, lr_decay = _checked(*options)
+        super().__init__(rule, params, grads, list(map(_sum_of, states)), [], [], [wd])
         if group["multi_precision"]:
             self.masters = [
                 master(p, state, is_ours=versions.get(id(p), -1) == _version(p))
-                for p, state in zip(self.params, self.states, strict=True)
+                for p, state in zip(params, states, strict=True)
             ]
-        self._versions = versions
-        self.steps: list[Any] = list(map(_step_of, self.states))
-        maximize, clip_value, eps, inside, decoupled, row_wise = _rule_of(group)
-        self.rule = _rule(maximize, clip_value, _number(eps), inside, decoupled, row_wise)
-        self.wd = checks.non_negative("weight_decay", _number(group["weight_decay"]))
-        self.lrs = self._lrs(group["lr"], _number(group["lr_decay"]), keep_tensor=defaults["differentiable"])
+        self.states, self._versions = states, versions
+        self.steps: list[Any] = list(map(_step_of, states))
+        self.lrs = self._lrs(group["lr"], lr_decay, keep_tensor=defaults["differentiable"])
 
     @functools.cached_property
     def counts(self) -> Counts:
@@ -69,7 +72,7 @@ class Part:
         return Counts(self.steps)
 
     def on_cuda(self) -> bool:
-        return all(p.is_cuda for p in self.params)
+        return all(p.is_cuda for p in self.weights)
 
     def _lrs(self, lr: Any, decay: Any, *, keep_tensor: bool) -> list[Any]:
         """The learning rate of each parameter, or one for all; a tensor where the host need not know it."""
@@ -81,8 +84,7 @@ class Part:
         if not isinstance(lr, Tensor):
             # Its sign was checked at first; a schedule that crosses zero by a rounding error is no reason to stop.
             lr = checks.finite("lr", lr)
-        decay = checks.non_negative("lr_decay", decay)
-        if decay == 0 or not self.params:
+        if decay == 0 or not self.weights:
             return [lr]
         rates = [1 + count * decay for count in self.counts.values(wait=not self.on_cuda())]
         return [_on(rate, lr) / rate for rate in rates]
@@ -97,7 +99,7 @@ class Part:
         if found_inf is None and not (devices and any(state["step"].device in devices for state in self.states)):
             counts.advance()
         else:
-            for p, state in zip(self.params, self.states, strict=True):
+            for p, state in zip(self.weights, self.states, strict=True):
                 if found_inf is not None:
                     state["step"] = state["step"].to(p.device, non_blocking=True)
                 state["step"].add_(_went(state["step"].device, found_inf, skips))
@@ -108,7 +110,7 @@ class Part:
             for state, copy in zip(self.states, self.masters, strict=True):
                 if copy is not None:
                     state["master"] = copy
-            self._versions.update({id(p): _version(p) for p in self.params})
+            self._versions.update({id(p): _version(p) for p in self.weights})
 
 
 def _went(device: torch.device, found_inf: Tensor | None, skips: list[Tensor]) -> Any:
@@ -134,38 +136,34 @@ def _version(p: Tensor) -> int:
     return -2 if p.is_inference() else p._version
 
 
-def batches(parts: list[Part]) -> list[Batch]:
+def _batches(parts: list[Part]) -> list[Batch]:
     """The parts by rule: those of one rule are updated together."""
     if len(parts) == 1:
-        return [_alone(parts[0])]
+        return [parts[0]]
     by_rule: dict[Rule, list[Part]] = {}
     for part in parts:
         by_rule.setdefault(part.rule, []).append(part)
-    return [_alone(same[0]) if len(same) == 1 else _together(rule, same) for rule, same in by_rule.items()]
+    return [same[0] if len(same) == 1 else _together(rule, same) for rule, same in by_rule.items()]
 
 
 def _together(rule: Rule, parts: list[Part]) -> Batch:
     batch = Batch(rule)
     has_masters = any(part.masters for part in parts)
     for part in parts:
-        n = len(part.params)
+        n = len(part.weights)
         if has_masters:
             batch.masters += part.masters or [None] * n
-        batch.weights += part.params
+        batch.weights += part.weights
         batch.grads += part.grads
         batch.histories += part.histories
         batch.lrs += part.lrs if len(part.lrs) == n else part.lrs * n
-        batch.wds += [part.wd] * n
+        batch.wds += part.wds * n
     return batch
-
-
-def _alone(part: Part) -> Batch:
-    return Batch(part.rule, part.params, part.grads, part.histories, part.masters, part.lrs, [part.wd])
 
 
 def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     """Update the parameters by kernels, and count; errors as those of :func:`call.update`, then nothing has changed."""
-    some, threads = batches(parts), torch.get_num_threads()
+    some, threads = _batches(parts), torch.get_num_threads()
     counts: list[Counts] = []  # those that do not advance with the weights
     skips: list[Tensor] = []
     try:
@@ -194,7 +192,7 @@ def _finish(parts: list[Part], counts: list[Counts], found_inf: Tensor | None, s
     for part, count in zip(parts, counts, strict=False):
         part.advance(count, found_inf, skips)
     for part in parts:
-        mark_changed(part.params)
+        mark_changed(part.weights)
         part.keep_masters()
 
 
@@ -203,7 +201,7 @@ def update_differentiably(parts: list[Part]) -> None:
     writes = []
     counts = [part.counts for part in parts]
     for part in parts:
-        for i, (p, grad, history) in enumerate(zip(part.params, part.grads, part.histories, strict=True)):
+        for i, (p, grad, history) in enumerate(zip(part.weights, part.grads, part.histories, strict=True)):
             copy = part.masters[i] if part.masters else None
             lr = part.lrs[i if len(part.lrs) > 1 else 0]
             rows: Any = ...
@@ -222,7 +220,7 @@ def update_differentiably(parts: list[Part]) -> None:
                 grad, *targets = (torch.view_as_real(t) for t in (grad, *targets))
             weight, total = targets[-1] if copy is not None else targets[0], targets[1]
             weight, total, grad = weight[rows].to(total.dtype), total[rows], grad.to(total.dtype)
-            new, total = expression.update(weight, grad, total, lr, part.wd, part.rule)
+            new, total = expression.update(weight, grad, total, lr, part.wds[0], part.rule)
             writes += [(t, rows, total if k == 1 else new) for k, t in enumerate(targets)]
     for target, rows, value in writes:
         target[rows] = value.to(target.dtype)

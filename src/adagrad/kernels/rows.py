@@ -135,12 +135,13 @@ class Rows(NamedTuple):
 
 
 def _values_and_indices(weight: Any, grad: Any) -> tuple[Any, Any] | None:
-    """Those of a RowSparse or a sparse COO tensor in the shape of the weight; None where it is not so simple."""
+    """Those of a RowSparse or a sparse COO tensor in the shape of the weight; None where it has another.
+
+    With other than one sparse dimension, values have not as many dimensions as the weight, which will be noticed.
+    """
     if grad.shape != getattr(weight, "shape", None):
         return None
-    if isinstance(grad, RowSparse):
-        return grad.values, grad.indices
-    return (grad._values(), grad._indices()) if grad.sparse_dim() == 1 else None
+    return (grad.values, grad.indices) if isinstance(grad, RowSparse) else (grad._values(), grad._indices())
 
 
 def rows(weight: Any, grad: Any, history: Any, master: Any, *, row_wise: bool) -> Rows | None:
