@@ -13,7 +13,21 @@ import torch
 
 import oracle
 from adagrad import AdaGrad, GroupAdaGrad, RowSparse, get_updater
-from support import BFLOAT16, HYPERS, KINDS, Kind, Operands, apply, assert_same, assert_same_bits, expected, operands
+from adagrad.kernels import call
+from support import (
+    BFLOAT16,
+    HYPERS,
+    KINDS,
+    Kind,
+    Operands,
+    apply,
+    assert_same,
+    assert_same_bits,
+    expected,
+    operands,
+    rule_of,
+    to_numpy,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse:UserWarning")  # torch's, on the state of its sparse tensors
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "expression"])
@@ -91,6 +105,78 @@ def test_sparse_coo_gradients(klass: type[AdaGrad], fused: bool) -> None:
         assert_same_bits(state, want.history)
     assert not uncoalesced.is_coalesced()
     assert_same_bits(uncoalesced._values(), values)
+
+
+SPARSE_GRADIENTS: dict[str, tuple[Any, bool]] = {
+    "uncoalesced": (lambda v: coo([6, 2, 6, 0, 6], v, (8, 3)), True),
+    "coalesced": (lambda v: coo([6, 2, 6, 0, 6], v, (8, 3)).coalesce(), True),
+    "no entries": (lambda v: coo([], v[:0], (8, 3)), True),
+    "of a scaled loss": (lambda v: coo([6, 2, 6, 0, 6], v, (8, 3)) * 2, True),
+    "of an embedding": (lambda v: embedding_gradient([6, 2, 6, 0, 6], v), True),
+    "values in steps": (lambda v: coo([6, 2, 6, 0, 6], v.repeat(2, 1)[::2], (8, 3)), False),
+    "values transposed": (lambda v: coo([6, 2, 6, 0, 6], v.t().contiguous().t(), (8, 3)), False),
+    "values expanded": (lambda v: coo([6, 2, 6, 0, 6], v[:1].expand(5, 3), (8, 3)), False),
+    "ids in steps": (lambda v: in_shape((8, 3), torch.tensor([6, 7, 2, 7, 6, 7, 0, 7, 6])[None, ::2], v), False),
+    "negated": (lambda v: coo([6, 2, 6, 0, 6], torch._neg_view(v), (8, 3)), True),
+}
+
+
+def in_shape(shape: tuple[int, ...], indices: Any, values: torch.Tensor) -> torch.Tensor:
+    return torch.sparse_coo_tensor(torch.as_tensor(indices), values, shape, check_invariants=False)
+
+
+def embedding_gradient(indices: list[int], values: torch.Tensor) -> Any:
+    weight = torch.zeros(8, 3, dtype=values.dtype, requires_grad=True)
+    torch.nn.functional.embedding(torch.tensor(indices), weight, sparse=True).backward(values)
+    return weight.grad
+
+
+@pytest.mark.parametrize("name", SPARSE_GRADIENTS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.grad == kind.weight], ids=str)
+def test_compiled_code_looks_into_sparse_gradients(kind: Kind, name: str) -> None:
+    """The quick way takes those whose parts are plain, and the others are left as they were for the ordinary one."""
+    make, is_plain = SPARSE_GRADIENTS[name]
+    o = operands(np.random.default_rng(3), kind, (8, 3))
+    values = tensors(operands(np.random.default_rng(4), kind, (5, 3))).weight
+    grad = make(values)
+    assert grad.dtype == values.dtype
+    rows = RowSparse(to_numpy(grad._values()), grad._indices()[0].numpy(), (8, 3))
+    want = expected(replace(o, grad=rows), HYPERS["plain"])
+    given, hyper = tensors(replace(o, grad=rows)), HYPERS["plain"]
+    masters = [given.master] if kind.master else []
+    before = tensors(replace(o, grad=rows))
+    done = call.update_plain([given.weight], [grad], [given.history], masters, [], [hyper.lr], [hyper.wd],
+                             rule_of(hyper), None)  # fmt: skip
+    assert done == is_plain
+    assert_same(given, want if is_plain else before)
+
+
+MISFITS: dict[str, Any] = {
+    "more rows": lambda: in_shape((9, 3), [[1]], torch.ones(1, 3)),
+    "fewer rows": lambda: in_shape((7, 3), [[1]], torch.ones(1, 3)),
+    "fewer columns": lambda: in_shape((8, 2), [[1]], torch.ones(1, 2)),
+    "one more dimension": lambda: in_shape((8, 3, 1), [[1]], torch.ones(1, 3, 1)),
+    "two sparse dimensions": lambda: in_shape((8, 3), [[1], [2]], torch.ones(1)),
+    "two sparse dimensions, no entries": lambda: in_shape((8, 3), torch.zeros(2, 0).long(), torch.ones(0)),
+    "no sparse dimension": lambda: in_shape((8, 3), torch.zeros(0, 1).long(), torch.ones(1, 8, 3)),
+    "no sparse dimension, no entries": lambda: in_shape((8, 3), torch.zeros(0, 0).long(), torch.ones(0, 8, 3)),
+    "float64": lambda: in_shape((8, 3), [[1]], torch.ones(1, 3).double()),
+    "complex": lambda: in_shape((8, 3), [[1]], torch.ones(1, 3) * 1j),
+    "meta": lambda: in_shape((8, 3), [[1]], torch.ones(1, 3)).to("meta"),
+    "compressed": lambda: torch.ones(8, 3).to_sparse_csr(),
+    "dense": lambda: torch.ones(8, 3),
+    "dense integers": lambda: torch.ones(8, 3, dtype=torch.int64),
+    "a list": lambda: [1.0, 2.0],
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_gradients_that_do_not_fit_are_left_to_the_ordinary_way(name: str) -> None:
+    plain, rule = coo([1], torch.ones(1, 3), (8, 3)), rule_of(HYPERS["plain"])
+    weights, histories = ([torch.ones(8, 3) for _ in range(2)] for _ in range(2))
+    assert not call.update_plain(weights, [plain, MISFITS[name]()], histories, [], [], [0.1], [0.0], rule, None)
+    assert all((t == 1).all() for t in (*weights, *histories))
+    assert call.update_plain(weights, [plain, plain], histories, [], [], [0.1], [0.0], rule, None), "it was the misfit"
 
 
 @FUSED

@@ -284,6 +284,7 @@ def test_the_layout_of_this_pytorch_is_found() -> None:
     how = layout.layout()
     assert how is not None
     assert how[layout.TENSOR] == id(torch.Tensor)
+    assert how[layout.SPARSE], "nor are sparse gradients known"
 
 
 @pytest.mark.parametrize(
@@ -301,6 +302,27 @@ def test_a_layout_that_does_not_fit_is_not_used(name: str, value: Any, monkeypat
     assert how is not None, "NumPy's arrays are still known"
     assert how[layout.ARRAY] == id(np.ndarray)
     assert how[layout.TENSOR] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("SEARCHED_IN_SPARSE", 64), ("_sparse", lambda k: torch.ones(k + 1, 2).to_sparse_csr())]
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")
+def test_sparse_tensors_that_do_not_fit_are_not_looked_into(
+    name: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = Case()
+    usual.optimizer.step()
+    monkeypatch.setattr(tensor_layout, name, value)
+    how = layout._layout.__wrapped__(True, False, False)
+    assert how is not None
+    assert how[layout.TENSOR] == id(torch.Tensor), "other tensors are still known"
+    assert how[layout.SPARSE] == 0
+    monkeypatch.setattr(layout, "_layout", lambda *which: how)
+    case = Case()
+    case.optimizer.step()
+    for a, b in zip(usual.everything(), case.everything(), strict=True):
+        assert_same_bits(a, b)
 
 
 def test_the_library_does_not_import_torch() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
 from typing import Any
 
@@ -64,7 +65,9 @@ class Part(Batch):
             ]
         self.states, self._versions = states, versions
         self.steps: list[Any] = list(map(_step_of, states))
-        self.lrs = self._lrs(group["lr"], lr_decay, keep_tensor=defaults["differentiable"])
+        lr = group["lr"]
+        quick = type(lr) is float and math.isfinite(lr) and lr_decay == 0  # nearly always
+        self.lrs = [lr] if quick else self._lrs(lr, lr_decay, keep_tensor=defaults["differentiable"])
 
     @functools.cached_property
     def counts(self) -> Counts:

@@ -30,10 +30,12 @@ FLOAT32, FLOAT64, INT32 = 2, 3, 4
 # The words of a layout. Of NumPy: the array type, the dtypes of FORMATS. Of torch: the addresses of two C functions;
 # where a tensor object keeps its C++ tensor; where that keeps its dispatch keys, its number of dimensions (sizes and
 # strides follow, with room for INLINE of each) and its dtype; the keys of plain memory on the CPU and on CUDA devices
-# (0: there are none); the types of plain tensors; the codes of FORMATS. And None.
+# (0: there are none); the types of plain tensors; the keys of sparse COO tensors on the CPU (0: they are unknown), and
+# where those keep their values and indices; the codes of FORMATS. And None.
 ARRAY, DTYPES = 0, 1
 GET_ADDRESS, GET_INDEX, HOLDER, KEYS_AT, RANK_AT, DTYPE_AT, ON_CPU, ON_CUDA, TENSOR, PARAMETER = range(7, 17)
-CODES, NONE, WORDS = 17, 23, 24
+SPARSE, VALUES_AT, INDICES_AT = range(17, 20)
+CODES, NONE, WORDS = 20, 26, 27
 INLINE = 5
 
 # What `look` finds out: 0 for an array and 1 for a tensor; 0 for the CPU and 1 + index for a CUDA device; the position
@@ -114,7 +116,7 @@ def _look_at_array(array: int, how: Any, seen: Any) -> bool:
 
 @jit()
 def _look_at_tensor(tensor: int, how: Any, out: Any, seen: Any) -> bool:
-    tensor += how[HOLDER]
+    """``tensor`` is the address where a C++ tensor is kept: what its C functions take."""
     body = word(tensor, 0)
     # Most is told by one word: the keys tell plain memory on a device from sparse layouts, wrappers, negated views and
     # all else.
@@ -157,8 +159,23 @@ def look(thing: int, how: Any, out: Any, seen: Any) -> bool:
     if kind == how[ARRAY]:
         return _look_at_array(thing, how, seen)
     if kind == how[TENSOR] or kind == how[PARAMETER]:
-        return _look_at_tensor(thing, how, out, seen)
+        return _look_at_tensor(thing + how[HOLDER], how, out, seen)
     return False
+
+
+@jit(helper=True)
+def sparse(thing: int, how: Any) -> int:
+    """The address of the C++ tensor of a sparse COO tensor on the CPU; 0 for anything else."""
+    if word(thing, TYPE) != how[TENSOR] or how[SPARSE] == 0:
+        return 0
+    body = word(thing + how[HOLDER], 0)
+    return body if word(body, how[KEYS_AT]) == how[SPARSE] else 0
+
+
+@jit(holds_gil=True)
+def look_into(body: int, at: int, how: Any, out: Any, seen: Any) -> bool:
+    """What :func:`look` does, for the part that a :func:`sparse` tensor keeps ``at`` VALUES_AT or INDICES_AT."""
+    return _look_at_tensor(body + how[at], how, out, seen)
 
 
 def look_once(thing: object, how: np.ndarray) -> np.ndarray | None:

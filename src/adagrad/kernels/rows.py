@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adagrad.kernels import cpu_rows
-from adagrad.kernels.checked import is_row_sparse, refuse_row
+from adagrad.kernels.checked import refuse_row
 from adagrad.kernels.counts import advance_counts, find_counts
 from adagrad.kernels.cpu_rows import ROW_COST, carry_out, kernel, room
 from adagrad.kernels.cpu_rule import hyper
@@ -21,20 +21,25 @@ from adagrad.kernels.layout import (
     CONTIGUOUS,
     COUNT,
     FORMAT,
+    INDICES_AT,
     INT32,
     KIND,
     NONE,
     PLACE,
     RANK,
+    RANK_AT,
     SEEN,
     SIZES,
     START,
     STRIDES,
     UNIT,
+    VALUES_AT,
     item,
     item_size,
     layout,
     look,
+    look_into,
+    sparse,
     word,
 )
 from adagrad.kernels.numba_jit import acquire_gil, borrowed, jit, max_workers, release_gil, workers
@@ -71,12 +76,19 @@ from adagrad.rule import Rule
 @jit(holds_gil=True)
 def _look_at(weight: int, values: int, history: int, master: int, indices: int, how: Any, row_wise: bool, facts: Any
              ) -> Any:  # fmt: skip
-    """The code of an update (-1 where it is not plain); fills its ``facts``."""
+    """The code of an update (-1 where it is not plain); fills its ``facts``.
+
+    ``values`` and ``indices`` may both be a sparse COO tensor that has them; its shape is looked at then.
+    """
     own_out, own_seen = np.empty(1, np.int64), np.zeros((5, SEEN), np.int64)
     out, seen, how = borrowed(own_out), borrowed(own_seen), borrowed(how)
     things, has_master = (weight, values, history, master, indices), master != how[NONE]
+    body = sparse(values, how)
     for k in range(5):
-        if (k != MASTER or has_master) and not look(things[k], how, out, seen[k]):
+        if body and k in (GRAD, IDS):
+            if not look_into(body, VALUES_AT if k == GRAD else INDICES_AT, how, out, seen[k]):
+                return -1
+        elif (k != MASTER or has_master) and not look(things[k], how, out, seen[k]):
             return -1
     w, v, ids = seen[WEIGHT], seen[GRAD], seen[IDS]
     # Ids stand in one dimension, or as those of a sparse tensor in the last of two.
@@ -87,6 +99,8 @@ def _look_at(weight: int, values: int, history: int, master: int, indices: int, 
     if entries > MOST or ids[COUNT] != entries or (entries > 1 and word(ids[STRIDES], 8 * last) != ids[UNIT]):
         return -1
     if w[RANK] == 0 or v[RANK] != w[RANK] or word(v[SIZES], 0) != entries:
+        return -1
+    if body and (word(body, how[RANK_AT]) != w[RANK] or word(body, how[RANK_AT] + 8) != word(w[SIZES], 0)):
         return -1
     length = 1
     for d in range(1, w[RANK]):
@@ -199,7 +213,7 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, steps
     known[WAS_LARGE, 0] = work if work >= small else 0
     if count == 0 and work >= small:
         return LARGE, 0, 0, 0
-    if not disjoint(spans[0], spans[1], written, order) or not find_counts(steps, how, counted):
+    if not disjoint(spans[0], spans[1], written, order) or (steps and not find_counts(steps, how, counted)):
         return LEFT, 0, 0, 0
     for i in range(n):
         if known[numbers[i], UPDATE] == 0:
@@ -257,14 +271,20 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
         Where there is none for the sums of rows; then weights that come later in the list have not changed.
     """
     how, n = layout(), len(weights)
-    values: list[Any] = []
-    indices: list[Any] = []
-    for weight, grad in zip(weights, grads, strict=True):
-        parts = _values_and_indices(weight, grad) if is_row_sparse(grad) else None
-        if how is None or parts is None:
-            return False
-        values.append(parts[0])
-        indices.append(parts[1])
+    if how is None:
+        return False
+    values = indices = grads  # sparse COO tensors: compiled code knows where they keep both
+    if RowSparse in set(map(type, grads)):
+        values, indices = [], []
+        for weight, grad in zip(weights, grads, strict=True):
+            if type(grad) is not RowSparse:
+                values.append(grad)
+                indices.append(grad)
+            elif grad.shape == getattr(weight, "shape", None):
+                values.append(grad.values)
+                indices.append(grad.indices)
+            else:
+                return False
     masters_id, counts_id = id(masters) if masters else 0, id(counts) if counts else 0
     lists = id(weights), id(values), id(histories), masters_id, counts_id, id(indices)
     facts, known, order = np.empty((n, FACTS), np.int64), _workers(rule.row_wise), guess((5 if masters else 4) * n)
@@ -285,7 +305,7 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
         elif done == OUT_OF_RANGE:
             refuse_row(f"[{i}]", bad, row, weights[i].shape[0])
         elif done == SHORT:
-            raise cpu_rows.out_of_memory(f"[{i}]", len(values[i]))
+            raise cpu_rows.out_of_memory(f"[{i}]", int(facts[i, ENTRIES]))
         elif done != LARGE:
             return bool(done == DONE)
         else:

@@ -242,7 +242,7 @@ def _update_plain(weights: int, grads: int, histories: int, masters: int, steps:
     known[WAS_LARGE] = total if total >= small else 0
     if is_trial and total >= small:
         return LARGE
-    if not disjoint(spans[0], spans[1], len(order) - n, order) or not find_counts(steps, how, counted):
+    if not disjoint(spans[0], spans[1], len(order) - n, order) or (steps and not find_counts(steps, how, counted)):
         return LEFT
     work, block = known[code], arguments(table, hyper, scalars, total)
     if work == 0:

@@ -20,6 +20,7 @@ from adagrad.kernels.layout import (
     GET_ADDRESS,
     GET_INDEX,
     HOLDER,
+    INDICES_AT,
     KEYS_AT,
     KIND,
     ON_CPU,
@@ -29,16 +30,21 @@ from adagrad.kernels.layout import (
     RANK,
     RANK_AT,
     SIZES,
+    SPARSE,
     START,
     STRIDES,
     TENSOR,
     UNIT,
+    VALUES_AT,
     look_once,
 )
 from adagrad.kernels.tensor_checks import PLAIN_TYPES
 
 SEARCHED = 192
 """Bytes of a C++ tensor that are searched for its dispatch keys; it has more."""
+
+SEARCHED_IN_SPARSE = 224
+"""Bytes of a sparse one that are searched for its parts; it has more."""
 
 
 def add_to(how: np.ndarray, *, with_cuda: bool) -> None:
@@ -47,6 +53,8 @@ def add_to(how: np.ndarray, *, with_cuda: bool) -> None:
     try:
         with torch.inference_mode(False):
             if _find(found, with_cuda):
+                how[:] = found
+                _find_parts(found)
                 how[:] = found
     except (AttributeError, OSError, RuntimeError):
         return
@@ -78,6 +86,27 @@ def _find(how: np.ndarray, with_cuda: bool) -> bool:
     return all(_agrees(how, t) for t in probes)
 
 
+def _find_parts(how: np.ndarray) -> None:
+    """Where sparse COO tensors keep their values and indices."""
+    with torch.inference_mode():  # else what they give is not what they keep, but another view of the same memory
+        inner = [(t, {VALUES_AT: t._values(), INDICES_AT: t._indices()}) for t in (_sparse(k) for k in range(3))]
+        for at in (VALUES_AT, INDICES_AT):
+            how[at] = _offset([(t._cdata, SEARCHED_IN_SPARSE, parts[at]._cdata) for t, parts in inner])
+    usual = _sparse(0)
+    get_address = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(int(how[GET_ADDRESS]))
+    for at, part in ((VALUES_AT, usual._values()), (INDICES_AT, usual._indices())):
+        kept, start = usual._cdata + int(how[at]), ctypes.c_int64()
+        keys = ctypes.c_int64.from_address(ctypes.c_int64.from_address(kept).value + int(how[KEYS_AT])).value
+        if keys != how[ON_CPU] or get_address(kept, ctypes.byref(start)) or start.value != part.data_ptr():
+            raise RuntimeError("a sparse tensor keeps other parts than it gives")
+    how[SPARSE] = _keys_of(usual)
+
+
+def _sparse(first: int) -> torch.Tensor:
+    indices, values = torch.arange(first, first + 3, device="cpu")[None], torch.ones(3, 2, device="cpu")
+    return torch.sparse_coo_tensor(indices, values, (9, 2), is_coalesced=True, check_invariants=False)
+
+
 def _library() -> ctypes.CDLL:
     name = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
     return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
@@ -94,7 +123,7 @@ def _format(tensor: torch.Tensor) -> str:
 def _offset(places: list[tuple[int, int, int]], unit: Any = ctypes.c_int64) -> int:
     """The one offset at which, for every (address, size, value), the number at address + offset is the value."""
     step = ctypes.sizeof(unit)
-    offsets = set(range(8, SEARCHED, step))
+    offsets = set(range(8, max(size for _, size, _ in places), step))
     for address, size, value in places:
         numbers = (unit * (size // step)).from_address(address)
         offsets &= {step * i for i, number in enumerate(numbers) if number == value}
