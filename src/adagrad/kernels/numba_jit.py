@@ -6,6 +6,7 @@ a division by zero LLVM vectorises the loops.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -248,4 +249,11 @@ class workers:  # in lower case, because it is used like a function
 
 def max_workers() -> int:
     """The number of threads that Numba may use: ``NUMBA_NUM_THREADS``, ``numba.set_num_threads``, or all cores."""
-    return int(numba.get_num_threads())
+    return int(_ask_numba()())
+
+
+@functools.cache
+def _ask_numba() -> Callable[[], int]:
+    """What ``numba.get_num_threads`` asks once it has taken a lock between processes, which takes much longer."""
+    numba.get_num_threads()  # makes it
+    return cast("Callable[[], int]", getattr(numba.np.ufunc.parallel, "_get_num_threads", numba.get_num_threads))
