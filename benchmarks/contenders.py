@@ -215,7 +215,7 @@ def contenders(case: Case, data: Data, threads: int, notes: set[str], names: tup
             continue
         if (make.name == "torch sparse") != isinstance(case, Rows) and make.name.startswith("torch"):
             continue
-        if make is ExactLoop and not (isinstance(case, Dense) and case.dtype == "float32"):
+        if make is ExactLoop and not isinstance(case, Dense):
             continue
         try:
             found[make.name] = make(case, data, threads)

@@ -134,7 +134,7 @@ class Limit:
 
 
 class ExactLoop:
-    """The rule's arithmetic for as many elements on data in the first-level cache: division and root bound it."""
+    """The rule's arithmetic for as many elements, float32 in the first-level cache: division and root bound it."""
 
     name = "exact loop in L1"
     block = 2048

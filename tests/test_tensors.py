@@ -180,6 +180,20 @@ def test_gradients_that_do_not_fit_are_left_to_the_ordinary_way(name: str) -> No
 
 
 @FUSED
+def test_values_that_are_sparse_themselves_are_refused(fused: bool) -> None:
+    values = in_shape((8, 3), [[1]], torch.ones(1, 3))
+    grad = RowSparse(values, torch.full((8,), 99), (8, 3))
+    weights, histories = ([torch.ones(8, 3) for _ in range(2)] for _ in range(2))
+    optimizer = AdaGrad(use_fused_step=fused)
+    for count, grads in ((1, [grad]), (2, [coo([1], torch.ones(1, 3), (8, 3)), grad])):
+        with pytest.raises(
+            TypeError, match=rf"values of grads\[{count - 1}\]: layout torch.sparse_coo: must be a dense"
+        ):
+            optimizer.update(list(range(count)), weights[:count], grads, histories[:count])
+    assert all((t == 1).all() for t in (*weights, *histories))
+
+
+@FUSED
 def test_several_sparse_dimensions(fused: bool) -> None:
     """Each entry is a row of one: those present are updated, decay included, and no others."""
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -518,15 +519,24 @@ def test_hooks_are_called_from_when_they_are_there() -> None:
     optimizer.step()
     assert calls == ["pre", "post", "closure"]
     assert optimizer.state[p]["step"] == 8
+    optimizer.step(lambda: optimizer.register_step_post_hook(lambda *_: calls.append("the closure's")))  # type: ignore
+    assert calls[3:] == ["the closure's"]
 
 
-def test_a_profiler_sees_the_step() -> None:
+@pytest.mark.parametrize("in_a_thread", [False, True])
+def test_a_profiler_sees_the_step(in_a_thread: bool) -> None:
     p = parameter((3,))
     optimizer = Adagrad([p])
     p.grad = torch.ones(3)
     optimizer.step()
-    with torch.profiler.profile() as profiler:
-        optimizer.step()
+    config = torch.profiler._ExperimentalConfig(profile_all_threads=in_a_thread)
+    with torch.profiler.profile(experimental_config=config) as profiler:
+        if in_a_thread:
+            thread = threading.Thread(target=optimizer.step)
+            thread.start()
+            thread.join()
+        else:
+            optimizer.step()
     optimizer.step()
     assert [event.name for event in profiler.events()].count("Optimizer.step#Adagrad.step") == 1
 
@@ -711,6 +721,33 @@ def _after_steps(start: Tensor, grad: Tensor, history: Tensor, lr: Any, **option
         p.grad = grad * (k + 1)
         optimizer.step()
     return p, optimizer.state[p]["sum"]
+
+
+@pytest.mark.parametrize("lr_decay", [0.0, 0.5])
+def test_gradients_reach_the_learning_rate_whatever_the_mode(lr_decay: float) -> None:
+    found = []
+    for mode in (torch.enable_grad, torch.no_grad):
+        lr, p = torch.tensor(0.5, requires_grad=True), torch.ones(3, requires_grad=True).clone()
+        optimizer = Adagrad([p], lr=lr, lr_decay=lr_decay, differentiable=True)
+        p.grad = torch.ones(3)
+        with mode():
+            optimizer.step()
+        found.append(torch.autograd.grad(p.sum(), lr)[0])
+    assert found[0] == found[1] == -3
+
+
+def test_options_that_require_grad_are_numbers() -> None:
+    """Without a warning, which the tests would raise."""
+    p = parameter((3,))
+    optimizer = Adagrad([p], lr=torch.tensor(0.1, requires_grad=True), eps=torch.tensor(1.0, requires_grad=True))
+    optimizer.param_groups[0]["lr_decay"] = torch.tensor(0.5, requires_grad=True)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.param_groups[0]["eps"].data.fill_(3.0)  # not the one that was looked at
+    before = p.detach().clone()
+    optimizer.step()
+    want = torch.tensor(0.1) / torch.tensor(1.5) / (torch.tensor(2.0).sqrt() + 3)
+    torch.testing.assert_close(before - p.detach(), want.expand(3))
 
 
 def test_a_transform_of_a_differentiable_step() -> None:

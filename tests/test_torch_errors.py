@@ -325,6 +325,66 @@ def test_sparse_tensors_that_do_not_fit_are_not_looked_into(
         assert_same_bits(a, b)
 
 
+FREED = """
+import threading, time
+import torch
+from adagrad.torch import Adagrad
+
+height, columns, lookups = 200_000, 64, 400_000
+p = torch.nn.Parameter(torch.zeros(height, columns))
+optimizer = Adagrad([p])
+ids, values = torch.randint(0, height, (1, lookups)), torch.ones(lookups, columns)
+
+def step(wait=None):
+    p.grad = torch.sparse_coo_tensor(ids, values.clone(), p.shape, check_invariants=False)
+    other = threading.Thread(target=empty, args=(p.grad, wait))
+    start = time.perf_counter()
+    if wait is not None:
+        other.start()
+    optimizer.step()
+    taken = time.perf_counter() - start
+    if wait is not None:
+        other.join()
+    return taken
+
+def empty(grad, wait):
+    time.sleep(wait)
+    with torch.no_grad():
+        grad.zero_()
+    torch.full((lookups, columns), float("nan"))
+
+step()
+duration = step()
+for _ in range(10):
+    step(duration / 3)
+assert torch.isfinite(p.detach()).all()
+"""
+
+
+def test_a_gradient_that_another_thread_empties_meanwhile_is_read_to_its_end() -> None:
+    done = subprocess.run([sys.executable, "-c", FREED], timeout=300, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("weight_decay", np.array(0.1), "weight_decay=array(0.1): must be a number, not ndarray"),
+        ("lr_decay", np.array(0.1), "lr_decay=array(0.1): must be a number, not ndarray"),
+        ("eps", [0.1], "eps=[0.1]: must be a number, not list"),
+        ("clip_value", torch.tensor(1.0), "clip_value=tensor(1.): must be a number, not Tensor"),
+    ],
+)
+def test_options_that_someone_has_set_to_what_is_no_number(name: str, value: Any, message: str) -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = Adagrad([p])
+    p.grad = torch.ones(3)
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(TypeError, match=re.escape(message)):
+        optimizer.step()
+    assert (p == 1).all()
+
+
 def test_the_library_does_not_import_torch() -> None:
     code = "import sys, adagrad; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0

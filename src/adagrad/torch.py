@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
+from torch.autograd import _profiler_enabled, profiler  # type: ignore[attr-defined]
 from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from adagrad import checks, dialects
@@ -144,7 +144,7 @@ class Adagrad(Optimizer):
             "decoupled_decay": decoupled_decay,
         }
         _check_options(defaults)
-        self._versions: dict[int, int] = {}  # see torch_step.Part
+        self._versions: dict[int, int] = {}  # see torch_step.Part.keep_masters
         super().__init__(params, defaults)
 
     @property
@@ -184,15 +184,18 @@ class Adagrad(Optimizer):
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """What PyTorch puts around `step`: hooks, and a record for a profiler; but only where there are some.
+        """What PyTorch puts around `step`, once for a class: hooks, and a record for a profiler.
 
-        It makes the record in any case, which takes longer than the whole update of a small parameter.
+        Here only where there are hooks or a profiler, or a closure, which may add a hook. PyTorch makes the record in
+        any case, which takes longer than the whole update of a small parameter; what observes without its profiler, as
+        an ``ExecutionTraceObserver`` alone does, finds none here.
         """
         observed = Optimizer.profile_hook_step(func)
 
         @functools.wraps(func)
         def step(self: Adagrad, *args: Any, **kwargs: Any) -> Any:
-            is_observed = torch.compiler.is_compiling() or _profiler_enabled() or self._has_step_hooks()
+            is_compiled, has_closure = torch.compiler.is_compiling(), bool(args or kwargs)
+            is_observed = is_compiled or has_closure or _has_profiler() or self._has_step_hooks()
             return (observed if is_observed else func)(self, *args, **kwargs)
 
         return step
@@ -215,7 +218,11 @@ class Adagrad(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update()
+        if self.defaults["differentiable"]:
+            with torch.enable_grad():
+                self._update()
+        else:
+            self._update()
         return loss
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -231,8 +238,7 @@ class Adagrad(Optimizer):
                 return
             found_inf = None
         if self.defaults["differentiable"]:
-            with torch.enable_grad():
-                update_differentiably(parts)
+            update_differentiably(parts)
         else:
             update(parts, grad_scale, found_inf)
 
@@ -289,6 +295,11 @@ class Adagrad(Optimizer):
                     }
         super().__setstate__(state)
         self._versions = {}
+
+
+def _has_profiler() -> bool:
+    """Whether one records in this thread, or in all that have been started."""
+    return bool(_profiler_enabled() or profiler._is_profiler_enabled)
 
 
 # --------------------------------------------------------------------------------------------------------- the options

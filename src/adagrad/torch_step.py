@@ -20,16 +20,18 @@ from adagrad.rule import Rule
 from adagrad.torch_state import Counts, master
 
 _grad_of, _sum_of, _step_of = operator.attrgetter("grad"), operator.itemgetter("sum"), operator.itemgetter("step")
-_options_of = operator.itemgetter(
+_options_of = operator.itemgetter(  # in the order of the parameters of _rule_and_decays
     "maximize", "clip_value", "eps", "epsilon_inside", "decoupled_decay", "row_wise", "weight_decay", "lr_decay"
 )
-_PLAIN = frozenset((bool, int, float, type(None)))
+_USUAL = frozenset((bool, int, float, type(None)))
+"""Types of options that are equal only if they stay equal: tensors, for one, can change."""
 
 
 @functools.lru_cache(maxsize=64, typed=True)
-def _checked(maximize: bool, clip_value: Any, eps: Any, inside: bool, decoupled: bool, row_wise: bool, decay: Any,
-             lr_decay: Any) -> tuple[Rule, float, float]:  # fmt: skip
+def _rule_and_decays(maximize: bool, clip_value: Any, eps: Any, inside: bool, decoupled: bool, row_wise: bool,
+                     weight_decay: Any, lr_decay: Any) -> tuple[Rule, float, float]:  # fmt: skip
     """The rule of a group with these options, its weight decay and its decay of the learning rate."""
+    eps, weight_decay, lr_decay = map(_number, (eps, weight_decay, lr_decay))
     rule = Rule(
         rescale_grad=-1.0 if maximize else 1.0,
         clip_gradient=checks.positive_or_none("clip_value", clip_value),
@@ -38,7 +40,7 @@ def _checked(maximize: bool, clip_value: Any, eps: Any, inside: bool, decoupled:
         decoupled_decay=decoupled,
         row_wise=row_wise,
     )
-    return rule, checks.non_negative("weight_decay", decay), checks.non_negative("lr_decay", lr_decay)
+    return rule, checks.non_negative("weight_decay", weight_decay), checks.non_negative("lr_decay", lr_decay)
 
 
 class Part(Batch):
@@ -54,10 +56,9 @@ class Part(Batch):
             present = [i for i, grad in enumerate(grads) if grad is not None]
             params, grads, states = ([some[i] for i in present] for some in (params, grads, states))
         options = _options_of(group)
-        if not _PLAIN.issuperset(map(type, options)):
-            options = tuple(map(_number, options))
-        rule, wd, lr_decay = _checked(*options)
-        super().__init__(rule, params, grads, list(map(_sum_of, states)), [], [], [wd])
+        check = _rule_and_decays if _USUAL.issuperset(map(type, options)) else _rule_and_decays.__wrapped__
+        rule, wd, lr_decay = check(*options)
+        super().__init__(rule, weights=params, grads=grads, histories=list(map(_sum_of, states)), wds=[wd])
         if group["multi_precision"]:
             self.masters = [
                 master(p, state, is_ours=versions.get(id(p), -1) == _version(p))
@@ -71,7 +72,7 @@ class Part(Batch):
 
     @functools.cached_property
     def counts(self) -> Counts:
-        """The counts, looked at: TypeError or ValueError where they cannot be counted."""
+        """The counts of steps, looked at: TypeError or ValueError where they are no counts."""
         return Counts(self.steps)
 
     def on_cuda(self) -> bool:
@@ -80,6 +81,7 @@ class Part(Batch):
     def _lrs(self, lr: Any, decay: Any, *, keep_tensor: bool) -> list[Any]:
         """The learning rate of each parameter, or one for all; a tensor where the host need not know it."""
         if isinstance(lr, Tensor):
+            lr = lr if keep_tensor else lr.detach()
             keep_tensor = keep_tensor or (lr.is_cuda and self.on_cuda())
             lr = lr.reshape(()) if keep_tensor else float(lr)
             if keep_tensor and lr.is_cuda and lr.dtype not in (torch.float32, torch.float64):
@@ -126,7 +128,7 @@ def _went(device: torch.device, found_inf: Tensor | None, skips: list[Tensor]) -
 
 def _number(value: Any) -> Any:
     """A hyper-parameter that may be a tensor of one number."""
-    return float(value) if isinstance(value, Tensor) else value
+    return float(value.detach()) if isinstance(value, Tensor) else value
 
 
 def _on(rate: Any, lr: Any) -> Any:
@@ -165,35 +167,39 @@ def _together(rule: Rule, parts: list[Part]) -> Batch:
 
 
 def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """Update the parameters by kernels, and count; errors as those of :func:`call.update`, then nothing has changed."""
-    some, threads = _batches(parts), torch.get_num_threads()
-    counts: list[Counts] = []  # those that do not advance with the weights
+    """Update the parameters by kernels, and their counts of steps.
+
+    Errors as those of :func:`call.update_plain` and :func:`call.update`, and those for counts that cannot be counted.
+    """
+    batches, threads = _batches(parts), torch.get_num_threads()
+    owed: list[Counts] = []  # counts that have not advanced with the weights: all of them, or none
     skips: list[Tensor] = []
     try:
-        if grad_scale is not None or found_inf is not None or not _update_plain(some, parts, threads):
-            counts = [part.counts for part in parts]
-            skips = call.update(some, threads=threads, grad_scale=grad_scale, found_inf=found_inf)
+        if grad_scale is not None or found_inf is not None or not _update_and_count(batches, parts, threads):
+            owed = [part.counts for part in parts]  # looked at before anything changes
+            skips = call.update(batches, threads=threads, grad_scale=grad_scale, found_inf=found_inf)
     except Exception:
         raise
     except BaseException:  # Python notices an interrupt when the kernels have done their work
-        _finish(parts, counts, found_inf, skips)
+        _finish(parts, owed, found_inf, skips)
         raise
-    _finish(parts, counts, found_inf, skips)
+    _finish(parts, owed, found_inf, skips)
 
 
-def _update_plain(some: list[Batch], parts: list[Part], threads: int) -> bool:
-    """Update and count by one call of compiled code, if that can be; False if all is left as it was."""
-    if len(some) > 1:
+def _update_and_count(batches: list[Batch], parts: list[Part], threads: int) -> bool:
+    """Do both by one call of compiled code, if that can be; False if all is left as it was."""
+    if len(batches) > 1:
         return False
-    b = some[0]
+    b = batches[0]
     steps = parts[0].steps if len(parts) == 1 else [step for part in parts for step in part.steps]
     return call.update_plain(b.weights, b.grads, b.histories, b.masters, steps, b.lrs, b.wds, b.rule, threads)
 
 
-def _finish(parts: list[Part], counts: list[Counts], found_inf: Tensor | None, skips: list[Tensor]) -> None:
+def _finish(parts: list[Part], owed: list[Counts], found_inf: Tensor | None, skips: list[Tensor]) -> None:
     """What remains of a step that succeeded."""
-    for part, count in zip(parts, counts, strict=False):
-        part.advance(count, found_inf, skips)
+    if owed:
+        for part, counts in zip(parts, owed, strict=True):
+            part.advance(counts, found_inf, skips)
     for part in parts:
         mark_changed(part.weights)
         part.keep_masters()

@@ -24,18 +24,18 @@ from adagrad.row_sparse import RowSparse
 from adagrad.rule import Rule, is_torch
 
 
-def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], counts: list[Any],
+def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], steps: list[Any],
                  lrs: Any, wds: Any, rule: Rule, threads: int | None) -> bool:  # fmt: skip
     """Check and update a list, if all of it is plain and on the CPU, and all or none of its gradients are row-sparse.
 
-    ``counts``, tensors of one number, one for each weight or none at all, go up by 1 with the weights.
-    False if it is left to :func:`prepare`.
+    ``steps``, counts of the weights' updates, go up by 1 with them: tensors of one number, or an empty list. False if
+    all is left as it was, to :func:`prepare`; IndexError and MemoryError as :func:`adagrad.kernels.rows.update_plain`.
     """
     if not (table.fit(weights, grads, histories, masters) and _are_plain(lrs, wds, len(weights))):
         return False
     if type(grads[0]) is RowSparse or getattr(grads[0], "is_sparse", False):
-        return rows.update_plain(weights, grads, histories, masters, counts, lrs, wds, rule, threads)
-    return table.update_plain(weights, grads, histories, masters, counts, hyper(lrs, wds, rule), rule, threads)
+        return rows.update_plain(weights, grads, histories, masters, steps, lrs, wds, rule, threads)
+    return table.update_plain(weights, grads, histories, masters, steps, hyper(lrs, wds, rule), rule, threads)
 
 
 def _are_plain(lrs: Sequence[Any], wds: Sequence[Any], n: int) -> bool:
@@ -52,7 +52,7 @@ def update(
     grad_scale: Any = None,
     found_inf: Any = None,
 ) -> list[Any]:
-    """Check batches of updates and carry them out, in place, in the ordinary way.
+    """Check batches of updates and carry them out, in place: the ordinary way, for whatever :func:`update_plain` left.
 
     Parameters
     ----------

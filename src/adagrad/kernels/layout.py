@@ -30,12 +30,12 @@ FLOAT32, FLOAT64, INT32 = 2, 3, 4
 # The words of a layout. Of NumPy: the array type, the dtypes of FORMATS. Of torch: the addresses of two C functions;
 # where a tensor object keeps its C++ tensor; where that keeps its dispatch keys, its number of dimensions (sizes and
 # strides follow, with room for INLINE of each) and its dtype; the keys of plain memory on the CPU and on CUDA devices
-# (0: there are none); the types of plain tensors; the keys of sparse COO tensors on the CPU (0: they are unknown), and
-# where those keep their values and indices; the codes of FORMATS. And None.
+# (0: there are none); the types of plain tensors; the keys of sparse COO tensors on the CPU (0: they are unknown) and
+# where those keep their values and indices; two more C functions; the codes of FORMATS. And None.
 ARRAY, DTYPES = 0, 1
 GET_ADDRESS, GET_INDEX, HOLDER, KEYS_AT, RANK_AT, DTYPE_AT, ON_CPU, ON_CUDA, TENSOR, PARAMETER = range(7, 17)
-SPARSE, VALUES_AT, INDICES_AT = range(17, 20)
-CODES, NONE, WORDS = 20, 26, 27
+SPARSE, VALUES_AT, INDICES_AT, NEW_HANDLE, DELETE_HANDLE = range(17, 22)
+CODES, NONE, WORDS = 22, 28, 29
 INLINE = 5
 
 # What `look` finds out: 0 for an array and 1 for a tensor; 0 for the CPU and 1 + index for a CUDA device; the position
@@ -76,18 +76,23 @@ def item_size(position: int) -> int:
     return 2 if position < FLOAT32 else 4 if position in (FLOAT32, INT32) else 8
 
 
+def _generate_call(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    kind = ir.FunctionType(ir.IntType(32), [ir.IntType(64)] * (len(args) - 1))
+    return builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+
+
 def _call_code(typing: Any, function: Any, tensor: Any, out: Any) -> Any:
     """Call the C function at an address, ``int function(tensor, void *out)``; 0 says that it worked."""
+    return types.int32(types.int64, types.int64, types.int64), _generate_call
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        long = ir.IntType(64)
-        kind = ir.FunctionType(ir.IntType(32), [long, long])
-        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1], args[2]])
 
-    return types.int32(types.int64, types.int64, types.int64), generate
+def _call_with_one_code(typing: Any, function: Any, tensor: Any) -> Any:
+    """The same for ``int function(tensor)``."""
+    return types.int32(types.int64, types.int64), _generate_call
 
 
 _call: Any = intrinsic(_call_code)
+_call_with_one: Any = intrinsic(_call_with_one_code)
 
 
 @jit(helper=True)
@@ -164,7 +169,7 @@ def look(thing: int, how: Any, out: Any, seen: Any) -> bool:
 
 
 @jit(helper=True)
-def sparse(thing: int, how: Any) -> int:
+def sparse_body(thing: int, how: Any) -> int:
     """The address of the C++ tensor of a sparse COO tensor on the CPU; 0 for anything else."""
     if word(thing, TYPE) != how[TENSOR] or how[SPARSE] == 0:
         return 0
@@ -174,8 +179,23 @@ def sparse(thing: int, how: Any) -> int:
 
 @jit(holds_gil=True)
 def look_into(body: int, at: int, how: Any, out: Any, seen: Any) -> bool:
-    """What :func:`look` does, for the part that a :func:`sparse` tensor keeps ``at`` VALUES_AT or INDICES_AT."""
+    """What :func:`look` does, for what a sparse tensor keeps ``at`` VALUES_AT or INDICES_AT; :func:`sparse_body`."""
     return _look_at_tensor(body + how[at], how, out, seen)
+
+
+@jit(helper=True)
+def hold_parts(body: int, how: Any, handles: Any) -> None:
+    """Two handles that keep the parts of a sparse tensor alive, whatever becomes of itself; 0 for no tensor."""
+    for k in range(2):
+        if body == 0 or _call(how[NEW_HANDLE], body + how[VALUES_AT + k], handles[k:].ctypes.data) != 0:
+            handles[k] = 0
+
+
+@jit(helper=True)
+def let_go_of_parts(handles: Any, how: Any) -> None:
+    for handle in handles:
+        if handle:
+            _call_with_one(how[DELETE_HANDLE], handle)
 
 
 def look_once(thing: object, how: np.ndarray) -> np.ndarray | None:

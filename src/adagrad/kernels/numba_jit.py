@@ -249,11 +249,12 @@ class workers:  # in lower case, because it is used like a function
 
 def max_workers() -> int:
     """The number of threads that Numba may use: ``NUMBA_NUM_THREADS``, ``numba.set_num_threads``, or all cores."""
-    return int(_ask_numba()())
+    get = _get_num_threads()
+    return int(get())
 
 
 @functools.cache
-def _ask_numba() -> Callable[[], int]:
-    """What ``numba.get_num_threads`` asks once it has taken a lock between processes, which takes much longer."""
-    numba.get_num_threads()  # makes it
+def _get_num_threads() -> Callable[[], int]:
+    """The C function that ``numba.get_num_threads`` calls after it has taken a lock between processes: that is slow."""
+    numba.get_num_threads()  # loads the function
     return cast("Callable[[], int]", getattr(numba.np.ufunc.parallel, "_get_num_threads", numba.get_num_threads))

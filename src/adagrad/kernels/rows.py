@@ -34,12 +34,14 @@ from adagrad.kernels.layout import (
     STRIDES,
     UNIT,
     VALUES_AT,
+    hold_parts,
     item,
     item_size,
     layout,
+    let_go_of_parts,
     look,
     look_into,
-    sparse,
+    sparse_body,
     word,
 )
 from adagrad.kernels.numba_jit import acquire_gil, borrowed, jit, max_workers, release_gil, workers
@@ -78,12 +80,12 @@ def _look_at(weight: int, values: int, history: int, master: int, indices: int, 
              ) -> Any:  # fmt: skip
     """The code of an update (-1 where it is not plain); fills its ``facts``.
 
-    ``values`` and ``indices`` may both be a sparse COO tensor that has them; its shape is looked at then.
+    ``values`` and ``indices`` may be one and the same sparse COO tensor, which has both; its shape is looked at then.
     """
     own_out, own_seen = np.empty(1, np.int64), np.zeros((5, SEEN), np.int64)
     out, seen, how = borrowed(own_out), borrowed(own_seen), borrowed(how)
     things, has_master = (weight, values, history, master, indices), master != how[NONE]
-    body = sparse(values, how)
+    body = sparse_body(values, how) if values == indices else 0
     for k in range(5):
         if body and k in (GRAD, IDS):
             if not look_into(body, VALUES_AT if k == GRAD else INDICES_AT, how, out, seen[k]):
@@ -151,7 +153,7 @@ class Rows(NamedTuple):
 def _values_and_indices(weight: Any, grad: Any) -> tuple[Any, Any] | None:
     """Those of a RowSparse or a sparse COO tensor in the shape of the weight; None where it has another.
 
-    With other than one sparse dimension, values have not as many dimensions as the weight, which will be noticed.
+    With other than one sparse dimension, values have not as many dimensions as the weight: :func:`_look_at` asks.
     """
     if grad.shape != getattr(weight, "shape", None):
         return None
@@ -196,7 +198,7 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, steps
     """
     n, work, entries, facts, how = len(facts), 0, 0, borrowed(facts), borrowed(how)
     numbers, spans, written = np.empty(n, np.int64), np.empty((2, len(order)), np.int64), len(order) - 2 * n
-    counted = np.empty(n if steps else 0, np.int64)
+    step_at = np.empty(n if steps else 0, np.int64)
     for i in range(n):
         master = item(masters, i) if masters else how[NONE]
         code = _look_at(item(weights, i), item(values, i), item(histories, i), master, item(indices, i), how, row_wise,
@@ -213,22 +215,27 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, steps
     known[WAS_LARGE, 0] = work if work >= small else 0
     if count == 0 and work >= small:
         return LARGE, 0, 0, 0
-    if not disjoint(spans[0], spans[1], written, order) or (steps and not find_counts(steps, how, counted)):
+    if not disjoint(spans[0], spans[1], written, order) or (steps and not find_counts(steps, how, step_at)):
         return LEFT, 0, 0, 0
     for i in range(n):
         if known[numbers[i], UPDATE] == 0:
             return numbers[i], i, 0, 0
     ids, found = np.empty(entries, np.int64), np.empty((max(count, 1), FINDINGS), np.int64)
     kept, scratch = room(max(count, 1))
-    state = release_gil() if count > 0 else np.int64(0)
+    handles, state = np.zeros((n if count > 0 else 0, 2), np.int64), np.int64(0)
+    if count > 0:
+        for i in range(n):
+            hold_parts(sparse_body(item(values, i), how), how, handles[i])
+        state = release_gil()
     # No exception may come from here: it would find no GIL. Lack of memory in a worker is no exception, but a sign.
     done, which, bad, row = _check_ids_and_carry_out(
         facts, numbers, known, np.int64(ids.ctypes.data), found, kept, scratch, small, count
     )
     if count > 0:
         acquire_gil(state)
+        let_go_of_parts(handles.reshape(-1), how)
     if done == DONE:
-        advance_counts(counted)
+        advance_counts(step_at)
     ids[:0] = 0  # it is used by address above: this keeps it alive until here
     return done, which, bad, row
 
@@ -257,7 +264,7 @@ def _crew(elements: Any, small: int, count: int) -> Any:
     return count if elements >= small and count > 1 else 1
 
 
-def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], counts: list[Any],
+def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], steps: list[Any],
                  lrs: Any, wds: Any, rule: Rule, threads: int | None) -> bool:  # fmt: skip
     """Check and update a list of row-sparse gradients by one call of compiled code; False if it is left as it was.
 
@@ -285,8 +292,8 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
                 indices.append(grad.indices)
             else:
                 return False
-    masters_id, counts_id = id(masters) if masters else 0, id(counts) if counts else 0
-    lists = id(weights), id(values), id(histories), masters_id, counts_id, id(indices)
+    masters_id, steps_id = id(masters) if masters else 0, id(steps) if steps else 0
+    lists = id(weights), id(values), id(histories), masters_id, steps_id, id(indices)
     facts, known, order = np.empty((n, FACTS), np.int64), _workers(rule.row_wise), guess((5 if masters else 4) * n)
     given = *lists, how, rule.row_wise, facts, hyper(lrs, wds, rule), rule.scalars, known, order, cpu_rows.SMALL
     is_trial = not known[WAS_LARGE, 0]

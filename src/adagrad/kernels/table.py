@@ -235,14 +235,14 @@ def _update_plain(weights: int, grads: int, histories: int, masters: int, steps:
                   hyper: Any, scalars: Any, known: Any, order: Any, small: int, is_trial: bool, count: int
                   ) -> Any:  # fmt: skip
     table, codes, spans = np.empty((n, COLUMNS), np.int64), np.empty(n, np.int64), np.empty((2, len(order)), np.int64)
-    counted = np.empty(n if steps else 0, np.int64)
+    step_at = np.empty(n if steps else 0, np.int64)
     code, total = fill(weights, grads, histories, masters, how, row_wise, table, codes, spans)
     if code < 0 or code >= PLACES:
         return LEFT
     known[WAS_LARGE] = total if total >= small else 0
     if is_trial and total >= small:
         return LARGE
-    if not disjoint(spans[0], spans[1], len(order) - n, order) or (steps and not find_counts(steps, how, counted)):
+    if not disjoint(spans[0], spans[1], len(order) - n, order) or (steps and not find_counts(steps, how, step_at)):
         return LEFT
     work, block = known[code], arguments(table, hyper, scalars, total)
     if work == 0:
@@ -251,12 +251,12 @@ def _update_plain(weights: int, grads: int, histories: int, masters: int, steps:
     run(work, block, count if total >= small else 1)
     if not is_trial:
         acquire_gil(state)
-    advance_counts(counted)
+    advance_counts(step_at)
     table[:0], block[:0] = 0, 0  # they are used by address above: this keeps them alive until here
     return DONE
 
 
-def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], counts: list[Any],
+def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], steps: list[Any],
                  hyper: np.ndarray, rule: Rule, threads: int | None) -> bool:  # fmt: skip
     """Check and update a list by one call of compiled code; False if it is left as it was.
 
@@ -265,7 +265,7 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
     n, how = len(weights), layout()
     if how is None:
         return False
-    lists = id(weights), id(grads), id(histories), id(masters) if masters else 0, id(counts) if counts else 0, n
+    lists = id(weights), id(grads), id(histories), id(masters) if masters else 0, id(steps) if steps else 0, n
     known, order, small = _workers(rule.row_wise), guess(4 * n if masters else 3 * n), cpu_dense.SMALL
     given = *lists, how, rule.row_wise, hyper, rule.scalars, known, order, small
     is_trial = n <= SHORT and not known[WAS_LARGE]

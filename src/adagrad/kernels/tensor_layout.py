@@ -14,6 +14,7 @@ from adagrad.kernels.layout import (
     CODES,
     CONTIGUOUS,
     COUNT,
+    DELETE_HANDLE,
     DTYPE_AT,
     FORMAT,
     FORMATS,
@@ -23,6 +24,7 @@ from adagrad.kernels.layout import (
     INDICES_AT,
     KEYS_AT,
     KIND,
+    NEW_HANDLE,
     ON_CPU,
     ON_CUDA,
     PARAMETER,
@@ -54,7 +56,7 @@ def add_to(how: np.ndarray, *, with_cuda: bool) -> None:
         with torch.inference_mode(False):
             if _find(found, with_cuda):
                 how[:] = found
-                _find_parts(found)
+                _find_parts(found)  # where that fails, other tensors are known nevertheless
                 how[:] = found
     except (AttributeError, OSError, RuntimeError):
         return
@@ -75,7 +77,7 @@ def _find(how: np.ndarray, with_cuda: bool) -> bool:
     probes = [*plain, torch._neg_view(base), base.to("meta"), base.view(4, 6).to_sparse()]
     codes = {name: getattr(library, f"aoti_torch_dtype_{name}")() for name in FORMATS}
     for what, name in ((GET_ADDRESS, "get_data_ptr"), (GET_INDEX, "get_device_index")):
-        how[what] = ctypes.cast(getattr(library, f"aoti_torch_{name}"), ctypes.c_void_p).value or 0
+        how[what] = _address_of(name)
     how[HOLDER] = _offset([(id(t), object.__sizeof__(t), t._cdata) for t in probes])
     how[KEYS_AT] = _offset([(t._cdata, SEARCHED, _keys_of(t)) for t in probes])
     how[RANK_AT] = _offset([(t._cdata, SEARCHED, t.ndim) for t in plain])
@@ -88,11 +90,15 @@ def _find(how: np.ndarray, with_cuda: bool) -> bool:
 
 def _find_parts(how: np.ndarray) -> None:
     """Where sparse COO tensors keep their values and indices."""
+    for what, name in ((NEW_HANDLE, "new_tensor_handle"), (DELETE_HANDLE, "delete_tensor_object")):
+        how[what] = _address_of(name)
     with torch.inference_mode():  # else what they give is not what they keep, but another view of the same memory
-        inner = [(t, {VALUES_AT: t._values(), INDICES_AT: t._indices()}) for t in (_sparse(k) for k in range(3))]
-        for at in (VALUES_AT, INDICES_AT):
-            how[at] = _offset([(t._cdata, SEARCHED_IN_SPARSE, parts[at]._cdata) for t, parts in inner])
-    usual = _sparse(0)
+        probes = [_sparse(k) for k in range(3)]
+        for at, part_of in ((VALUES_AT, torch.Tensor._values), (INDICES_AT, torch.Tensor._indices)):
+            parts = [part_of(t) for t in probes]
+            places = zip(probes, parts, strict=True)
+            how[at] = _offset([(t._cdata, SEARCHED_IN_SPARSE, part._cdata) for t, part in places])
+    usual = _sparse(0)  # gradients are no inference tensors: do they keep what they give in the same places?
     get_address = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(int(how[GET_ADDRESS]))
     for at, part in ((VALUES_AT, usual._values()), (INDICES_AT, usual._indices())):
         kept, start = usual._cdata + int(how[at]), ctypes.c_int64()
@@ -110,6 +116,11 @@ def _sparse(first: int) -> torch.Tensor:
 def _library() -> ctypes.CDLL:
     name = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
     return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+
+
+def _address_of(name: str) -> int:
+    """That of a C function which PyTorch exports for compiled models."""
+    return ctypes.cast(getattr(_library(), f"aoti_torch_{name}"), ctypes.c_void_p).value or 0
 
 
 def _keys_of(tensor: torch.Tensor) -> int:
