@@ -865,20 +865,36 @@ def test_many_groups_of_one_rule_and_of_others() -> None:
         assert_same_bits(p, q)
 
 
-@pytest.mark.parametrize("name", ["update_plain", "update"])
+@pytest.mark.parametrize("is_plain", [True, False])
 def test_an_interrupt_that_is_noticed_after_the_kernels_loses_no_count(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    is_plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def update(*given: Any, **options: Any) -> None:
-        real(*given, **options)
+    def update(*given: Any) -> None:
+        real(*given)
         raise KeyboardInterrupt
 
-    real = getattr(call, name)
-    p = nn.Parameter(torch.ones(6)[::2] if name == "update" else torch.ones(3))
+    place, name = (call, "update_plain") if is_plain else (call.Prepared, "run")
+    real = getattr(place, name)
+    p = nn.Parameter(torch.ones(3) if is_plain else torch.ones(6)[::2])
     optimizer = Adagrad([p])
     p.grad = torch.ones(3)
-    monkeypatch.setattr(call, name, update)
+    monkeypatch.setattr(place, name, update)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
     assert optimizer.state[p]["sum"].tolist() == [1.0] * 3
     assert optimizer.state[p]["step"] == 1
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_an_interrupt_before_the_kernels_counts_nothing(is_plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*given: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    p = nn.Parameter(torch.ones(3) if is_plain else torch.ones(6)[::2])
+    optimizer = Adagrad([p])
+    p.grad = torch.ones(3)
+    monkeypatch.setattr(call, "update_plain" if is_plain else "prepare", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert optimizer.state[p]["step"] == 0
+    assert (p == 1).all()

@@ -169,15 +169,17 @@ def _together(rule: Rule, parts: list[Part]) -> Batch:
 def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     """Update the parameters by kernels, and their counts of steps.
 
-    Errors as those of :func:`call.update_plain` and :func:`call.update`, and those for counts that cannot be counted.
+    Errors as those of :func:`call.update_plain` and :func:`call.prepare`, and those for counts that cannot be counted.
     """
     batches, threads = _batches(parts), torch.get_num_threads()
     owed: list[Counts] = []  # counts that have not advanced with the weights: all of them, or none
     skips: list[Tensor] = []
     try:
         if grad_scale is not None or found_inf is not None or not _update_and_count(batches, parts, threads):
-            owed = [part.counts for part in parts]  # looked at before anything changes
-            skips = call.update(batches, threads=threads, grad_scale=grad_scale, found_inf=found_inf)
+            counts = [part.counts for part in parts]
+            prepared = call.prepare(batches, threads=threads, grad_scale=grad_scale, found_inf=found_inf)
+            owed = counts
+            skips = prepared.run()
     except Exception:
         raise
     except BaseException:  # Python notices an interrupt when the kernels have done their work

@@ -10,7 +10,7 @@ from adagrad.arrays import operand
 from adagrad.rule import Array, Rule
 
 Job = Callable[[], Any]
-"""What carries out a part of a call; on a CUDA device it may return a number there, see :func:`call.update`."""
+"""What carries out a part of a call; on a CUDA device it may return a number there, see :func:`call.prepare`."""
 
 
 @dataclass

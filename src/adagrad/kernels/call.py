@@ -45,14 +45,14 @@ def _are_plain(lrs: Sequence[Any], wds: Sequence[Any], n: int) -> bool:
     return len(lrs) in (1, n) and len(wds) in (1, n) and set(map(type, lrs)) == {float}
 
 
-def update(
+def prepare(
     batches: Sequence[Batch],
     *,
     threads: int | None = None,
     grad_scale: Any = None,
     found_inf: Any = None,
-) -> list[Any]:
-    """Check batches of updates and carry them out, in place: the ordinary way, for whatever :func:`update_plain` left.
+) -> Prepared:
+    """Check batches of updates, row ids on the CPU included: the ordinary way, for what :func:`update_plain` has left.
 
     Parameters
     ----------
@@ -66,27 +66,16 @@ def update(
 
     Returns
     -------
-    list of Tensor
-        One number on each CUDA device with row ids: not 0 where one of them was outside its weight, and so nothing on
-        that device has changed.
+    Prepared
+        Carried out, it returns one number on each CUDA device with row ids: not 0 where one of them was outside its
+        weight, and so nothing on that device has changed.
 
     Raises
     ------
     TypeError, ValueError, IndexError
-        Naming the argument, its value and the rule it broke; then nothing has changed. A row id outside a weight on a
-        CUDA device is raised by a later call instead.
+        Naming the argument, its value and the rule it broke. A row id outside a weight on a CUDA device is raised by a
+        later call instead.
     """
-    return prepare(batches, threads=threads, grad_scale=grad_scale, found_inf=found_inf).run()
-
-
-def prepare(
-    batches: Sequence[Batch],
-    *,
-    threads: int | None = None,
-    grad_scale: Any = None,
-    found_inf: Any = None,
-) -> Prepared:
-    """Check batches of updates, row ids on the CPU included; parameters and errors as in :func:`update`."""
     calls = [_Call(batch) for batch in batches if batch.weights]
     _refuse_shared(calls)
     scale = 1.0
