@@ -13,7 +13,7 @@ import pytest
 
 import oracle
 from adagrad import RowSparse, kernels
-from adagrad.kernels import cpu_dense, cpu_rows
+from adagrad.kernels import call, cpu_dense, cpu_rows
 from adagrad.rule import Rule, is_torch
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -235,6 +235,14 @@ def apply(
     weights, grads, states = [o.weight for o in given], [o.grad for o in given], [o.state for o in given]
     lrs, wds = [h.lr for h in hypers], [h.wd for h in hypers]
     kernels.update(weights, grads, states, lrs, wds, rule_of(hypers[0]), fused=fused, threads=threads)
+
+
+def update_plain(given: Sequence[Operands], hypers: Sequence[oracle.Hyper], threads: int | None = None) -> bool:
+    """Whether the quick way has updated all the operands, in place; rates are for each, or one for all."""
+    lists = ([getattr(o, name) for o in given] for name in ("weight", "grad", "history"))
+    masters = [o.master for o in given] if any(o.master is not None for o in given) else []
+    lrs, wds = [h.lr for h in hypers], [h.wd for h in hypers]
+    return call.update_plain(*lists, masters, [], lrs, wds, rule_of(hypers[0]), threads)
 
 
 def check(o: Operands, hyper: oracle.Hyper, *, threads: int | None = None, what: str = "") -> None:

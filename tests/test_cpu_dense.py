@@ -12,7 +12,7 @@ import pytest
 
 import oracle
 from adagrad import AdaGrad, GroupAdaGrad
-from adagrad.kernels import call, formats, strided
+from adagrad.kernels import formats, strided
 from adagrad.kernels import layout as layouts
 from support import (
     BFLOAT16,
@@ -30,8 +30,8 @@ from support import (
     layouts_of,
     normal,
     operands,
-    rule_of,
     special,
+    update_plain,
 )
 
 FLOAT32, FLOAT64 = KINDS[:2]
@@ -236,17 +236,12 @@ def test_plain_lists_take_the_quick_way(kind: Kind, row_wise: bool, count: int) 
     hyper = replace(HYPERS["all"], row_wise=row_wise)
     want = [expected(o, hyper) for o in given]
 
-    def update() -> bool:
-        lists = [[getattr(o, name) for o in given] for name in ("weight", "grad", "history")]
-        masters = [o.master for o in given] if kind.master else []
-        return call.update_plain(*lists, masters, [], [hyper.lr], [hyper.wd], rule_of(hyper), None)
-
-    assert update()
+    assert update_plain(given, [hyper])
     for i, (o, w) in enumerate(zip(given, want, strict=True)):
         assert_same(o, w, f"weight {i}")
     before = [o.copy() for o in given]
     given[-1].grad = given[-1].grad[::-1]  # of another order than its weight: all are left as they were
-    assert not update()
+    assert not update_plain(given, [hyper])
     for o, w in zip(given, before, strict=True):
         assert_same(o, w)
 

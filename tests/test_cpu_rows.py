@@ -33,6 +33,7 @@ from support import (
     positive,
     rule_of,
     special,
+    update_plain,
 )
 
 FLOAT32, FLOAT64 = KINDS[:2]
@@ -293,13 +294,8 @@ def test_lists_of_row_sparse_gradients_take_the_quick_way(kind: Kind, row_wise: 
     given = [rows(rng, kind, (9, 4), some(rng, 30, 9), row_wise=row_wise) for _ in range(count)]
     hyper = replace(HYPERS["all"], row_wise=row_wise)
 
-    def update() -> bool:
-        lists = [[getattr(o, name) for o in given] for name in ("weight", "grad", "history")]
-        masters = [o.master for o in given] if kind.master else []
-        return call.update_plain(*lists, masters, [], [hyper.lr], [hyper.wd], rule_of(hyper), None)
-
     want = [expected(o, hyper) for o in given]
-    assert update()
+    assert update_plain(given, [hyper])
     for i, (o, w) in enumerate(zip(given, want, strict=True)):
         assert_same(o, w, f"weight {i}")
 
@@ -313,16 +309,16 @@ def test_lists_of_row_sparse_gradients_take_the_quick_way(kind: Kind, row_wise: 
         last.grad = change
         if change is changes[0]:
             with pytest.raises(IndexError, match=rf"indices of grads\[{count - 1}\]: indices\[0\]=9: "):
-                update()
+                update_plain(given, [hyper])
         else:
-            assert not update()
+            assert not update_plain(given, [hyper])
         for o, w in zip(given, before, strict=True):
             for name in ("weight", "history", "master"):
                 if getattr(w, name) is not None:
                     np.testing.assert_array_equal(getattr(o, name), getattr(w, name))
     last.grad = good
     given.append(last)  # twice in one list
-    assert not update()
+    assert not update_plain(given, [hyper])
 
 
 def test_a_long_list_of_small_gradients_is_not_small() -> None:
@@ -330,8 +326,7 @@ def test_a_long_list_of_small_gradients_is_not_small() -> None:
     rng = np.random.default_rng(26)
     for count, is_large in ((2, False), (200, True), (3, False)):
         given = [rows(rng, FLOAT32, (9, 16), some(rng, 30, 9)) for _ in range(count)]
-        lists = [[getattr(o, name) for o in given] for name in ("weight", "grad", "history")]
-        assert call.update_plain(*lists, [], [], [0.1], [0.0], rule_of(HYPERS["plain"]), None)
+        assert update_plain(given, [HYPERS["plain"]])
         assert bool(quick._workers(False)[quick.WAS_LARGE, 0]) == is_large
 
 
@@ -358,9 +353,7 @@ def test_a_list_of_all_kinds_takes_the_quick_way() -> None:
     ]
     hypers = [replace(HYPERS["unclipped"], lr=0.1 * (i + 1), wd=0.01 * i) for i in range(len(given))]
     want = [expected(o, h) for o, h in zip(given, hypers, strict=True)]
-    lists = [[getattr(o, name) for o in given] for name in ("weight", "grad", "history", "master")]
-    rates = [h.lr for h in hypers], [h.wd for h in hypers]
-    assert call.update_plain(*lists, [], *rates, rule_of(hypers[0]), 2)
+    assert update_plain(given, hypers, threads=2)
     for i, (o, w) in enumerate(zip(given, want, strict=True)):
         assert_same(o, w, f"weight {i}")
 

@@ -13,7 +13,6 @@ import torch
 
 import oracle
 from adagrad import AdaGrad, GroupAdaGrad, RowSparse, get_updater
-from adagrad.kernels import call
 from support import (
     BFLOAT16,
     HYPERS,
@@ -25,8 +24,8 @@ from support import (
     assert_same_bits,
     expected,
     operands,
-    rule_of,
     to_numpy,
+    update_plain,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse:UserWarning")  # torch's, on the state of its sparse tensors
@@ -142,12 +141,9 @@ def test_compiled_code_looks_into_sparse_gradients(kind: Kind, name: str) -> Non
     assert grad.dtype == values.dtype
     rows = RowSparse(to_numpy(grad._values()), grad._indices()[0].numpy(), (8, 3))
     want = expected(replace(o, grad=rows), HYPERS["plain"])
-    given, hyper = tensors(replace(o, grad=rows)), HYPERS["plain"]
-    masters = [given.master] if kind.master else []
-    before = tensors(replace(o, grad=rows))
-    done = call.update_plain([given.weight], [grad], [given.history], masters, [], [hyper.lr], [hyper.wd],
-                             rule_of(hyper), None)  # fmt: skip
-    assert done == is_plain
+    given, before = (tensors(replace(o, grad=rows)) for _ in range(2))
+    given.grad = grad
+    assert update_plain([given], [HYPERS["plain"]]) == is_plain
     assert_same(given, want if is_plain else before)
 
 
@@ -172,11 +168,12 @@ MISFITS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", MISFITS)
 def test_gradients_that_do_not_fit_are_left_to_the_ordinary_way(name: str) -> None:
-    plain, rule = coo([1], torch.ones(1, 3), (8, 3)), rule_of(HYPERS["plain"])
-    weights, histories = ([torch.ones(8, 3) for _ in range(2)] for _ in range(2))
-    assert not call.update_plain(weights, [plain, MISFITS[name]()], histories, [], [], [0.1], [0.0], rule, None)
-    assert all((t == 1).all() for t in (*weights, *histories))
-    assert call.update_plain(weights, [plain, plain], histories, [], [], [0.1], [0.0], rule, None), "it was the misfit"
+    plain: Any = coo([1], torch.ones(1, 3), (8, 3))
+    given: list[Any] = [Operands(torch.ones(8, 3), grad, torch.ones(8, 3)) for grad in (plain, MISFITS[name]())]  # type: ignore[arg-type]
+    assert not update_plain(given, [HYPERS["plain"]])
+    assert all((t == 1).all() for o in given for t in (o.weight, o.history))
+    given[1].grad = plain
+    assert update_plain(given, [HYPERS["plain"]]), "it was the misfit"
 
 
 @FUSED

@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hoo
 from adagrad import checks, dialects
 from adagrad.dialects import Default
 from adagrad.torch_state import OURS, RULE, as_saved, fitted, new_state
-from adagrad.torch_step import Part, update, update_differentiably
+from adagrad.torch_step import Part, number, update, update_differentiably
 
 __all__ = ["Adagrad"]
 
@@ -317,8 +317,7 @@ def _check_options(options: dict[str, Any]) -> None:
         ("initial_accumulator_value", "initial_accumulator_value value"),
         ("eps", "epsilon value"),
     ):
-        value = float(options[name].detach()) if isinstance(options[name], Tensor) else checks.real(name, options[name])
-        if not 0 <= value < math.inf:
+        if not 0 <= checks.real(name, number(options[name])) < math.inf:
             raise ValueError(f"Invalid {label}: {options[name]}: {name} must be finite and >= 0")
     checks.positive_or_none("clip_value", options["clip_value"])
     for name in ("maximize", "differentiable", "row_wise", "multi_precision", *RULE):

@@ -31,7 +31,7 @@ _USUAL = frozenset((bool, int, float, type(None)))
 def _rule_and_decays(maximize: bool, clip_value: Any, eps: Any, inside: bool, decoupled: bool, row_wise: bool,
                      weight_decay: Any, lr_decay: Any) -> tuple[Rule, float, float]:  # fmt: skip
     """The rule of a group with these options, its weight decay and its decay of the learning rate."""
-    eps, weight_decay, lr_decay = map(_number, (eps, weight_decay, lr_decay))
+    eps, weight_decay, lr_decay = map(number, (eps, weight_decay, lr_decay))
     rule = Rule(
         rescale_grad=-1.0 if maximize else 1.0,
         clip_gradient=checks.positive_or_none("clip_value", clip_value),
@@ -94,7 +94,7 @@ class Part(Batch):
         rates = [1 + count * decay for count in self.counts.values(wait=not self.on_cuda())]
         return [_on(rate, lr) / rate for rate in rates]
 
-    def advance(self, counts: Counts, found_inf: Tensor | None, skips: list[Tensor]) -> None:
+    def advance(self, found_inf: Tensor | None, skips: list[Tensor]) -> None:
         """Add 1 to the parameters' counts.
 
         Those on a device stay where the device found infinities, or one of its ``skips`` is not 0. The others stay
@@ -102,7 +102,7 @@ class Part(Batch):
         """
         devices = {skip.device for skip in skips}
         if found_inf is None and not (devices and any(state["step"].device in devices for state in self.states)):
-            counts.advance()
+            self.counts.advance()
         else:
             for p, state in zip(self.weights, self.states, strict=True):
                 if found_inf is not None:
@@ -126,7 +126,7 @@ def _went(device: torch.device, found_inf: Tensor | None, skips: list[Tensor]) -
     return functools.reduce(operator.mul, [flag == 0 for flag in flags]) if flags else 1
 
 
-def _number(value: Any) -> Any:
+def number(value: Any) -> Any:
     """A hyper-parameter that may be a tensor of one number."""
     return float(value.detach()) if isinstance(value, Tensor) else value
 
@@ -172,7 +172,7 @@ def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | Non
     Errors as those of :func:`call.update_plain` and :func:`call.prepare`, and those for counts that cannot be counted.
     """
     batches, threads = _batches(parts), torch.get_num_threads()
-    owed: list[Counts] = []  # counts that have not advanced with the weights: all of them, or none
+    owed: list[Counts] = []  # counts that have still to advance, for they did not with the weights: all, or none
     skips: list[Tensor] = []
     try:
         if grad_scale is not None or found_inf is not None or not _update_and_count(batches, parts, threads):
@@ -199,10 +199,9 @@ def _update_and_count(batches: list[Batch], parts: list[Part], threads: int) -> 
 
 def _finish(parts: list[Part], owed: list[Counts], found_inf: Tensor | None, skips: list[Tensor]) -> None:
     """What remains of a step that succeeded."""
-    if owed:
-        for part, counts in zip(parts, owed, strict=True):
-            part.advance(counts, found_inf, skips)
     for part in parts:
+        if owed:
+            part.advance(found_inf, skips)
         mark_changed(part.weights)
         part.keep_masters()
 

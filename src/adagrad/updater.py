@@ -166,12 +166,11 @@ def _shapes(state: Any) -> Any:
 
 def _adopted(at: str, loaded: Any, fresh: Any, *, resize: bool) -> Any:
     """``loaded`` in the structure of ``fresh``, each array :func:`_into` its counterpart."""
-    if not isinstance(fresh, (tuple, list)):
-        if isinstance(loaded, (tuple, list)):
-            raise ValueError(f"{at}: {_kind(loaded)}: must be {_kind(fresh)}, for this weight")
-        return _into(loaded, fresh, resize=resize)
-    if not isinstance(loaded, (tuple, list)) or len(loaded) != len(fresh):
+    entries = [len(each) if isinstance(each, (tuple, list)) else None for each in (loaded, fresh)]
+    if entries[0] != entries[1]:
         raise ValueError(f"{at}: {_kind(loaded)}: must be {_kind(fresh)}, for this weight")
+    if entries[1] is None:
+        return _into(loaded, fresh, resize=resize)
     adopted = [_adopted(f"{at}[{k}]", *pair, resize=resize) for k, pair in enumerate(zip(loaded, fresh, strict=True))]
     return tuple(adopted) if isinstance(fresh, tuple) else adopted
 

@@ -20,7 +20,6 @@ from adagrad.kernels.checked import Update, Wrapped, is_row_sparse, look_at, ope
 from adagrad.kernels.cpu_rule import hyper
 from adagrad.kernels.expressions import by_expression
 from adagrad.kernels.spans import are_disjoint, together
-from adagrad.row_sparse import RowSparse
 from adagrad.rule import Rule, is_torch
 
 
@@ -33,7 +32,7 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
     """
     if not (table.fit(weights, grads, histories, masters) and _are_plain(lrs, wds, len(weights))):
         return False
-    if type(grads[0]) is RowSparse or getattr(grads[0], "is_sparse", False):
+    if is_row_sparse(grads[0]):
         return rows.update_plain(weights, grads, histories, masters, steps, lrs, wds, rule, threads)
     return table.update_plain(weights, grads, histories, masters, steps, hyper(lrs, wds, rule), rule, threads)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ def _sparse(first: int) -> torch.Tensor:
     return torch.sparse_coo_tensor(indices, values, (9, 2), is_coalesced=True, check_invariants=False)
 
 
+@functools.cache
 def _library() -> ctypes.CDLL:
     name = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
     return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
