@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import oracle
+from adagrad import torch as front_end
 from adagrad.kernels import call
 from adagrad.rule import Rule
 from adagrad.torch import Adagrad
@@ -707,6 +709,36 @@ def test_compiled_training_step() -> None:
         results.append([run(torch.ones(5, 4) * k).item() for k in range(4)])
         assert optimizer.state[model[0].weight]["step"] == 4
     assert results[0] == results[1]
+    torch._dynamo.reset()
+
+
+def test_the_compiler_traces_nothing_of_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where it compiles `step` itself nor where it comes back after a break in the graph."""
+    seen = []
+
+    def spy(*arguments: Any) -> None:
+        listening = torch._C._dynamo.eval_frame.get_eval_frame_callback()
+        seen.append((torch.compiler.is_dynamo_compiling(), listening))
+        update(*arguments)
+
+    update = front_end.update
+    monkeypatch.setattr(front_end, "update", spy)
+    p = parameter((3,))
+    optimizer = Adagrad([p], lr=0.1)
+
+    def run(x: Tensor) -> Tensor:
+        p.grad = x * 2
+        torch._dynamo.graph_break()
+        optimizer.step()
+        return x + 1
+
+    ways: list[Callable[[], Any]] = [partial(torch.compile(run, backend="eager"), torch.ones(3))]
+    ways += [torch.compile(optimizer.step, backend="eager"), optimizer.step]
+    for step in ways:
+        step()
+        step()
+    assert seen == [(False, None)] * 6
+    assert optimizer.state[p]["step"] == 6
     torch._dynamo.reset()
 
 

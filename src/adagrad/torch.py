@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 from torch.autograd import _profiler_enabled, profiler  # type: ignore[attr-defined]
+from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from adagrad import checks, dialects
@@ -20,6 +22,21 @@ from adagrad.torch_state import OURS, RULE, as_saved, fitted, new_state
 from adagrad.torch_step import Part, number, update, update_differentiably
 
 __all__ = ["Adagrad"]
+
+
+def _apart_from_compiler(func: Callable[..., Any]) -> Callable[..., Any]:
+    """``func``, never traced by torch.compile: to keep that out takes 3 us, here only where it listens to a thread."""
+    kept_out = torch._disable_dynamo(func)  # type: ignore[attr-defined]
+
+    @functools.wraps(func)
+    def call(self: Adagrad) -> Any:
+        return (kept_out if is_dynamo_compiling() or _compiler() is not None else func)(self)
+
+    return call
+
+
+# What listens to this thread, or None; where PyTorch does not tell, something may.
+_compiler: Callable[[], Any] = getattr(eval_frame, "get_eval_frame_callback", lambda: False)
 
 
 class Adagrad(Optimizer):
@@ -194,9 +211,12 @@ class Adagrad(Optimizer):
 
         @functools.wraps(func)
         def step(self: Adagrad, *args: Any, **kwargs: Any) -> Any:
-            is_compiled, has_closure = torch.compiler.is_compiling(), bool(args or kwargs)
-            is_observed = is_compiled or has_closure or _has_profiler() or self._has_step_hooks()
-            return (observed if is_observed else func)(self, *args, **kwargs)
+            if is_dynamo_compiling() or args or kwargs or self._has_step_hooks():
+                return observed(self, *args, **kwargs)
+            # A profiler of this thread, or of all that have been started.
+            if _profiler_enabled() or profiler._is_profiler_enabled:
+                return observed(self)
+            return func(self)
 
         return step
 
@@ -225,7 +245,7 @@ class Adagrad(Optimizer):
             self._update()
         return loss
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @_apart_from_compiler
     def _update(self) -> None:
         parts = [
             Part(self.defaults, group, states, self._versions)
@@ -295,11 +315,6 @@ class Adagrad(Optimizer):
                     }
         super().__setstate__(state)
         self._versions = {}
-
-
-def _has_profiler() -> bool:
-    """Whether one records in this thread, or in all that have been started."""
-    return bool(_profiler_enabled() or profiler._is_profiler_enabled)
 
 
 # --------------------------------------------------------------------------------------------------------- the options

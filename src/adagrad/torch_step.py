@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,13 +52,13 @@ class Part(Batch):
         """``versions``: of the parameters with master copies, by id, as the last step left them."""
         params: list[Any] = list(group["params"])
         grads: list[Any] = list(map(_grad_of, params))
-        if any(map(operator.is_, grads, itertools.repeat(None))):
+        if type(None) in map(type, grads):
             present = [i for i, grad in enumerate(grads) if grad is not None]
             params, grads, states = ([some[i] for i in present] for some in (params, grads, states))
         options = _options_of(group)
         check = _rule_and_decays if _USUAL.issuperset(map(type, options)) else _rule_and_decays.__wrapped__
         rule, wd, lr_decay = check(*options)
-        super().__init__(rule, weights=params, grads=grads, histories=list(map(_sum_of, states)), wds=[wd])
+        super().__init__(rule, params, grads, list(map(_sum_of, states)), [], [], [wd])
         if group["multi_precision"]:
             self.masters = [
                 master(p, state, is_ours=versions.get(id(p), -1) == _version(p))
@@ -111,11 +111,10 @@ class Part(Batch):
 
     def keep_masters(self) -> None:
         """Put the master copies that a step has updated into the state."""
-        if self.masters:
-            for state, copy in zip(self.states, self.masters, strict=True):
-                if copy is not None:
-                    state["master"] = copy
-            self._versions.update({id(p): _version(p) for p in self.weights})
+        for state, copy in zip(self.states, self.masters, strict=True):
+            if copy is not None:
+                state["master"] = copy
+        self._versions.update({id(p): _version(p) for p in self.weights})
 
 
 def _went(device: torch.device, found_inf: Tensor | None, skips: list[Tensor]) -> Any:
@@ -143,8 +142,6 @@ def _version(p: Tensor) -> int:
 
 def _batches(parts: list[Part]) -> list[Batch]:
     """The parts by rule: those of one rule are updated together."""
-    if len(parts) == 1:
-        return [parts[0]]
     by_rule: dict[Rule, list[Part]] = {}
     for part in parts:
         by_rule.setdefault(part.rule, []).append(part)
@@ -152,7 +149,7 @@ def _batches(parts: list[Part]) -> list[Batch]:
 
 
 def _together(rule: Rule, parts: list[Part]) -> Batch:
-    batch = Batch(rule)
+    batch = Batch(rule, [], [], [], [], [], [])
     has_masters = any(part.masters for part in parts)
     for part in parts:
         n = len(part.weights)
@@ -171,7 +168,8 @@ def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | Non
 
     Errors as those of :func:`call.update_plain` and :func:`call.prepare`, and those for counts that cannot be counted.
     """
-    batches, threads = _batches(parts), torch.get_num_threads()
+    batches: Sequence[Batch] = parts if len(parts) == 1 else _batches(parts)
+    threads = torch.get_num_threads()
     owed: list[Counts] = []  # counts that have still to advance, for they did not with the weights: all, or none
     skips: list[Tensor] = []
     try:
@@ -188,7 +186,7 @@ def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | Non
     _finish(parts, owed, found_inf, skips)
 
 
-def _update_and_count(batches: list[Batch], parts: list[Part], threads: int) -> bool:
+def _update_and_count(batches: Sequence[Batch], parts: list[Part], threads: int) -> bool:
     """Do both by one call of compiled code, if that can be; False if all is left as it was."""
     if len(batches) > 1:
         return False
@@ -203,7 +201,8 @@ def _finish(parts: list[Part], owed: list[Counts], found_inf: Tensor | None, ski
         if owed:
             part.advance(found_inf, skips)
         mark_changed(part.weights)
-        part.keep_masters()
+        if part.masters:
+            part.keep_masters()
 
 
 def update_differentiably(parts: list[Part]) -> None:
@@ -236,7 +235,8 @@ def update_differentiably(parts: list[Part]) -> None:
         target[rows] = value.to(target.dtype)
     for part, count in zip(parts, counts, strict=True):
         count.advance()
-        part.keep_masters()
+        if part.masters:
+            part.keep_masters()
 
 
 def _check(i: int, p: Tensor, history: Tensor, master: Tensor | None, rule: Rule) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from adagrad.arrays import operand
@@ -18,15 +18,15 @@ class Batch:
     """Updates that share a rule; each list has an entry for each weight, ``lrs`` and ``wds`` that or one for all."""
 
     rule: Rule
-    weights: list[Array] = field(default_factory=list)
-    grads: list[Any] = field(default_factory=list)
+    weights: list[Array]
+    grads: list[Any]
     """Arrays, RowSparse or sparse COO tensors."""
-    histories: list[Array] = field(default_factory=list)
-    masters: list[Any] = field(default_factory=list)
+    histories: list[Array]
+    masters: list[Any]
     """Arrays or None; empty where no weight has a master copy."""
-    lrs: list[Any] = field(default_factory=list)
+    lrs: list[Any]
     """Numbers; tensors of one number only for weights on their device."""
-    wds: list[float] = field(default_factory=list)
+    wds: list[float]
 
     def arrays(self, i: int) -> tuple[Any, Any, Any, Any]:
         return self.weights[i], self.grads[i], self.histories[i], self.masters[i] if self.masters else None
