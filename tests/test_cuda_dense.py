@@ -9,8 +9,9 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from typing import Any
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -26,8 +27,24 @@ pytest.importorskip("triton")
 from adagrad.kernels import cuda, cuda_dense  # noqa: E402
 from adagrad.rule import Rule  # noqa: E402
 
+HERE = torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 BLOCK = cuda_dense.BLOCK
+
+
+class DenseUpdate(NamedTuple):
+    weight: Any
+    grad: Any
+    history: Any
+    master: Any
+    lr: Any
+    wd: float
+
+
+def run(rule: Rule, dense: Sequence[DenseUpdate], rows: Sequence[cuda.RowUpdate] = (), **options: Any) -> Any:
+    """One call."""
+    found = [cuda_dense.of_tensors(*u, rule) for u in dense]
+    return cuda.update([cuda.Group(rule, cuda_dense.together(found) if found else None, rows)], HERE, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +109,7 @@ def expected(
 
 
 def make(shape: tuple[int, ...], dtype: str, seed: int = 0, *, master: bool = False, grad_dtype: str | None = None,
-         row_wise: bool = False, lr: Any = 0.1, wd: float = 0.01) -> cuda.DenseUpdate:  # fmt: skip
+         row_wise: bool = False, lr: Any = 0.1, wd: float = 0.01) -> DenseUpdate:  # fmt: skip
     rng = np.random.default_rng(seed)
     wide = computing(dtype)
 
@@ -103,10 +120,10 @@ def make(shape: tuple[int, ...], dtype: str, seed: int = 0, *, master: bool = Fa
     weight = tensor(rng.normal(size=shape), dtype) if copy is None else copy.to(getattr(torch, dtype))
     grad = tensor(rng.normal(size=shape) * 10.0 ** rng.integers(-6, 3, shape), grad_dtype or dtype)
     history = tensor(rng.random((shape[0], *[1] * (len(shape) - 1)) if row_wise else shape), wide.name)
-    return cuda.DenseUpdate(weight, grad, history, copy, lr, wd)
+    return DenseUpdate(weight, grad, history, copy, lr, wd)
 
 
-def check_update(updates: list[cuda.DenseUpdate], rule: Rule, scale: float | None = None, **options: Any) -> None:
+def check_update(updates: list[DenseUpdate], rule: Rule, scale: float | None = None, **options: Any) -> None:
     """Run ``updates`` in one call and compare every bit with the rule."""
     want = []
     for u in updates:
@@ -118,7 +135,7 @@ def check_update(updates: list[cuda.DenseUpdate], rule: Rule, scale: float | Non
         want.append((rounded(new, dtype), history, new, as_numpy(u.grad, dtype)))
     if scale is not None:
         options["grad_scale"] = torch.tensor(scale, device=DEVICE)
-    cuda.update([cuda.Group(rule, updates, [])], **options)
+    run(rule, updates, **options)
     for u, (weight, history, new, grad) in zip(updates, want, strict=True):
         dtype = str(u.weight.dtype).removeprefix("torch.")
         assert_same(as_numpy(u.history, dtype), history)
@@ -199,8 +216,8 @@ def test_rounds_to_nearest_even(dtype: str) -> None:
     ties = torch.cat([middle, middle.nextafter(low), middle.nextafter(up), torch.tensor([3.4e38, 65519.0, 65520.0])])
     master = ties[torch.isfinite(ties)].to(DEVICE)
     weight = torch.zeros(len(master), dtype=getattr(torch, dtype), device=DEVICE)
-    u = cuda.DenseUpdate(weight, torch.ones_like(weight), torch.ones_like(master), master.clone(), 0.0, 0.0)
-    cuda.update([cuda.Group(Rule(), [u], [])])
+    u = DenseUpdate(weight, torch.ones_like(weight), torch.ones_like(master), master.clone(), 0.0, 0.0)
+    run(Rule(), [u])
     assert torch.equal(u.master, master)
     assert torch.equal(u.weight, master.to(weight.dtype))
 
@@ -239,7 +256,7 @@ def test_lr_on_the_device(dtype: str, lr_dtype: str) -> None:
 
 def test_lr_of_another_dtype_is_refused() -> None:
     with pytest.raises(TypeError, match=r"lr: a tensor of torch.int64: must be float32 or float64"):
-        cuda.update([cuda.Group(Rule(), [make((3,), "float32", lr=torch.tensor(1, device=DEVICE))], [])])
+        run(Rule(), [make((3,), "float32", lr=torch.tensor(1, device=DEVICE))])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -252,7 +269,7 @@ def test_found_inf_makes_the_call_a_no_op(row_wise: bool) -> None:
     rule = Rule(row_wise=row_wise)
     u = make((5, 4), "bfloat16", master=True, row_wise=row_wise)
     before = [t.clone() for t in u[:4]]
-    cuda.update([cuda.Group(rule, [u], [])], found_inf=torch.ones(1, device=DEVICE))
+    run(rule, [u], found_inf=torch.ones(1, device=DEVICE))
     assert all(torch.equal(a, b) for a, b in zip(before, u[:4], strict=True))
     check_update([u], rule, found_inf=torch.zeros((), device=DEVICE))
 
@@ -261,7 +278,7 @@ def test_tables_are_kept_and_told_apart() -> None:
     """Nothing is uploaded for what did not change; a change of any address, size, lr, wd or rule is seen."""
     updates = [make((10,), "float32", i) for i in range(3)]
     uploads = 0
-    tables = cuda._tables_of(updates[0].weight.device)
+    tables = cuda._tables_of(HERE)
     upload = tables._upload
 
     def count(words: np.ndarray) -> Any:
@@ -296,18 +313,30 @@ def test_many_tables_push_out_the_oldest() -> None:
     u = make((4,), "float32")
     for k in range(3 * cuda.KEPT):
         check_update([u._replace(lr=0.1 + k)], Rule())
-    assert len(cuda._tables_of(u.weight.device)._settings) == cuda.KEPT
+    assert len(cuda._tables_of(HERE)._settings) == cuda.KEPT
 
 
 def test_a_tensor_without_an_address_is_refused() -> None:
     u = make((4,), "float32")
     with pytest.raises(ValueError, match="without an address"):
-        cuda.update([cuda.Group(Rule(), [u._replace(grad=torch.empty(4, device="meta"))], [])])
+        run(Rule(), [u._replace(grad=torch.empty(4, device="meta"))])
+
+
+def test_tensors_live_until_the_launch() -> None:
+    """The gradient of a DTensor that was redistributed has no other owner."""
+    u = make((4,), "float32")
+    grad = u.grad.clone()
+    gone = weakref.ref(grad)
+    updates = cuda_dense.together([cuda_dense.of_tensors(*u._replace(grad=grad), Rule()) for _ in range(2)])
+    del grad
+    assert gone() is not None
+    del updates
+    assert gone() is None
 
 
 def test_nothing_to_do() -> None:
-    cuda.update([cuda.Group(Rule(), [], [])])
-    cuda.update([cuda.Group(Rule(), [make((0,), "float32"), make((3, 0), "float32", row_wise=True)], [])])
+    run(Rule(), [])
+    run(Rule(), [make((0,), "float32"), make((3, 0), "float32", row_wise=True)])
     cuda.check()
 
 
@@ -341,10 +370,10 @@ single, double, half = torch.float32, torch.float64, torch.bfloat16
 cases = (single, single, False), (single, single, True), (double, double, False), (half, single, False)
 for dtype, wide, row_wise in cases:
     tensors = torch.zeros(9, 48, dtype=dtype), torch.zeros(9, 1 if row_wise else 48, dtype=wide)
-    dense = cuda.DenseUpdate(tensors[0], tensors[0], tensors[1], None, 0.1, 0.1)
+    rule = Rule(row_wise=row_wise)
+    dense = cuda.cuda_dense.of_tensors(tensors[0], tensors[0], tensors[1], None, 0.1, 0.1, rule)
     rows = cuda.RowUpdate(tensors[0], torch.zeros(9, dtype=torch.int64), tensors[0], tensors[1], None, number, 0.1)
-    group = cuda.Group(Rule(row_wise=row_wise), [dense], [rows])
-    cuda.update([group], grad_scale=number, found_inf=number)
+    cuda.update([cuda.Group(rule, dense, [rows])], number.device, grad_scale=number, found_inf=number)
 
 operations = re.compile(r"\\b(?:fma|mad|add|sub|mul|div|r?sqrt|rcp|min|max)[a-z0-9.]*[.]f(?:32|64)\\b")
 names = set()
@@ -377,19 +406,19 @@ def test_a_captured_graph_replays_the_step() -> None:
     u, twin = (make((BLOCK + 1,), "float32", lr=lr) for _ in range(2))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        cuda.update([cuda.Group(Rule(), [u], [])])
+        run(Rule(), [u])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        cuda.update([cuda.Group(Rule(), [u], [])])
+        run(Rule(), [u])
     for k in range(3 * cuda.KEPT):
-        cuda.update([cuda.Group(Rule(), [make((5,), "float32", lr=0.1 + k)], [])])
+        run(Rule(), [make((5,), "float32", lr=0.1 + k)])
     lr.fill_(0.2)
     graph.replay()
     lr.fill_(0.1)
-    cuda.update([cuda.Group(Rule(), [twin], [])])
+    run(Rule(), [twin])
     lr.fill_(0.2)
-    cuda.update([cuda.Group(Rule(), [twin], [])])
+    run(Rule(), [twin])
     assert torch.equal(u.weight, twin.weight)
     assert torch.equal(u.history, twin.history)
 
@@ -403,6 +432,6 @@ def test_more_than_2_to_the_31_elements() -> None:
     weight = torch.zeros(elements, dtype=torch.float16, device=DEVICE)
     history = torch.zeros(elements, device=DEVICE)
     grad = torch.ones_like(weight)
-    cuda.update([cuda.Group(Rule(epsilon=0.0), [cuda.DenseUpdate(weight, grad, history, None, 0.5, 0.0)], [])])
+    run(Rule(epsilon=0.0), [DenseUpdate(weight, grad, history, None, 0.5, 0.0)])
     assert weight.min().item() == weight.max().item() == -0.5
     assert history.min().item() == history.max().item() == 1.0

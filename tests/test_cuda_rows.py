@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from test_cuda_dense import DEVICE, DTYPES, as_numpy, assert_same, expected, make, needs_gpu, rounded
+from test_cuda_dense import DEVICE, DTYPES, as_numpy, assert_same, expected, make, needs_gpu, rounded, run
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 
-from adagrad.kernels import cuda  # noqa: E402
+from adagrad.kernels import cuda, cuda_rows  # noqa: E402
 from adagrad.rule import Rule  # noqa: E402
 
 
@@ -74,7 +75,7 @@ def check_rows(updates: list[cuda.RowUpdate], rule: Rule, scale: float | None = 
         want.append((weight, history, new, as_numpy(u.values, dtype)))
     if scale is not None:
         options["grad_scale"] = torch.tensor(scale, device=DEVICE)
-    cuda.update([cuda.Group(rule, [], updates)], **options)
+    run(rule, [], updates, **options)
     for u, (weight, history, new, values) in zip(updates, want, strict=True):
         dtype = str(u.weight.dtype).removeprefix("torch.")
         assert_same(as_numpy(u.history, dtype), history)
@@ -125,6 +126,21 @@ def test_runs_across_pieces(counts: tuple[int, ...], row_wise: bool) -> None:
     check_rows([make_rows(ids, (len(counts), 3), row_wise=row_wise)], Rule(row_wise=row_wise))
 
 
+@triton.jit
+def find_first(ids: tl.tensor, end: tl.tensor, row: tl.tensor, found: tl.tensor) -> None:
+    tl.store(found, cuda_rows.first_position(ids, tl.full([], 0, tl.int64) + end, row))
+
+
+@pytest.mark.parametrize("count", [1, 127, 128, 129, 16383, 16384, 16385, 50_000])
+def test_where_a_run_begins(count: int) -> None:
+    """In one look, two and three; runs of all lengths, the first one and what is behind the last one too."""
+    ids = np.sort(np.append(zipf(count - 1, count, 1), 0))
+    found = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    for row in sorted({0, 1, *np.random.default_rng(2).choice(ids, 20), ids.max() + 1}):
+        find_first[(1,)](torch.tensor(ids, device=DEVICE), count, int(row), found)
+        assert found.item() == np.searchsorted(ids, row)
+
+
 def test_the_order_of_summation_is_seen() -> None:
     """Another order of these values gives other bits: the comparison with the oracle is not empty."""
     u = make_rows(zipf(400, 3), (3, 4))
@@ -138,13 +154,13 @@ def test_a_row_depends_on_its_own_values_alone() -> None:
     """The same occurrences of row 2 amid others: the same bits."""
     u = make_rows([2] * 300, (9, 4))
     alone = [t.clone() for t in (u.weight, u.history)]
-    cuda.update([cuda.Group(Rule(), [], [u._replace(weight=alone[0], history=alone[1])])])
+    run(Rule(), [], [u._replace(weight=alone[0], history=alone[1])])
     mixed = np.repeat(np.random.default_rng(0).choice([0, 1, 5, 8], 300), 2)
     mixed[::2] = 2
     values = torch.randn(600, 4, dtype=torch.float32).to(DEVICE)
     values[::2] = u.values
     indices = torch.tensor(mixed, device=DEVICE)
-    cuda.update([cuda.Group(Rule(), [], [u._replace(indices=indices, values=values)])])
+    run(Rule(), [], [u._replace(indices=indices, values=values)])
     assert torch.equal(u.weight[2], alone[0][2])
     assert torch.equal(u.history[2], alone[1][2])
 
@@ -197,8 +213,8 @@ def test_several_updates_with_dense_ones_in_one_call() -> None:
     twins = [u._replace(weight=u.weight.clone(), history=u.history.clone()) for u in rows]
     dense = [make((10,), "float32", 3, lr=0.3), make((10,), "float16", 4, lr=0.4)]
     dense_twins = [u._replace(weight=u.weight.clone(), history=u.history.clone()) for u in dense]
-    cuda.update([cuda.Group(Rule(), dense, rows)])
-    cuda.update([cuda.Group(Rule(), dense_twins, [])])
+    run(Rule(), dense, rows)
+    run(Rule(), dense_twins, [])
     check_rows(twins, Rule())
     for one, other in zip([*dense, *rows], [*dense_twins, *twins], strict=True):
         assert torch.equal(one.weight, other.weight)
@@ -241,7 +257,7 @@ def test_a_row_out_of_range_makes_the_call_a_no_op(index_dtype: str, bad: int, r
     dense = [make((5, 2), "float32", row_wise=row_wise)]
     everything = [*dense, *good, wrong]
     before = copies(everything)
-    cuda.update([cuda.Group(rule, dense, [good[0], wrong, good[1]])])
+    run(rule, dense, [good[0], wrong, good[1]])
     assert all(torch.equal(a, b) for a, b in zip(before, copies(everything), strict=True))
     with pytest.raises(IndexError, match=rf"indices: row {bad}: must be in \[0, 7\)"):
         cuda.check(DEVICE)
@@ -251,21 +267,21 @@ def test_a_row_out_of_range_makes_the_call_a_no_op(index_dtype: str, bad: int, r
 
 def test_the_next_call_raises_and_changes_nothing() -> None:
     wrong, good = make_rows([9], (9, 2)), make_rows([3], (9, 2))
-    cuda.update([cuda.Group(Rule(), [], [wrong])])
+    run(Rule(), [], [wrong])
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     before = copies([good])
     with pytest.raises(IndexError, match=r"row 9: must be in \[0, 9\)"):
-        cuda.update([cuda.Group(Rule(), [], [good])])
+        run(Rule(), [], [good])
     assert all(torch.equal(a, b) for a, b in zip(before, copies([good]), strict=True))
     check_rows([good], Rule())
 
 
 def test_ids_of_an_empty_weight_are_out_of_range() -> None:
-    cuda.update([cuda.Group(Rule(), [], [make_rows([0], (0, 3))])])
+    run(Rule(), [], [make_rows([0], (0, 3))])
     with pytest.raises(IndexError, match=r"row 0: must be in \[0, 0\)"):
         cuda.check()
-    cuda.update([cuda.Group(Rule(), [], [make_rows([5], (4, 0))])])
+    run(Rule(), [], [make_rows([5], (4, 0))])
     with pytest.raises(IndexError, match=r"row 5: must be in \[0, 4\)"):
         cuda.check()
 
@@ -275,7 +291,7 @@ def test_found_inf_makes_the_call_a_no_op(row_wise: bool) -> None:
     rule = Rule(row_wise=row_wise)
     u = make_rows([*[2] * 140, 1], (4, 3), "float16", master=True, row_wise=row_wise)
     before = copies([u])
-    cuda.update([cuda.Group(rule, [], [u])], found_inf=torch.ones(1, device=DEVICE))
+    run(rule, [], [u], found_inf=torch.ones(1, device=DEVICE))
     assert all(torch.equal(a, b) for a, b in zip(before, copies([u]), strict=True))
     check_rows([u], rule, found_inf=torch.zeros(1, device=DEVICE))
 
@@ -299,14 +315,14 @@ def test_a_captured_graph_replays_the_step() -> None:
     twin = u._replace(weight=u.weight.clone(), history=u.history.clone())
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        cuda.update([cuda.Group(Rule(), [], [u])])
+        run(Rule(), [], [u])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        cuda.update([cuda.Group(Rule(), [], [u])])
+        run(Rule(), [], [u])
     graph.replay()
     for _ in range(2):
-        cuda.update([cuda.Group(Rule(), [], [twin])])
+        run(Rule(), [], [twin])
     assert torch.equal(u.weight, twin.weight)
     assert torch.equal(u.history, twin.history)
     before = u.weight.clone()
@@ -327,7 +343,7 @@ def test_a_table_of_more_than_2_to_the_31_elements() -> None:
     history = torch.zeros(rows, 64, device=DEVICE)
     indices = torch.tensor([rows - 1, 0, rows - 1], device=DEVICE)
     values = torch.ones(3, 64, dtype=torch.float16, device=DEVICE)
-    cuda.update([cuda.Group(Rule(epsilon=0.0), [], [cuda.RowUpdate(weight, indices, values, history, None, 0.5, 0.0)])])
+    run(Rule(epsilon=0.0), [], [cuda.RowUpdate(weight, indices, values, history, None, 0.5, 0.0)])
     assert weight[[0, -1]].eq(-0.5).all()
     assert history[-1].eq(4).all()
     assert weight.count_nonzero().item() == 128

@@ -77,9 +77,10 @@ def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     calls = []
     real = cuda.update
 
-    def update(groups: Any, **others: Any) -> Any:
-        calls.append((sum(len(group.dense) for group in groups), sum(len(group.rows) for group in groups), others))
-        return real(groups, **others)
+    def update(groups: Any, device: Any, **others: Any) -> Any:
+        dense = sum(len(group.dense.rows) for group in groups if group.dense)
+        calls.append((dense, sum(len(group.rows) for group in groups), others))
+        return real(groups, device, **others)
 
     monkeypatch.setattr(cuda, "update", update)
     formats = table.formats

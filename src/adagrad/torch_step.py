@@ -188,9 +188,9 @@ def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | Non
 
 def _update_and_count(batches: Sequence[Batch], parts: list[Part], threads: int) -> bool:
     """Do both by one call of compiled code, if that can be; False if all is left as it was."""
-    if len(batches) > 1:
-        return False
     b = batches[0]
+    if len(batches) > 1 or (b.weights and b.weights[0].is_cuda):
+        return False
     steps = parts[0].steps if len(parts) == 1 else [step for part in parts for step in part.steps]
     return call.update_plain(b.weights, b.grads, b.histories, b.masters, steps, b.lrs, b.wds, b.rule, threads)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -91,25 +91,37 @@ def prepare(
     return Prepared([functools.partial(launch.run, grad_scale, found_inf) for launch in launches.values()] + jobs)
 
 
-class _CudaLaunch(NamedTuple):
-    """What goes to one CUDA device, by rule."""
+class _CudaLaunch:
+    """What goes to one CUDA device: by rule, dense updates and row-sparse ones."""
 
-    device: Any
-    groups: dict[Rule, Any]
+    def __init__(self, device: Any) -> None:
+        self.device = device
+        self._groups: dict[Rule, tuple[list[Any], list[Any]]] = {}
 
-    def add(self, rule: Rule, weight: Any, grad: Any, indices: Any, history: Any, master: Any, lr: Any, wd: float
-            ) -> None:  # fmt: skip
-        group = self.groups.setdefault(rule, _cuda().Group(rule, [], []))
-        if is_torch(lr) and lr.device != self.device:
-            lr = lr.to(self.device, non_blocking=True)
-        if indices is None:
-            group.dense.append(_cuda().DenseUpdate(weight, grad, history, master, lr, wd))
-        else:
-            group.rows.append(_cuda().RowUpdate(weight, indices, grad, history, master, lr, wd))
+    def add_dense(self, rule: Rule, updates: Any) -> None:
+        self._of(rule)[0].append(updates._replace(lrs=self._here(updates.lrs)))
+
+    def add_rows(self, rule: Rule, weight: Any, indices: Any, values: Any, history: Any, master: Any, lr: Any, wd: float
+                 ) -> None:  # fmt: skip
+        (lr,) = self._here([lr])
+        self._of(rule)[1].append(_cuda().RowUpdate(weight, indices, values, history, master, lr, wd))
+
+    def _of(self, rule: Rule) -> tuple[list[Any], list[Any]]:
+        return self._groups.setdefault(rule, ([], []))
+
+    def _here(self, lrs: list[Any]) -> list[Any]:
+        if set(map(type, lrs)) == {float}:
+            return lrs
+        return [lr.to(self.device, non_blocking=True) if is_torch(lr) else lr for lr in lrs]
 
     def run(self, grad_scale: Any, found_inf: Any) -> Any:
         scale, found = (t if t is None else t.to(self.device, non_blocking=True) for t in (grad_scale, found_inf))
-        return _cuda().update(list(self.groups.values()), grad_scale=scale, found_inf=found)
+        together = _cuda().cuda_dense.together
+        groups = [
+            _cuda().Group(rule, together(dense) if dense else None, rows)
+            for rule, (dense, rows) in self._groups.items()
+        ]
+        return _cuda().update(groups, self.device, grad_scale=scale, found_inf=found)
 
 
 @functools.cache
@@ -175,31 +187,34 @@ class _Call:
         batch, rule = self.batch, self.batch.rule
         scaled = rule if scale == 1 else replace(rule, rescale_grad=rule.rescale_grad / scale)
 
-        def on_cuda(i: int, weight: Any, grad: Any, indices: Any, history: Any, master: Any) -> None:
-            launch = launches.setdefault(weight.device, _CudaLaunch(weight.device, {}))
-            launch.add(rule, weight, grad, indices, history, master, *batch.rates(i))
+        def launch_on(device: Any) -> _CudaLaunch:
+            return launches.setdefault(device, _CudaLaunch(device))
 
         for code, which in self.groups:
             place, formats = table.formats(code)
             if place == 0:
                 jobs.append(self._launch(which, formats, scaled, threads))
-                continue
-            for i in which:
-                weight, grad, history, master = batch.arrays(i)
-                on_cuda(i, weight, grad, None, history, master)
+            else:
+                launch_on(batch.weights[which[0]].device).add_dense(rule, self._dense_on_cuda(which))
         for i, found in self.rows.items():
             weight, _, history, master = batch.arrays(i)
+            lr, wd = batch.rates(i)
             if found.place:
-                on_cuda(i, weight, found.values, found.indices.reshape(-1), history, master)
+                indices = found.indices.reshape(-1)
+                launch_on(weight.device).add_rows(rule, weight, indices, found.values, history, master, lr, wd)
             else:
-                lr, wd = batch.rates(i)
                 jobs.append(found.plan(f"[{i}]", hyper([lr], [wd], scaled)[0], scaled, threads))
         dense: dict[table.Formats, list[int]] = {}
         for i, u in self.others.items():
             if _is_on_cuda(u):
+                weight, grad, history = u.weight.array, u.grad.array, u.history.array
                 master = None if u.master is None else u.master.array
-                indices = None if u.indices is None else u.indices.contiguous()
-                on_cuda(i, u.weight.array, u.grad.array, indices, u.history.array, master)
+                launch, rates = launch_on(weight.device), batch.rates(i)
+                if u.indices is None:
+                    only = _cuda().cuda_dense.of_tensors(weight, grad, history, master, *rates, rule)
+                    launch.add_dense(rule, only)
+                else:
+                    launch.add_rows(rule, weight, u.indices.contiguous(), grad, history, master, *rates)
             elif u.weight.device != "cpu":
                 jobs.append(by_expression(f"[{i}]", u, *batch.rates(i), scaled))
             elif u.indices is None and ordinary.is_plain(u):
@@ -211,6 +226,13 @@ class _Call:
             jobs.append(ordinary.plain(updates, *batch.some_rates(which), scaled, threads))
         for i, given in self.wrapped.items():
             jobs.append(by_expression(f"[{i}]", given, *batch.rates(i), scaled))
+
+    def _dense_on_cuda(self, which: Sequence[int]) -> Any:
+        found: Any = self.table
+        rows, codes = found.rows, found.codes
+        if len(which) < len(rows):
+            rows, codes = rows[list(which)], codes[list(which)]
+        return _cuda().DenseUpdates(rows, codes, *self.batch.some_rates(which), [self.batch])
 
     def _launch(self, which: Sequence[int], formats: table.Formats, rule: Rule, threads: int | None) -> Job:
         found: Any = self.table

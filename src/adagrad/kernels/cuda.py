@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from adagrad.kernels import cuda_dense, cuda_rows
+from adagrad.kernels.cuda_dense import DenseUpdates
 from adagrad.kernels.cuda_rule import HEADER, SETTINGS
 
 if TYPE_CHECKING:
@@ -39,22 +40,6 @@ KEPT = 16
 NO_ROW = np.iinfo(np.int64).min
 
 
-class DenseUpdate(NamedTuple):
-    """A weight with a dense gradient; all tensors contiguous and on one device."""
-
-    weight: Tensor
-    """float16, bfloat16, float32 or float64, of any shape."""
-    grad: Tensor
-    """The weight's shape; the weight's dtype, or float32."""
-    history: Tensor
-    """Computing dtype; the weight's shape, or (n, 1, ...) for a row-wise rule."""
-    master: Tensor | None
-    """float32 copy of a float16 or bfloat16 weight, or None."""
-    lr: float | Tensor
-    """A number, or a 0-d float32 or float64 tensor on the device."""
-    wd: float
-
-
 class RowUpdate(NamedTuple):
     """A weight with a row-sparse gradient; all tensors contiguous and on one device."""
 
@@ -65,8 +50,11 @@ class RowUpdate(NamedTuple):
     values: Tensor
     """Shape (n, *weight.shape[1:]); the weight's dtype, or float32."""
     history: Tensor
+    """Computing dtype; the weight's shape, or (n, 1, ...) for a row-wise rule."""
     master: Tensor | None
+    """float32 copy of a float16 or bfloat16 weight, or None."""
     lr: float | Tensor
+    """A number, or a 0-d float32 or float64 tensor on the device."""
     wd: float
 
 
@@ -74,12 +62,13 @@ class Group(NamedTuple):
     """Updates under one rule."""
 
     rule: Rule
-    dense: Sequence[DenseUpdate]
+    dense: DenseUpdates | None
     rows: Sequence[RowUpdate]
 
 
 def update(
     groups: Sequence[Group],
+    device: torch.device,
     *,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -89,7 +78,8 @@ def update(
     Parameters
     ----------
     groups : sequence of Group
-        All on the same device. No weight, history or master copy shares memory with anything else in the call.
+    device : torch.device
+        Where all of it is; no weight, history or master copy shares memory with anything else in the call.
     grad_scale : Tensor, optional
         One number on the device; each gradient (for rows: each sum of a row's occurrences) is divided by it first.
     found_inf : Tensor, optional
@@ -106,24 +96,18 @@ def update(
         An earlier call on this device met a row id outside its weight, and changed nothing.
     TypeError
         An lr on the device is neither float32 nor float64.
-    ValueError
-        A dense tensor has elements but no address.
     """
-    groups = [group for group in groups if group.dense or group.rows]
-    if not groups:
-        return None
-    device = (groups[0].dense or groups[0].rows)[0].weight.device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         raise_reported(device)
         tables, report, skip = _tables_of(device), _report_of(device), None
         launches: list[Callable[..., None]] = []
         for rule, dense, rows in groups:
-            weights, grads, histories, masters, lrs, wds = zip(*dense, strict=True) if dense else ((),) * 6
+            lrs, wds = dense.rates() if dense else ([], [])
             settings = tables.settings([*lrs, *[u.lr for u in rows]], [*wds, *[u.wd for u in rows]], rule)
             if dense:
-                addresses, found = tables.addresses(cuda_dense.columns(weights, grads, histories, masters, rule))
+                addresses, found = tables.addresses(dense)
                 launches += [partial(cuda_dense.run, launch, addresses, settings) for launch in found]
-            for i, u in enumerate(rows, len(dense)):
+            for i, u in enumerate(rows, len(lrs)):
                 if u.indices.numel():
                     # Every id of the call is checked before the first element changes.
                     skip = torch.zeros(1, dtype=torch.int32, device=device) if skip is None else skip
@@ -212,14 +196,15 @@ class _Tables:
         self._addresses: list[tuple[Any, tuple[Tensor, list[cuda_dense.Launch]]]] = []
         self._settings: list[tuple[Any, Tensor]] = []
 
-    def addresses(self, columns: cuda_dense.Columns) -> tuple[Tensor, list[cuda_dense.Launch]]:
+    def addresses(self, updates: DenseUpdates) -> tuple[Tensor, list[cuda_dense.Launch]]:
         """The table of addresses and the launches that use it."""
 
         def make() -> tuple[Tensor, list[cuda_dense.Launch]]:
-            words, launches = cuda_dense.plan(columns)
+            words, launches = cuda_dense.plan(updates)
             return self._upload(words), launches
 
-        return self._recent(self._addresses, columns, make)
+        key = updates.rows.tobytes(), updates.codes.tobytes(), updates.share_rates
+        return self._recent(self._addresses, key, make)
 
     def settings(self, lrs: Sequence[float | Tensor], wds: Sequence[float], rule: Rule) -> Tensor:
         """The table of the rule's scalars and of each update's lr and wd."""

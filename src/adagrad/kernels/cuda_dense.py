@@ -13,16 +13,17 @@ for the scalars' table and for the arithmetic.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from adagrad.kernels.cpu_dense import ROW, SIZE
 from adagrad.kernels.cuda_rule import (
     EXACT,
     LANES,
@@ -38,6 +39,7 @@ from adagrad.kernels.cuda_rule import (
     widen,
     write_weight,
 )
+from adagrad.kernels.table import code_of_formats, formats
 
 if TYPE_CHECKING:
     from adagrad.rule import Rule
@@ -180,87 +182,108 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-class Columns(NamedTuple):
-    """All that the table of addresses depends on, a tuple a column; what changes most often comes first."""
+class DenseUpdates(NamedTuple):
+    """Dense updates on one device, for any number of tensors."""
 
-    grads: tuple[int, ...]
-    weights: tuple[int, ...]
-    histories: tuple[int, ...]
-    masters: tuple[int, ...]
-    sizes: tuple[int, ...] | tuple[torch.Size, ...]
-    """Elements, or shapes where the history has one value a row."""
-    weight_dtypes: tuple[torch.dtype, ...]
-    grad_dtypes: tuple[torch.dtype, ...]
+    rows: np.ndarray
+    """(n, COLUMNS) words, as :mod:`adagrad.kernels.cpu_dense` has it: addresses, elements, a row's length or 0."""
+    codes: np.ndarray
+    """(n,) integers: what :func:`adagrad.kernels.table.formats` says of them."""
+    lrs: list[float | Tensor]
+    """Numbers, or 0-d float32 or float64 tensors on the device: one for each, or one for all."""
+    wds: list[float]
+    tensors: list[Any]
+    """What the addresses are of, or holds it: alive until the kernels are launched."""
+
+    @property
+    def share_rates(self) -> bool:
+        return len(self.lrs) == len(self.wds) == 1
+
+    def rates(self) -> tuple[list[float | Tensor], list[float]]:
+        """lr and wd of each, or a single one of both where they are shared."""
+        n = 1 if self.share_rates else len(self.rows)
+        return _each(self.lrs, n), _each(self.wds, n)
 
 
-def columns(weights: Sequence[Tensor], grads: Sequence[Tensor], histories: Sequence[Tensor],
-            masters: Sequence[Tensor | None], rule: Rule) -> Columns:  # fmt: skip
-    """The columns of a table. For many small tensors this is most of a call's time; hence the loops in C."""
-    return Columns(
-        tuple(map(Tensor.data_ptr, grads)),
-        tuple(map(Tensor.data_ptr, weights)),
-        tuple(map(Tensor.data_ptr, histories)),
-        tuple([0 if m is None else m.data_ptr() for m in masters]),
-        tuple([w.shape for w in weights]) if rule.row_wise else tuple(map(Tensor.numel, weights)),
-        tuple([w.dtype for w in weights]),
-        tuple([g.dtype for g in grads]),
+def _each(values: list[Any], n: int) -> list[Any]:
+    return values * n if len(values) == 1 else values
+
+
+def together(updates: Sequence[DenseUpdates]) -> DenseUpdates:
+    """Several as one."""
+    if len(updates) == 1:
+        return updates[0]
+    return DenseUpdates(
+        np.concatenate([u.rows for u in updates]),
+        np.concatenate([u.codes for u in updates]),
+        [lr for u in updates for lr in _each(u.lrs, len(u.rows))],
+        [wd for u in updates for wd in _each(u.wds, len(u.rows))],
+        [tensor for u in updates for tensor in u.tensors],
     )
 
 
-def plan(of: Columns) -> tuple[np.ndarray, list[Launch]]:
-    """The table of addresses, 64-bit words, and the launches that read it. Empty tensors have no part.
+def of_tensors(weight: Tensor, grad: Tensor, history: Tensor, master: Tensor | None, lr: float | Tensor, wd: float,
+               rule: Rule) -> DenseUpdates:  # fmt: skip
+    """An update of contiguous tensors, whatever their class.
 
     Raises
     ------
     ValueError
-        A tensor has elements but no address (a DTensor, say, instead of its local part).
+        One has elements but no address (a DTensor, say, instead of its local part).
     """
-    addresses = np.array([of.weights, of.grads, of.histories, of.masters], np.int64)
-    if of.sizes and isinstance(of.sizes[0], torch.Size):
-        shapes = [(s[0], math.prod(s[1:])) for s in of.sizes]
-        rows, lengths = np.array(shapes, np.int64).T
-    else:
-        rows = np.array(of.sizes, np.int64)
-        lengths = np.ones_like(rows)
-    present = rows * lengths > 0
-    if (present & (addresses[:3] == 0).any(axis=0)).any():
-        index = int(np.flatnonzero(present & (addresses[:3] == 0).any(axis=0))[0])
-        raise ValueError(f"updates[{index}]: a tensor with elements but without an address")
+    tensors = weight, grad, history, master
+    if weight.numel() and not all(tensor is None or tensor.data_ptr() for tensor in tensors):
+        raise ValueError(f"weight of shape {tuple(weight.shape)}: a tensor with elements but without an address")
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    length = math.prod(weight.shape[1:]) if rule.row_wise else 0
+    name, grad_name = (str(tensor.dtype).removeprefix("torch.") for tensor in (weight, grad))
+    code = code_of_formats(name, grad_name, has_master=master is not None)
+    rows = np.array([[*addresses, weight.numel(), length]])
+    return DenseUpdates(rows, np.array([code]), [lr], [wd], [*tensors])
 
-    aligned = ((addresses % 16 == 0).all(axis=0) & ((lengths == 1) | (lengths % 16 == 0))).tolist()
+
+def plan(updates: DenseUpdates) -> tuple[np.ndarray, list[Launch]]:
+    """The table of addresses, 64-bit words, and the launches that read it. Empty tensors have no part.
+
+    It depends on ``rows``, ``codes`` and ``share_rates`` alone.
+    """
+    addresses, sizes, lengths = updates.rows[:, :SIZE], updates.rows[:, SIZE], np.maximum(updates.rows[:, ROW], 1)
+    is_aligned = (addresses % 16 == 0).all(axis=1) & ((lengths == 1) | (lengths % 16 == 0))
     # Rows of one have their square for the mean of squares: the same as a history of the weight's shape.
-    tiles = [next((t for t in ROW_TILES if n <= t[0]), ROW_TILES[-1]) if n > 1 else None for n in lengths.tolist()]
-    masters = [m != 0 for m in of.masters]
-    formats = list(zip(of.weight_dtypes, of.grad_dtypes, masters, aligned, tiles, strict=True))
-    records = np.stack([*addresses, rows, lengths, np.arange(len(rows)), np.zeros_like(rows)], axis=1)
+    tiles = np.where(lengths == 1, 0, 1 + np.searchsorted(_WIDTHS, lengths))
+    forms = np.stack([updates.codes, is_aligned, tiles])
+    index = np.zeros_like(sizes) if updates.share_rates else np.arange(len(sizes))
+    records = np.column_stack([addresses, sizes // lengths, lengths, index, np.zeros_like(sizes)])
 
     words: list[np.ndarray] = []
     launches = []
     position = 0
-    for form in dict.fromkeys(formats):
-        members = np.flatnonzero(present & np.array([f == form for f in formats]))
-        if not len(members):
-            continue
+    for form in dict.fromkeys(zip(*forms[:, sizes > 0].tolist(), strict=True)):
+        members = np.flatnonzero((sizes > 0) & (forms == np.array(form)[:, None]).all(axis=0))
         kernel, per_program, options = _options(*form)
-        blocks = np.cumsum(-(-rows[members] // per_program))
+        blocks = np.cumsum(-(-records[members, SIZE] // per_program))
         words += [np.append(0, blocks[:-1]), records[members].ravel()]
         launches.append(Launch(kernel, int(blocks[-1]), position, position + len(members), len(members), options))
         position += len(members) * (1 + RECORD.value)
     return np.concatenate(words) if words else np.zeros(0, np.int64), launches
 
 
-def _options(weight: torch.dtype, grad: torch.dtype, master: bool, aligned: bool,
-             tile: tuple[int, int] | None) -> tuple[Any, int, dict[str, Any]]:  # fmt: skip
+_WIDTHS = [columns for columns, _ in ROW_TILES[:-1]]
+
+
+@functools.lru_cache(maxsize=256)
+def _options(code: int, is_aligned: int, tile: int) -> tuple[Any, int, dict[str, Any]]:
     """The kernel for a format, the elements or rows that a program does, and the launch's options."""
-    computing = torch.float64 if weight == torch.float64 else torch.float32
+    _, (weight, grad, computing, master) = formats(code)
     options: dict[str, Any] = {
         "WEIGHT": TRITON_DTYPE[weight], "GRAD": TRITON_DTYPE[grad], "COMPUTE": TRITON_DTYPE[computing],
-        "HAS_MASTER": master, "ALIGNED": aligned, **EXACT,
+        "HAS_MASTER": master is not None, "ALIGNED": bool(is_aligned), **EXACT,
     }  # fmt: skip
-    if tile is None:
-        block = BLOCK * 4 // computing.itemsize
+    if tile == 0:
+        block = BLOCK // 2 if computing == "float64" else BLOCK
         return update_elements, block, {**options, "BLOCK": block, "num_warps": 4}
-    return update_rows, tile[1], {**options, "COLUMNS": tile[0], "ROWS": tile[1], "num_warps": 2}
+    columns, rows = ROW_TILES[tile - 1]
+    return update_rows, rows, {**options, "COLUMNS": columns, "ROWS": rows, "num_warps": 2}
 
 
 def run(launch: Launch, addresses: Tensor, table: Tensor, grad_scale: Tensor | None, skip: Tensor | None,

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 
-import torch
 import triton
 import triton.language as tl
 
@@ -31,12 +30,7 @@ if _TRITON < (3, 2):
 FLUSHES = tl.constexpr(_TRITON < (3, 6) and os.environ.get("TRITON_INTERPRET") != "1")
 """Whether ``div_rn`` and ``sqrt_rn`` take subnormal numbers for zero, as compiled by Triton before 3.6."""
 
-TRITON_DTYPE = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
+TRITON_DTYPE = {"float16": tl.float16, "bfloat16": tl.bfloat16, "float32": tl.float32, "float64": tl.float64}
 
 EXACT = {"enable_fp_fusion": False}
 """Launch options of every kernel."""

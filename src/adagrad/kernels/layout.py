@@ -101,7 +101,7 @@ def _ask(function: int, tensor: int, out: Any) -> Any:
     return out[0] if _call(function, tensor, out.ctypes.data) == 0 else -1
 
 
-@jit()
+@jit(helper=True)
 def _look_at_array(array: int, how: Any, seen: Any) -> bool:
     flags, dtype = _int(array, FLAGS), word(array, DESCR)
     seen[KIND], seen[PLACE], seen[FORMAT] = 0, 0, -1
@@ -119,7 +119,7 @@ def _look_at_array(array: int, how: Any, seen: Any) -> bool:
     return True
 
 
-@jit()
+@jit(helper=True)
 def _look_at_tensor(tensor: int, how: Any, out: Any, seen: Any) -> bool:
     """``tensor`` is the address where a C++ tensor is kept: what its C functions take."""
     body = word(tensor, 0)
@@ -154,11 +154,11 @@ def _look_at_tensor(tensor: int, how: Any, out: Any, seen: Any) -> bool:
     return count == 0 or (seen[START] > 0 and seen[START] % item_size(seen[FORMAT]) == 0)
 
 
-@jit(holds_gil=True)
+@jit(helper=True)
 def look(thing: int, how: Any, out: Any, seen: Any) -> bool:
     """Fill ``seen``; False for anything but plain memory of a known format on the CPU or a CUDA device.
 
-    ``thing`` is the address of a Python object, ``how`` a layout, ``out`` room for one word.
+    ``thing`` is the address of a Python object, ``how`` a layout, ``out`` room for one word. The GIL is held.
     """
     kind = word(thing, TYPE)
     if kind == how[ARRAY]:
@@ -177,7 +177,7 @@ def sparse_body(thing: int, how: Any) -> int:
     return body if word(body, how[KEYS_AT]) == how[SPARSE] else 0
 
 
-@jit(holds_gil=True)
+@jit(helper=True)
 def look_into(body: int, at: int, how: Any, out: Any, seen: Any) -> bool:
     """What :func:`look` does, for what a sparse tensor keeps ``at`` VALUES_AT or INDICES_AT; :func:`sparse_body`."""
     return _look_at_tensor(body + how[at], how, out, seen)
@@ -198,10 +198,15 @@ def let_go_of_parts(handles: Any, how: Any) -> None:
             _call_with_one(how[DELETE_HANDLE], handle)
 
 
+@jit(holds_gil=True)
+def _look(thing: int, how: Any, out: Any, seen: Any) -> bool:
+    return look(thing, how, out, seen)
+
+
 def look_once(thing: object, how: np.ndarray) -> np.ndarray | None:
     """What :func:`look` finds out of ``thing``, if it is plain."""
     seen = np.zeros(SEEN, np.int64)
-    return seen if look(id(thing), how, np.empty(1, np.int64), seen) else None
+    return seen if _look(id(thing), how, np.empty(1, np.int64), seen) else None
 
 
 # ------------------------------------------------------------------------------------------------ finding the layout

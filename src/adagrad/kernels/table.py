@@ -50,7 +50,7 @@ WITH_MASTER, WIDE_GRAD, PLACES = 4, 8, 16
 # ----------------------------------------------------------------------------------------------------------- one update
 
 
-@jit()
+@jit(helper=True)
 def _same_shape(a: Any, b: Any, row_wise: bool) -> Any:
     """Whether ``b`` has the shape of ``a``, or of its row-wise history."""
     same = a[RANK] == b[RANK]
@@ -59,7 +59,7 @@ def _same_shape(a: Any, b: Any, row_wise: bool) -> Any:
     return same
 
 
-@jit()
+@jit(helper=True)
 def _same_order(a: Any, b: Any) -> Any:
     """Whether the elements of two arrays of one shape lie in the same order."""
     if a[CONTIGUOUS]:
@@ -70,7 +70,7 @@ def _same_order(a: Any, b: Any) -> Any:
     return same
 
 
-@jit()
+@jit(helper=True)
 def _has_no_gaps(a: Any) -> Any:
     """Whether some order of the dimensions makes it contiguous (channels last, Fortran's order, transposed, ...)."""
     if a[CONTIGUOUS]:
@@ -84,13 +84,13 @@ def _has_no_gaps(a: Any) -> Any:
     return reach == a[COUNT]
 
 
-@jit()
+@jit(helper=True)
 def _fits(a: Any, b: Any, row_wise: bool, shared: bool) -> Any:
     """Whether ``b`` goes with the elements of ``a``, one by one, or by rows where it is ``shared`` by each of them."""
     return _same_shape(a, b, shared) and (row_wise or _same_order(a, b))
 
 
-@jit()
+@jit(helper=True)
 def code_of(seen: Any, has_master: bool, row_wise: bool) -> Any:
     """The code of an update whose arrays fit together, else -1; the gradient's shape is not looked at.
 
@@ -124,6 +124,11 @@ def formats(code: int) -> tuple[int, Formats]:
     computing = "float64" if weight == "float64" else "float32"
     grad = "float32" if digits & WIDE_GRAD else weight
     return place, (weight, grad, computing, "float32" if digits & WITH_MASTER else None)
+
+
+def code_of_formats(weight: str, grad: str, *, has_master: bool) -> int:
+    """The code on the CPU of an update with these formats."""
+    return FORMATS.index(weight) + (WITH_MASTER if has_master else 0) + (WIDE_GRAD if grad != weight else 0)
 
 
 # ------------------------------------------------------------------------------------------------------------- the list
