@@ -13,7 +13,7 @@ import pytest
 
 import oracle
 from adagrad import RowSparse, kernels
-from adagrad.kernels import call, cpu_dense, cpu_rows
+from adagrad.kernels import cpu_dense, cpu_rows, layout, quick
 from adagrad.rule import Rule, is_torch
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -242,7 +242,13 @@ def update_plain(given: Sequence[Operands], hypers: Sequence[oracle.Hyper], thre
     lists = ([getattr(o, name) for o in given] for name in ("weight", "grad", "history"))
     masters = [o.master for o in given] if any(o.master is not None for o in given) else []
     lrs, wds = [h.lr for h in hypers], [h.wd for h in hypers]
-    return call.update_plain(*lists, masters, [], lrs, wds, rule_of(hypers[0]), threads)
+    return quick.update_plain(*lists, masters, [], lrs, wds, rule_of(hypers[0]), threads)
+
+
+def set_layout(monkeypatch: pytest.MonkeyPatch, how: np.ndarray | None) -> None:
+    """From now on compiled code looks at arrays so, or not at all."""
+    monkeypatch.setattr(layout, "_last", None)
+    monkeypatch.setattr(layout, "_layout", lambda *which: how)
 
 
 def check(o: Operands, hyper: oracle.Hyper, *, threads: int | None = None, what: str = "") -> None:

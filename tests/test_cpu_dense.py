@@ -30,6 +30,7 @@ from support import (
     layouts_of,
     normal,
     operands,
+    set_layout,
     special,
     update_plain,
 )
@@ -253,7 +254,7 @@ def test_without_the_quick_way_to_addresses(monkeypatch: pytest.MonkeyPatch) -> 
     given = [operands(rng, FLOAT32, shape) for shape in [(40,), (0,), (3, 7), ()]]
     others = [o.copy() for o in given]
     apply(given, [HYPERS["all"]] * 4)
-    monkeypatch.setattr(layouts, "_layout", lambda *which: None)
+    set_layout(monkeypatch, None)
     assert layouts.layout() is None
     apply(others, [HYPERS["all"]] * 4)
     for o, other in zip(given, others, strict=True):

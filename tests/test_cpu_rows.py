@@ -12,8 +12,8 @@ import pytest
 
 import oracle
 from adagrad import RowSparse
-from adagrad.kernels import call, row_groups
-from adagrad.kernels import rows as quick
+from adagrad.kernels import quick, row_groups, row_lists
+from adagrad.kernels import rows as looked_at
 from support import (
     DTYPES,
     HYPERS,
@@ -264,12 +264,12 @@ def test_plain_updates_take_the_quick_way(kind: Kind, row_wise: bool) -> None:
     rng = np.random.default_rng(18)
     for dtype in (np.int32, np.int64):
         o = rows(rng, kind, (9, 4), some(rng, 30, 9, dtype), row_wise=row_wise)
-        assert quick.rows(o.weight, o.grad, o.history, o.master, row_wise=row_wise) is not None
+        assert looked_at.rows(o.weight, o.grad, o.history, o.master, row_wise=row_wise) is not None
         # Each of these is left to the ordinary way.
         wrong = RowSparse(o.grad.values.astype(np.longdouble), o.grad.indices, (9, 4))
-        assert quick.rows(o.weight, wrong, o.history, o.master, row_wise=row_wise) is None
-        assert quick.rows(o.weight, o.grad, o.history[:5], o.master, row_wise=row_wise) is None
-        assert quick.rows(o.weight[:, ::2], o.grad, o.history, o.master, row_wise=row_wise) is None
+        assert looked_at.rows(o.weight, wrong, o.history, o.master, row_wise=row_wise) is None
+        assert looked_at.rows(o.weight, o.grad, o.history[:5], o.master, row_wise=row_wise) is None
+        assert looked_at.rows(o.weight[:, ::2], o.grad, o.history, o.master, row_wise=row_wise) is None
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "bfloat16" not in str(kind)], ids=str)
@@ -282,7 +282,7 @@ def test_plain_tensors_take_the_quick_way(kind: Kind, row_wise: bool) -> None:
         weight, history = torch.from_numpy(o.weight), torch.from_numpy(o.history)
         master = None if o.master is None else torch.from_numpy(o.master)
         grad = RowSparse(torch.from_numpy(o.grad.values), torch.from_numpy(o.grad.indices), (9, 4))
-        assert quick.rows(weight, grad, history, master, row_wise=row_wise) is not None
+        assert looked_at.rows(weight, grad, history, master, row_wise=row_wise) is not None
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -327,7 +327,7 @@ def test_a_long_list_of_small_gradients_is_not_small() -> None:
     for count, is_large in ((2, False), (200, True), (3, False)):
         given = [rows(rng, FLOAT32, (9, 16), some(rng, 30, 9)) for _ in range(count)]
         assert update_plain(given, [HYPERS["plain"]])
-        assert bool(quick._workers(False)[quick.WAS_LARGE, 0]) == is_large
+        assert bool(row_lists._workers(False)[row_lists.WAS_LARGE, 0]) == is_large
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "rows"])
@@ -337,7 +337,7 @@ def test_too_few_rates_are_not_read_beyond_their_end(sparse: bool, rates: Any) -
     given = [rows(rng, FLOAT32, (9, 4), [1, 2]) if sparse else operands(rng, FLOAT32, (9, 4)) for _ in range(3)]
     before = [o.copy() for o in given]
     lists = [[getattr(o, name) for o in given] for name in ("weight", "grad", "history")]
-    assert not call.update_plain(*lists, [], [], *rates, rule_of(HYPERS["plain"]), None)
+    assert not quick.update_plain(*lists, [], [], *rates, rule_of(HYPERS["plain"]), None)
     for o, w in zip(given, before, strict=True):
         assert_same(o, w)
 
@@ -354,6 +354,73 @@ def test_a_list_of_all_kinds_takes_the_quick_way() -> None:
     hypers = [replace(HYPERS["unclipped"], lr=0.1 * (i + 1), wd=0.01 * i) for i in range(len(given))]
     want = [expected(o, h) for o, h in zip(given, hypers, strict=True)]
     assert update_plain(given, hypers, threads=2)
+    for i, (o, w) in enumerate(zip(given, want, strict=True)):
+        assert_same(o, w, f"weight {i}")
+
+
+@pytest.mark.usefixtures("always_parallel")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dense_first", [False, True])
+@pytest.mark.parametrize("row_wise", [False, True], ids=["each", "row-wise"])
+@pytest.mark.parametrize("kind", [FLOAT32, MASTER], ids=str)
+def test_gradients_of_both_kinds_take_the_quick_way(
+    kind: Kind, row_wise: bool, dense_first: bool, threads: int
+) -> None:
+    rng = np.random.default_rng(28)
+    given = [
+        operands(rng, kind, (5, 4), row_wise=row_wise),
+        rows(rng, kind, (9, 4), some(rng, 30, 9), row_wise=row_wise),
+        operands(rng, kind, (3,), row_wise=row_wise),
+        rows(rng, kind, (5,), some(rng, 0, 5), row_wise=row_wise),
+        operands(rng, kind, (0, 4), row_wise=row_wise),
+        rows(rng, FLOAT64, (5, 2, 2), [4], row_wise=row_wise),
+    ][:: 1 if dense_first else -1]
+    hypers = [replace(HYPERS["unclipped"], lr=0.1 * (i + 1), wd=0.01 * i, row_wise=row_wise) for i in range(len(given))]
+    want = [expected(o, h) for o, h in zip(given, hypers, strict=True)]
+    assert update_plain(given, hypers, threads)
+    for i, (o, w) in enumerate(zip(given, want, strict=True)):
+        assert_same(o, w, f"weight {i}")
+    want = [expected(o, replace(hypers[0], lr=0.5)) for o in given]
+    assert update_plain(given, [replace(hypers[0], lr=0.5)], threads)  # rates that all share
+    for i, (o, w) in enumerate(zip(given, want, strict=True)):
+        assert_same(o, w, f"weight {i}")
+
+
+def test_of_gradients_of_both_kinds_all_or_none_are_used() -> None:
+    rng = np.random.default_rng(29)
+    given = [rows(rng, FLOAT32, (9, 4), some(rng, 30, 9)), operands(rng, FLOAT32, (9, 4)),
+             rows(rng, FLOAT32, (9, 4), some(rng, 30, 9)), operands(rng, FLOAT32, (9, 4))]  # fmt: skip
+    before, good = [o.copy() for o in given], [o.grad for o in given]
+
+    def assert_unchanged() -> None:
+        for i, (o, w) in enumerate(zip(given, before, strict=True)):
+            assert_same(o, w, f"weight {i}")
+
+    given[2].grad = RowSparse(good[2].values, np.full(30, 9), (9, 4))  # a row id that there is none of
+    with pytest.raises(IndexError, match=r"indices of grads\[2\]: indices\[0\]=9: "):
+        update_plain(given, [HYPERS["plain"]])
+    given[2].grad = before[2].grad = good[2]
+    assert_unchanged()
+    for at, wrong in [
+        (1, good[1][:5]),  # another shape
+        (3, good[3].astype(np.float64)),  # another format
+        (1, given[0].weight),  # memory that a row-sparse update writes to
+        (3, given[2].history),
+        (0, RowSparse(given[1].weight[:3], np.arange(3), (9, 4))),  # memory that a dense one writes to
+        (2, RowSparse(given[3].history[:3], np.arange(3), (9, 4))),
+        (1, given[3].weight),
+    ]:
+        given[at].grad = wrong
+        assert not update_plain(given, [HYPERS["plain"]])
+        given[at].grad = good[at]
+        assert_unchanged()
+    twice = given[1].weight
+    given[1].weight = given[0].weight
+    assert not update_plain(given, [HYPERS["plain"]])
+    given[1].weight = twice
+    assert_unchanged()
+    want = [expected(o, HYPERS["plain"]) for o in given]
+    assert update_plain(given, [HYPERS["plain"]])
     for i, (o, w) in enumerate(zip(given, want, strict=True)):
         assert_same(o, w, f"weight {i}")
 

@@ -16,9 +16,9 @@ import torch
 import adagrad
 import oracle
 from adagrad import AdaGrad, GroupAdaGrad, Optimizer, RowSparse, arrays
-from adagrad.kernels import call, layout
+from adagrad.kernels import call
 from adagrad.lr_scheduler import FactorScheduler, LRScheduler, PolyScheduler
-from support import BFLOAT16, assert_same_bits, normal
+from support import BFLOAT16, assert_same_bits, normal, set_layout
 
 CLASSES = [AdaGrad, GroupAdaGrad]
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "expression"])
@@ -743,13 +743,12 @@ def test_mixed_lists_on_a_device(klass: type[AdaGrad], monkeypatch: pytest.Monke
     launches = []
 
     def run(launch: Any, grad_scale: Any, found_inf: Any) -> None:
-        (group,) = launch.groups.values()
-        updates = [(u, False) for u in group.dense] + [(u, True) for u in group.rows]
-        launches.append([(int(u.weight[0]), is_sparse) for u, is_sparse in updates])
+        ((dense, rows),) = launch._groups.values()
+        launches.append([(int(u.tensors[0][0]), False) for u in dense] + [(int(u.weight[0]), True) for u in rows])
 
     as_operand = arrays._tensor
     monkeypatch.setattr(arrays, "_tensor", lambda *given: as_operand(*given)._replace(device="cuda:0", memory=None))
-    monkeypatch.setattr(layout, "_layout", lambda *which: None)
+    set_layout(monkeypatch, None)
     monkeypatch.setattr(call._CudaLaunch, "run", run)
     weights = [torch.full((4,), i, dtype=torch.float32) for i in range(4)]
     grads: list[Any] = [torch.ones(4) for _ in weights]

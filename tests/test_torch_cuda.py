@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adagrad import AdaGrad, RowSparse
-from adagrad.kernels import call, rows, table
+from adagrad.kernels import quick, rows, table
 from adagrad.torch import Adagrad
 from support import assert_same_bits
 
@@ -86,7 +86,7 @@ def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     formats = table.formats
     for module in (table, rows):
         monkeypatch.setattr(module, "formats", lambda code: (1, formats(code)[1]))
-    monkeypatch.setattr(call, "update_plain", lambda *lists: False)
+    monkeypatch.setattr(quick, "update_plain", lambda *lists: False)
     with np.errstate(all="ignore"):
         yield calls
 

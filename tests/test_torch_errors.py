@@ -17,7 +17,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from adagrad.kernels import layout, tensor_layout, tensor_views
 from adagrad.torch import Adagrad
-from support import assert_same_bits
+from support import assert_same_bits, set_layout
 
 
 def coo(rows: list[int], values: Tensor, shape: Any) -> Tensor:
@@ -274,7 +274,7 @@ def test_the_ordinary_way_gives_the_same_bits(row_wise: bool, monkeypatch: pytes
         return case.everything()
 
     usual = train()
-    monkeypatch.setattr(layout, "_layout", lambda *which: None)
+    set_layout(monkeypatch, None)
     for a, b in zip(usual, train(), strict=True):
         assert_same_bits(a, b)
 
@@ -318,7 +318,7 @@ def test_sparse_tensors_that_do_not_fit_are_not_looked_into(
     assert how is not None
     assert how[layout.TENSOR] == id(torch.Tensor), "other tensors are still known"
     assert how[layout.SPARSE] == 0
-    monkeypatch.setattr(layout, "_layout", lambda *which: how)
+    set_layout(monkeypatch, how)
     case = Case()
     case.optimizer.step()
     for a, b in zip(usual.everything(), case.everything(), strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adagrad import checks
 from adagrad import rule as expression
-from adagrad.kernels import call, tensor_checks
+from adagrad.kernels import call, quick, tensor_checks
 from adagrad.kernels.batch import Batch
 from adagrad.kernels.tensor_views import mark_changed
 from adagrad.rule import Rule
@@ -166,7 +166,7 @@ def _together(rule: Rule, parts: list[Part]) -> Batch:
 def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     """Update the parameters by kernels, and their counts of steps.
 
-    Errors as those of :func:`call.update_plain` and :func:`call.prepare`, and those for counts that cannot be counted.
+    Errors as those of :func:`quick.update_plain` and :func:`call.prepare`, and those for counts that cannot be counted.
     """
     batches: Sequence[Batch] = parts if len(parts) == 1 else _batches(parts)
     threads = torch.get_num_threads()
@@ -192,7 +192,7 @@ def _update_and_count(batches: Sequence[Batch], parts: list[Part], threads: int)
     if len(batches) > 1 or (b.weights and b.weights[0].is_cuda):
         return False
     steps = parts[0].steps if len(parts) == 1 else [step for part in parts for step in part.steps]
-    return call.update_plain(b.weights, b.grads, b.histories, b.masters, steps, b.lrs, b.wds, b.rule, threads)
+    return quick.update_plain(b.weights, b.grads, b.histories, b.masters, steps, b.lrs, b.wds, b.rule, threads)
 
 
 def _finish(parts: list[Part], owed: list[Counts], found_inf: Tensor | None, skips: list[Tensor]) -> None:

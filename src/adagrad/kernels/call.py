@@ -1,4 +1,4 @@
-"""One call: lists of updates, looked at, checked as a whole, then carried out.
+"""The ordinary way: lists of updates of any kind, looked at, checked as a whole, then carried out.
 
 Plain arrays, nearly always all of them, go through tables that compiled code fills and checks; the others one by one.
 What the host can know is checked before the first element changes, over all batches of a call.
@@ -23,27 +23,6 @@ from adagrad.kernels.spans import are_disjoint, together
 from adagrad.rule import Rule, is_torch
 
 
-def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], steps: list[Any],
-                 lrs: Any, wds: Any, rule: Rule, threads: int | None) -> bool:  # fmt: skip
-    """Check and update a list, if all of it is plain and on the CPU, and all or none of its gradients are row-sparse.
-
-    ``steps``, counts of the weights' updates, go up by 1 with them: tensors of one number, or an empty list. False if
-    all is left as it was, to :func:`prepare`; IndexError and MemoryError as :func:`adagrad.kernels.rows.update_plain`.
-    """
-    if not (table.fit(weights, grads, histories, masters) and _are_plain(lrs, wds, len(weights))):
-        return False
-    if is_row_sparse(grads[0]):
-        return rows.update_plain(weights, grads, histories, masters, steps, lrs, wds, rule, threads)
-    return table.update_plain(weights, grads, histories, masters, steps, hyper(lrs, wds, rule), rule, threads)
-
-
-def _are_plain(lrs: Sequence[Any], wds: Sequence[Any], n: int) -> bool:
-    """Whether there is a rate for each weight, or one for all, and no lr is a tensor, which may be on a device."""
-    if len(lrs) == len(wds) == 1:
-        return type(lrs[0]) is float
-    return len(lrs) in (1, n) and len(wds) in (1, n) and set(map(type, lrs)) == {float}
-
-
 def prepare(
     batches: Sequence[Batch],
     *,
@@ -51,7 +30,7 @@ def prepare(
     grad_scale: Any = None,
     found_inf: Any = None,
 ) -> Prepared:
-    """Check batches of updates, row ids on the CPU included: the ordinary way, for what :func:`update_plain` has left.
+    """Check batches of updates, row ids on the CPU included.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
-"""Row-sparse updates of plain arrays on the CPU, looked at, checked and carried out by compiled code.
+"""Row-sparse updates of plain arrays, looked at and checked by compiled code.
 
 For few lookups the checks in Python cost more than the update; this is their short cut. Whatever is not plain, and
-every error but a row id outside the weight and lack of memory, is left to the ordinary way.
+every error but a row id outside the weight, is left to the ordinary way.
 """
 
 from __future__ import annotations
@@ -13,10 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adagrad.kernels import cpu_rows
-from adagrad.kernels.checked import refuse_row
-from adagrad.kernels.counts import advance_counts, find_counts
-from adagrad.kernels.cpu_rows import ROW_COST, carry_out, kernel, room
-from adagrad.kernels.cpu_rule import hyper
 from adagrad.kernels.layout import (
     CONTIGUOUS,
     COUNT,
@@ -34,49 +30,38 @@ from adagrad.kernels.layout import (
     STRIDES,
     UNIT,
     VALUES_AT,
-    hold_parts,
-    item,
     item_size,
     layout,
-    let_go_of_parts,
     look,
     look_into,
     sparse_body,
     word,
 )
-from adagrad.kernels.numba_jit import acquire_gil, borrowed, jit, max_workers, release_gil, workers
+from adagrad.kernels.numba_jit import borrowed, jit
 from adagrad.kernels.row_groups import (
     ARE_LONG,
     BASE,
     ENDS,
     ENTRIES,
     FACTS,
-    FINDINGS,
     GRAD,
     HEIGHT,
-    HIGH,
     HISTORY,
     IDS,
     LENGTH,
     MASTER,
     MOST,
-    RATES,
-    SCALARS,
     STRIDE,
     WEIGHT,
-    check_ids,
     checked_rows,
-    checking,
 )
-from adagrad.kernels.row_sums import grouping
-from adagrad.kernels.spans import disjoint, guess
-from adagrad.kernels.table import PLACES, Formats, code_of, formats
+from adagrad.kernels.table import Formats, code_of, formats
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Rule
 
 
 @jit(holds_gil=True)
-def _look_at(weight: int, values: int, history: int, master: int, indices: int, how: Any, row_wise: bool, facts: Any
+def look_at(weight: int, values: int, history: int, master: int, indices: int, how: Any, row_wise: bool, facts: Any
              ) -> Any:  # fmt: skip
     """The code of an update (-1 where it is not plain); fills its ``facts``.
 
@@ -153,7 +138,7 @@ class Rows(NamedTuple):
 def _values_and_indices(weight: Any, grad: Any) -> tuple[Any, Any] | None:
     """Those of a RowSparse or a sparse COO tensor in the shape of the weight; None where it has another.
 
-    With other than one sparse dimension, values have not as many dimensions as the weight: :func:`_look_at` asks.
+    With other than one sparse dimension, values have not as many dimensions as the weight: :func:`look_at` asks.
     """
     if grad.shape != getattr(weight, "shape", None):
         return None
@@ -167,159 +152,5 @@ def rows(weight: Any, grad: Any, history: Any, master: Any, *, row_wise: bool) -
         return None
     values, indices = parts
     facts = np.empty(FACTS, np.int64)
-    code = _look_at(id(weight), id(values), id(history), id(master), id(indices), how, row_wise, facts)
+    code = look_at(id(weight), id(values), id(history), id(master), id(indices), how, row_wise, facts)
     return None if code < 0 else Rows(values, indices, *formats(code), facts)
-
-
-# ---------------------------------------------------------------------------------------------------------- all at once
-
-_SPANS, _SPANS_WITH_MASTERS = (WEIGHT, HISTORY, GRAD, IDS), (WEIGHT, HISTORY, MASTER, GRAD, IDS)
-"""The order in which spans of memory stand: what is written to comes first."""
-
-CHECK, GROUP, UPDATE = range(3)
-"""The workers of an update, see :func:`_workers`."""
-
-WAS_LARGE = 2 * PLACES
-"""Where it is remembered, behind the workers, how much work the last list was, if it was not small; else 0."""
-
-DONE, LARGE, LEFT, OUT_OF_RANGE, SHORT = -5, -4, -3, -2, -1
-"""What was done of a list: all; nothing, because it is not so small; nothing, because it is not plain or not on the
-CPU; nothing, because a row id is outside its weight; not all, because memory is short. Any other number is that of the
-workers that are wanted."""
-
-
-@jit(holds_gil=True)
-def _update_plain(weights: int, values: int, histories: int, masters: int, steps: int, indices: int, how: Any,
-                  row_wise: bool, facts: Any, rates: Any, scalars: Any, known: Any, order: Any, small: int, count: int
-                  ) -> Any:  # fmt: skip
-    """What was done, and of which update; the position of a row id that is outside its weight, and the id.
-
-    ``count`` is 0 for a list that is tried as if it were little work.
-    """
-    n, work, entries, facts, how = len(facts), 0, 0, borrowed(facts), borrowed(how)
-    numbers, spans, written = np.empty(n, np.int64), np.empty((2, len(order)), np.int64), len(order) - 2 * n
-    step_at = np.empty(n if steps else 0, np.int64)
-    for i in range(n):
-        master = item(masters, i) if masters else how[NONE]
-        code = _look_at(item(weights, i), item(values, i), item(histories, i), master, item(indices, i), how, row_wise,
-                        facts[i])  # fmt: skip
-        if code < 0 or code >= PLACES:
-            return LEFT, i, 0, 0
-        numbers[i] = 2 * code + (1 if facts[i, HEIGHT] > HIGH else 0)
-        entries += facts[i, ENTRIES]
-        work += facts[i, ENTRIES] * (facts[i, LENGTH] + ROW_COST)
-        facts[i, RATES], facts[i, SCALARS] = rates[i if len(rates) > 1 else 0].ctypes.data, scalars.ctypes.data
-        for k in range(5 if masters else 4):
-            at, what = k * n + i, _SPANS_WITH_MASTERS[k] if masters else _SPANS[k]
-            spans[0, at], spans[1, at] = facts[i, BASE + what], facts[i, ENDS + what]
-    known[WAS_LARGE, 0] = work if work >= small else 0
-    if count == 0 and work >= small:
-        return LARGE, 0, 0, 0
-    if not disjoint(spans[0], spans[1], written, order) or (steps and not find_counts(steps, how, step_at)):
-        return LEFT, 0, 0, 0
-    for i in range(n):
-        if known[numbers[i], UPDATE] == 0:
-            return numbers[i], i, 0, 0
-    ids, found = np.empty(entries, np.int64), np.empty((max(count, 1), FINDINGS), np.int64)
-    kept, scratch = room(max(count, 1))
-    handles, state = np.zeros((n if count > 0 else 0, 2), np.int64), np.int64(0)
-    if count > 0:
-        for i in range(n):
-            hold_parts(sparse_body(item(values, i), how), how, handles[i])
-        state = release_gil()
-    # No exception may come from here: it would find no GIL. Lack of memory in a worker is no exception, but a sign.
-    done, which, bad, row = _check_ids_and_carry_out(
-        facts, numbers, known, np.int64(ids.ctypes.data), found, kept, scratch, small, count
-    )
-    if count > 0:
-        acquire_gil(state)
-        let_go_of_parts(handles.reshape(-1), how)
-    if done == DONE:
-        advance_counts(step_at)
-    ids[:0] = 0  # it is used by address above: this keeps it alive until here
-    return done, which, bad, row
-
-
-@jit()
-def _check_ids_and_carry_out(facts: Any, numbers: Any, known: Any, ids: Any, found: Any, kept: Any, scratch: Any,
-                             small: int, count: int) -> Any:  # fmt: skip
-    """What was done, see :func:`_update_plain`; all ids are copied to the address ``ids`` first."""
-    for i in range(len(facts)):
-        elements = facts[i, ENTRIES] * facts[i, LENGTH]
-        bad, row = check_ids(facts[i], ids, found, known[numbers[i], CHECK], _crew(elements, small, count))
-        if bad >= 0:
-            return OUT_OF_RANGE, i, bad, row
-        ids += 8 * facts[i, ENTRIES]
-    for i in range(len(facts)):
-        elements = facts[i, ENTRIES] * facts[i, LENGTH]
-        group, update = known[numbers[i], GROUP], known[numbers[i], UPDATE]
-        if elements and not carry_out(facts[i], kept, scratch, group, update, _crew(elements, small, count)):
-            return SHORT, i, np.int64(0), np.int64(0)
-    return DONE, 0, np.int64(0), np.int64(0)
-
-
-@jit(helper=True)
-def _crew(elements: Any, small: int, count: int) -> Any:
-    """How many of ``count`` workers an update gets."""
-    return count if elements >= small and count > 1 else 1
-
-
-def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], steps: list[Any],
-                 lrs: Any, wds: Any, rule: Rule, threads: int | None) -> bool:  # fmt: skip
-    """Check and update a list of row-sparse gradients by one call of compiled code; False if it is left as it was.
-
-    The lists :func:`adagrad.kernels.table.fit`.
-
-    Raises
-    ------
-    IndexError
-        For a row id outside its weight; then nothing has changed.
-    MemoryError
-        Where there is none for the sums of rows; then weights that come later in the list have not changed.
-    """
-    how, n = layout(), len(weights)
-    if how is None:
-        return False
-    values = indices = grads  # sparse COO tensors: compiled code knows where they keep both
-    if RowSparse in set(map(type, grads)):
-        values, indices = [], []
-        for weight, grad in zip(weights, grads, strict=True):
-            if type(grad) is not RowSparse:
-                values.append(grad)
-                indices.append(grad)
-            elif grad.shape == getattr(weight, "shape", None):
-                values.append(grad.values)
-                indices.append(grad.indices)
-            else:
-                return False
-    masters_id, steps_id = id(masters) if masters else 0, id(steps) if steps else 0
-    lists = id(weights), id(values), id(histories), masters_id, steps_id, id(indices)
-    facts, known, order = np.empty((n, FACTS), np.int64), _workers(rule.row_wise), guess((5 if masters else 4) * n)
-    given = *lists, how, rule.row_wise, facts, hyper(lrs, wds, rule), rule.scalars, known, order, cpu_rows.SMALL
-    is_trial = not known[WAS_LARGE, 0]
-    while True:
-        if is_trial:
-            done, i, bad, row = _update_plain(*given, 0)
-        else:
-            crew = workers(threads or max_workers(), int(known[WAS_LARGE, 0]))
-            with crew as count:
-                done, i, bad, row = _update_plain(*given, count)
-                crew.work = int(known[WAS_LARGE, 0])
-        if done >= 0:
-            code, high = divmod(done, 2)
-            form = formats(code)[1]
-            known[done] = checking(bool(high)), grouping(bool(high), form[2]), kernel(bool(high), *form, rule.row_wise)
-        elif done == OUT_OF_RANGE:
-            refuse_row(f"[{i}]", bad, row, weights[i].shape[0])
-        elif done == SHORT:
-            raise cpu_rows.out_of_memory(f"[{i}]", int(facts[i, ENTRIES]))
-        elif done != LARGE:
-            return bool(done == DONE)
-        else:
-            is_trial = False
-
-
-@functools.cache
-def _workers(row_wise: bool) -> np.ndarray:
-    """The workers that have been compiled, by twice the code and 1 more for a high weight; and ``WAS_LARGE``."""
-    return np.zeros((WAS_LARGE + 1, 3), np.int64)

@@ -1,0 +1,69 @@
+"""The quick way for a list of updates: one call of compiled code, if all of it is plain arrays on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from adagrad.kernels import row_lists, table
+from adagrad.kernels.beside import dense_beside
+from adagrad.kernels.checked import is_row_sparse
+from adagrad.kernels.cpu_rule import hyper
+from adagrad.rule import Rule
+
+
+def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], steps: list[Any],
+                 lrs: Any, wds: Any, rule: Rule, threads: int | None) -> bool:  # fmt: skip
+    """Check and update a list, if all of it is plain and on the CPU, and its dense gradients have one format.
+
+    ``steps``, counts of the weights' updates, go up by 1 with them: tensors of one number, or an empty list. False if
+    all is left as it was, to :func:`adagrad.kernels.call.prepare`.
+
+    Raises
+    ------
+    IndexError, MemoryError
+        As :func:`adagrad.kernels.row_lists.update_plain`.
+    """
+    if not (table.fit(weights, grads, histories, masters) and _are_plain(lrs, wds, len(weights))):
+        return False
+    is_sparse, n = is_row_sparse(grads[0]), len(grads)
+    if n > 1 and is_row_sparse(grads[-1]) != is_sparse:
+        return _update_mixed(weights, grads, histories, masters, steps, lrs, wds, rule, threads)
+    if is_sparse:
+        done = row_lists.update_plain(weights, grads, histories, masters, steps, lrs, wds, rule, threads)
+    else:
+        done = table.update_plain(weights, grads, histories, masters, steps, hyper(lrs, wds, rule), rule, threads)
+    if done or n < 3:
+        return done
+    return _update_mixed(weights, grads, histories, masters, steps, lrs, wds, rule, threads)
+
+
+def _are_plain(lrs: Sequence[Any], wds: Sequence[Any], n: int) -> bool:
+    """Whether there is a rate for each weight, or one for all, and no lr is a tensor, which may be on a device."""
+    if len(lrs) == len(wds) == 1:
+        return type(lrs[0]) is float
+    return len(lrs) in (1, n) and len(wds) in (1, n) and set(map(type, lrs)) == {float}
+
+
+def _update_mixed(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], steps: list[Any],
+                  lrs: Any, wds: Any, rule: Rule, threads: int | None) -> bool:  # fmt: skip
+    """The same for a list with gradients of both kinds; False for others."""
+    if getattr(weights[0], "is_cuda", False):
+        return False
+    is_sparse = list(map(is_row_sparse, grads))
+    sparse = [i for i, each in enumerate(is_sparse) if each]
+    dense = [i for i, each in enumerate(is_sparse) if not each]
+    if not (sparse and dense):
+        return False
+    lists = weights, grads, histories, masters, lrs, wds
+    w, g, h, m, lr, wd = (_some(values, dense) for values in lists)
+    beside = dense_beside(w, g, h, m, hyper(lr, wd, rule), rule)
+    if beside is None:
+        return False
+    w, g, h, m, lr, wd = (_some(values, sparse) for values in lists)
+    return row_lists.update_plain(w, g, h, m, steps, lr, wd, rule, threads, beside, sparse)
+
+
+def _some(values: list[Any], which: list[int]) -> list[Any]:
+    """Some entries, unless there are none or there is one for all."""
+    return [values[i] for i in which] if len(values) > 1 else values
