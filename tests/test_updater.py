@@ -102,6 +102,29 @@ def test_how_many_weights_go_into_one_step(aggregate_num: float, sizes: list[int
     assert counting._index_update_count == dict.fromkeys(INDICES, 1)
 
 
+class OwnStep(AdaGrad):
+    def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        super().step(indices, weights, grads, states)
+
+
+@pytest.mark.parametrize("klass", [AdaGrad, GroupAdaGrad, OwnStep, "patched"])
+def test_all_weights_go_into_one_step_where_nobody_can_tell(klass: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    update = kernels.update
+
+    def counting(weights: Any, *others: Any, **options: Any) -> None:
+        sizes.append(len(weights))
+        update(weights, *others, **options)
+
+    monkeypatch.setattr(kernels, "update", counting)
+    given, weights = (AdaGrad if klass == "patched" else klass)(), make_weights()[:4]
+    if klass == "patched":
+        given.step = given.step  # an attribute that may be anything
+    get_updater(given)(INDICES[:4], make_grads(0, weights), weights)
+    assert sizes == ([4] if klass in (AdaGrad, GroupAdaGrad) else [1] * 4)
+    assert given._index_update_count == dict.fromkeys(INDICES[:4], 1)
+
+
 def test_the_order_of_arguments_is_mxnets() -> None:
     """Index, gradient, weight."""
     weight, grad = np.ones(2, np.float32), np.full(2, 3, np.float32)

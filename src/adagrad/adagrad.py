@@ -166,11 +166,15 @@ class AdaGrad(Optimizer):
 
         A subclass with a step of its own gets what :meth:`Optimizer.update_multi_precision` gives it, as in MXNet.
         """
-        kind = type(self)
-        if kind.step is AdaGrad.step and kind.fused_step is AdaGrad.fused_step and kind.update is Optimizer.update:
+        if self._is_as_it_came("step", "fused_step", "update"):
             self.update(indices, weights, grads, states)
         else:
             super().update_multi_precision(indices, weights, grads, states)
+
+    def _is_as_it_came(self, *methods: str) -> bool:
+        methods = methods or ("step", "fused_step", "update", "update_multi_precision", "check")
+        kind, own = type(self), vars(self)
+        return all(name not in own and getattr(kind, name) is getattr(AdaGrad, name) for name in methods)
 
     def rule(self) -> Rule:
         """The rule's options and scalars as they are now; checked, since attributes may have been set meanwhile."""

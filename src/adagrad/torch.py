@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo import eval_frame
 from torch.autograd import _profiler_enabled, profiler  # type: ignore[attr-defined]
 from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -36,7 +35,8 @@ def _apart_from_compiler(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # What listens to this thread, or None; where PyTorch does not tell, something may.
-_compiler: Callable[[], Any] = getattr(eval_frame, "get_eval_frame_callback", lambda: False)
+_eval_frame = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+_compiler: Callable[[], Any] = getattr(_eval_frame, "get_eval_frame_callback", lambda: False)
 
 
 class Adagrad(Optimizer):

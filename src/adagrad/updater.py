@@ -47,8 +47,8 @@ class Updater:
     def __call__(self, index: Any, grad: Any, weight: Any) -> None:
         """Update ``weight`` with ``grad``, or each of a list of weights; note MXNet's order of the arguments.
 
-        ``optimizer.aggregate_num`` weights go into one step. Errors as in :meth:`Optimizer.update`; then no weight,
-        state or count has changed, whatever the position of the bad one.
+        ``optimizer.aggregate_num`` weights go into one step, or all where nobody can tell. Errors as in
+        :meth:`Optimizer.update`; then no weight, state or count has changed, whatever the position of the bad one.
         """
         indices, weights, grads, _ = as_lists(index, weight, grad, [None] * len(index) if _is_list(index) else None)
         indices = [each.decode() if isinstance(each, bytes) else each for each in indices]
@@ -61,11 +61,12 @@ class Updater:
             if each in self._loaded:
                 new[each] = self._adopt(each, w)
         states = [new[each] if each in new else self.states[each] for each in indices]
-        size = int(min(self.optimizer.aggregate_num, max(len(indices), 1)))
-        if size < len(indices):
+        n, optimizer = len(indices), self.optimizer
+        size = max(n if optimizer._is_as_it_came() else int(min(optimizer.aggregate_num, n)), 1)
+        if size < n:
             self.optimizer.check(indices, weights, grads, states)
         try:
-            for start in range(0, len(indices), size):
+            for start in range(0, n, size):
                 part = slice(start, start + size)
                 self.optimizer.update_multi_precision(indices[part], weights[part], grads[part], states[part])
         except Exception:

@@ -172,11 +172,8 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
                 return False
     masters_id, steps_id = id(masters) if masters else 0, id(steps) if steps else 0
     lists = id(weights), id(values), id(histories), masters_id, steps_id, id(indices)
-    facts, known, order = (
-        np.empty((n, FACTS), np.int64),
-        _workers(rule.row_wise),
-        guess((5 if masters else 4) * n + dense.spans),
-    )
+    facts, known = np.empty((n, FACTS), np.int64), _workers(rule.row_wise)
+    order = guess((5 if masters else 4) * n + dense.spans)
     rates, small = hyper(lrs, wds, rule), cpu_rows.SMALL
     given = *lists, how, rule.row_wise, facts, rates, rule.scalars, known, order, dense.words, small
     is_trial = not known[WAS_LARGE, 0]
