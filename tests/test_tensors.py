@@ -160,16 +160,17 @@ MISFITS: dict[str, Any] = {
     "complex": lambda: in_shape((8, 3), [[1]], torch.ones(1, 3) * 1j),
     "meta": lambda: in_shape((8, 3), [[1]], torch.ones(1, 3)).to("meta"),
     "compressed": lambda: torch.ones(8, 3).to_sparse_csr(),
-    "dense": lambda: torch.ones(8, 3),
     "dense integers": lambda: torch.ones(8, 3, dtype=torch.int64),
     "a list": lambda: [1.0, 2.0],
 }
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_gradients_that_do_not_fit_are_left_to_the_ordinary_way(name: str) -> None:
+@pytest.mark.parametrize("beside_dense", [False, True])
+def test_gradients_that_do_not_fit_are_left_to_the_ordinary_way(name: str, beside_dense: bool) -> None:
     plain: Any = coo([1], torch.ones(1, 3), (8, 3))
-    given: list[Any] = [Operands(torch.ones(8, 3), grad, torch.ones(8, 3)) for grad in (plain, MISFITS[name]())]  # type: ignore[arg-type]
+    grads = [plain, MISFITS[name](), *([torch.ones(8, 3)] if beside_dense else [])]
+    given: list[Any] = [Operands(torch.ones(8, 3), grad, torch.ones(8, 3)) for grad in grads]  # type: ignore[arg-type]
     assert not update_plain(given, [HYPERS["plain"]])
     assert all((t == 1).all() for o in given for t in (o.weight, o.history))
     given[1].grad = plain

@@ -687,6 +687,33 @@ def test_hooks_of_the_step_see_unscaled_gradients(kind: str, fused: bool | None)
     assert seen[0] == seen[1]
 
 
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("multi_precision", [False, True])
+def test_embeddings_and_dense_layers_in_one_optimizer(order: int, multi_precision: bool) -> None:
+    """The bits of an optimizer for each parameter; with one dtype by one compiled call, master copies and all."""
+
+    def parameters() -> list[nn.Parameter]:
+        shapes = [(9, 4), (5,), (7, 3), (4, 4)][::order]
+        return [parameter(shape, torch.bfloat16, seed) for seed, shape in enumerate(shapes)]
+
+    together, apart = parameters(), parameters()
+    options: dict[str, Any] = {"lr": 0.3, "weight_decay": 0.1, "lr_decay": 0.1, "multi_precision": multi_precision}
+    one, several = Adagrad(together, **options), [Adagrad([p], **options) for p in apart]
+    for step in range(3):
+        for k, (p, q) in enumerate(zip(together, apart, strict=True)):
+            grad = gradient(p, 10 * step + k)
+            is_embedding = p.shape[0] in (9, 7)
+            p.grad = q.grad = coo([1, 6, 1], grad[:3], p.shape) if is_embedding else grad
+        one.step()
+        for optimizer in several:
+            optimizer.step()
+    for p, q, optimizer in zip(together, apart, several, strict=True):
+        assert_same_bits(p, q)
+        for name, value in optimizer.state[q].items():
+            assert_same_bits(one.state[p][name], value)
+        assert one.state[p]["step"] == 3
+
+
 # ------------------------------------------------------------------------------------------------------ compilation
 
 
