@@ -27,22 +27,28 @@ from tqdm import tqdm
 from cases import CASES, SEED, Case, Dense, Rows
 from contenders import Data, contenders, versions
 
-BLOCK_SECONDS = 0.04
+BLOCK_SECONDS = 0.08
 """A contender's calls in a row, in one round."""
 
 
 def block(contender: Any, seconds: float) -> list[float]:
-    """Times of calls in a row: at least two, the first of them not counted (it warms the caches)."""
+    """Times of calls in a row: at least two, after those that warm the caches, half the time, which are not counted.
+
+    A contender with tables of its own leaves large caches full of them: the next one takes up to ten calls to settle.
+    """
     times: list[float] = []
-    deadline = time.perf_counter() + seconds
+    begin = time.perf_counter()
+    warm = 1
     prepare = getattr(contender, "prepare", None)
-    while len(times) < 3 or (time.perf_counter() < deadline and len(times) < 300):
+    while len(times) < warm + 2 or (time.perf_counter() - begin < seconds and len(times) < warm + 300):
         if prepare is not None:
             prepare()
         start = time.perf_counter()
         contender()
         times.append(time.perf_counter() - start)
-    return times[1:]
+        if start - begin < seconds / 2:
+            warm = len(times)
+    return times[warm:]
 
 
 def measure(

@@ -12,7 +12,7 @@ import pytest
 
 import oracle
 from adagrad import AdaGrad, GroupAdaGrad
-from adagrad.kernels import formats, strided
+from adagrad.kernels import formats, strided, table
 from adagrad.kernels import layout as layouts
 from support import (
     BFLOAT16,
@@ -439,3 +439,13 @@ def test_history_keeps_the_computing_precision(dtype: Any) -> None:
         optimizer.update(0, weight, grad, state)
     assert state.dtype == np.float32
     assert (state == 2100).all()
+
+
+@pytest.mark.parametrize("weight", ["float16", "bfloat16", "float32", "float64"])
+def test_codes_and_formats_say_the_same(weight: str) -> None:
+    computing = "float64" if weight == "float64" else "float32"
+    is_low = weight in ("float16", "bfloat16")
+    for grad in {weight, "float32"} if is_low else {weight}:
+        for has_master in {False, is_low}:
+            code = table.code_of_formats(weight, grad, has_master=has_master)
+            assert table.formats(code) == (0, (weight, grad, computing, "float32" if has_master else None))

@@ -13,7 +13,7 @@ import pytest
 import oracle
 from adagrad import RowSparse
 from adagrad.kernels import quick, row_groups, row_lists
-from adagrad.kernels import rows as looked_at
+from adagrad.kernels.rows import rows as plain_rows
 from support import (
     DTYPES,
     HYPERS,
@@ -264,12 +264,12 @@ def test_plain_updates_take_the_quick_way(kind: Kind, row_wise: bool) -> None:
     rng = np.random.default_rng(18)
     for dtype in (np.int32, np.int64):
         o = rows(rng, kind, (9, 4), some(rng, 30, 9, dtype), row_wise=row_wise)
-        assert looked_at.rows(o.weight, o.grad, o.history, o.master, row_wise=row_wise) is not None
+        assert plain_rows(o.weight, o.grad, o.history, o.master, row_wise=row_wise) is not None
         # Each of these is left to the ordinary way.
         wrong = RowSparse(o.grad.values.astype(np.longdouble), o.grad.indices, (9, 4))
-        assert looked_at.rows(o.weight, wrong, o.history, o.master, row_wise=row_wise) is None
-        assert looked_at.rows(o.weight, o.grad, o.history[:5], o.master, row_wise=row_wise) is None
-        assert looked_at.rows(o.weight[:, ::2], o.grad, o.history, o.master, row_wise=row_wise) is None
+        assert plain_rows(o.weight, wrong, o.history, o.master, row_wise=row_wise) is None
+        assert plain_rows(o.weight, o.grad, o.history[:5], o.master, row_wise=row_wise) is None
+        assert plain_rows(o.weight[:, ::2], o.grad, o.history, o.master, row_wise=row_wise) is None
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "bfloat16" not in str(kind)], ids=str)
@@ -282,7 +282,7 @@ def test_plain_tensors_take_the_quick_way(kind: Kind, row_wise: bool) -> None:
         weight, history = torch.from_numpy(o.weight), torch.from_numpy(o.history)
         master = None if o.master is None else torch.from_numpy(o.master)
         grad = RowSparse(torch.from_numpy(o.grad.values), torch.from_numpy(o.grad.indices), (9, 4))
-        assert looked_at.rows(weight, grad, history, master, row_wise=row_wise) is not None
+        assert plain_rows(weight, grad, history, master, row_wise=row_wise) is not None
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -744,8 +745,7 @@ def test_the_compiler_traces_nothing_of_an_update(monkeypatch: pytest.MonkeyPatc
     seen = []
 
     def spy(*arguments: Any) -> None:
-        listening = torch._C._dynamo.eval_frame.get_eval_frame_callback()
-        seen.append((torch.compiler.is_dynamo_compiling(), listening))
+        seen.append((torch.compiler.is_dynamo_compiling(), front_end._compiler()))
         update(*arguments)
 
     update = front_end.update
@@ -767,6 +767,20 @@ def test_the_compiler_traces_nothing_of_an_update(monkeypatch: pytest.MonkeyPatc
     assert seen == [(False, None)] * 6
     assert optimizer.state[p]["step"] == 6
     torch._dynamo.reset()
+
+
+def test_asking_for_the_compiler_takes_no_reference_away() -> None:
+    """PyTorch 2.6 and 2.7 do that: they are not asked."""
+    before = sys.getrefcount(None)
+    for _ in range(10_000):
+        front_end._compiler()
+    assert abs(sys.getrefcount(None) - before) < 1000
+
+
+@pytest.mark.parametrize(("version", "is_asked"), [("2.4.1", False), ("2.7.1+cu126", False), ("2.13.0+cpu", True)])
+def test_whom_to_ask_for_the_compiler(version: str, is_asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    assert front_end._what_tells_the_compiler()() is (None if is_asked else False)
 
 
 # ------------------------------------------------------------------------------------------------- differentiable

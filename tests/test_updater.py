@@ -15,7 +15,12 @@ from adagrad import AdaGrad, GroupAdaGrad, Optimizer, RowSparse, Updater, get_up
 from adagrad.lr_scheduler import CosineScheduler, FactorScheduler, MultiFactorScheduler, PolyScheduler
 from support import BFLOAT16, assert_same_bits, normal
 
-AGGREGATES = pytest.mark.parametrize("aggregate_num", [1, 2, 3, 100, np.inf])
+AGGREGATES = pytest.mark.parametrize("aggregate_num", [1, 2, 3, 100, np.inf, None])
+"""None: all at once, as of the library's own class; else of a subclass."""
+
+
+class Plain(AdaGrad):
+    """A user's class: an updater heeds its aggregate_num."""
 
 
 def make_weights() -> list[np.ndarray]:
@@ -49,7 +54,8 @@ def run(updater: Updater, weights: list[np.ndarray], steps: range, *, together: 
 
 def optimizer(**options: Any) -> AdaGrad:
     schedule = options.pop("lr_scheduler", None) or FactorScheduler(step=2, factor=0.5, base_lr=0.3)
-    made = AdaGrad(None, lr_scheduler=schedule, wd=0.01, multi_precision=True, **options)
+    kind = AdaGrad if options.get("aggregate_num") is None else Plain
+    made = kind(None, lr_scheduler=schedule, wd=0.01, multi_precision=True, **options)
     made.set_lr_mult({0: 0.5, "one": 2.0})
     return made
 
@@ -68,7 +74,7 @@ def assert_same_states(one: dict[Any, Any], two: dict[Any, Any]) -> None:
 @AGGREGATES
 @pytest.mark.parametrize("together", [True, False], ids=["lists", "one by one"])
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "expression"])
-def test_aggregation_changes_nothing(aggregate_num: float, together: bool, fused: bool) -> None:
+def test_aggregation_changes_nothing(aggregate_num: float | None, together: bool, fused: bool) -> None:
     plain, weights = optimizer(), make_weights()
     states = [plain.create_state_multi_precision(i, w) for i, w in zip(INDICES, weights, strict=True)]
     for t in range(4):
@@ -102,13 +108,30 @@ def test_how_many_weights_go_into_one_step(aggregate_num: float, sizes: list[int
     assert counting._index_update_count == dict.fromkeys(INDICES, 1)
 
 
-class OwnStep(AdaGrad):
-    def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
-        super().step(indices, weights, grads, states)
+def patched() -> AdaGrad:
+    optimizer = AdaGrad()
+    optimizer.step = optimizer.step  # type: ignore[method-assign] # a function of the user's
+    return optimizer
 
 
-@pytest.mark.parametrize("klass", [AdaGrad, GroupAdaGrad, OwnStep, "patched"])
-def test_all_weights_go_into_one_step_where_nobody_can_tell(klass: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def scheduled(scheduler: Any) -> AdaGrad:
+    return AdaGrad(learning_rate=None, lr_scheduler=scheduler)
+
+
+@pytest.mark.parametrize(
+    ("make", "is_together"),
+    [
+        (AdaGrad, True),
+        (GroupAdaGrad, True),
+        (lambda: scheduled(FactorScheduler(1)), True),
+        (lambda: scheduled(lambda num_update: 0.1), False),
+        (Plain, False),
+        (patched, False),
+    ],
+)
+def test_all_weights_go_into_one_step_where_it_makes_no_difference(
+    make: Any, is_together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes = []
     update = kernels.update
 
@@ -117,11 +140,9 @@ def test_all_weights_go_into_one_step_where_nobody_can_tell(klass: Any, monkeypa
         update(weights, *others, **options)
 
     monkeypatch.setattr(kernels, "update", counting)
-    given, weights = (AdaGrad if klass == "patched" else klass)(), make_weights()[:4]
-    if klass == "patched":
-        given.step = given.step  # an attribute that may be anything
+    given, weights = make(), make_weights()[:4]
     get_updater(given)(INDICES[:4], make_grads(0, weights), weights)
-    assert sizes == ([4] if klass in (AdaGrad, GroupAdaGrad) else [1] * 4)
+    assert sizes == ([4] if is_together else [1] * 4)
     assert given._index_update_count == dict.fromkeys(INDICES[:4], 1)
 
 
@@ -196,7 +217,7 @@ BAD: dict[str, tuple[Any, type[Exception]]] = {
 @pytest.mark.parametrize("started", [True, False], ids=["with states", "first call"])
 @pytest.mark.parametrize(("spoil", "error"), BAD.values(), ids=BAD)
 def test_all_or_nothing_over_a_list(
-    spoil: Any, error: type[Exception], started: bool, at: int, aggregate_num: float
+    spoil: Any, error: type[Exception], started: bool, at: int, aggregate_num: float | None
 ) -> None:
     updater, weights = get_updater(optimizer(aggregate_num=aggregate_num)), make_weights()
     run(updater, weights, range(2 if started else 0))

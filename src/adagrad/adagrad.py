@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from adagrad import checks, dialects, kernels
 from adagrad.arrays import computing_format, operand
 from adagrad.dialects import Default
+from adagrad.lr_scheduler import LRScheduler
 from adagrad.optimizer import Optimizer, as_lists, register
 from adagrad.rates import Index
 from adagrad.rule import Array, Rule, history_shape, is_torch
@@ -166,15 +168,17 @@ class AdaGrad(Optimizer):
 
         A subclass with a step of its own gets what :meth:`Optimizer.update_multi_precision` gives it, as in MXNet.
         """
-        if self._is_as_it_came("step", "fused_step", "update"):
+        kind = type(self)
+        if kind.step is AdaGrad.step and kind.fused_step is AdaGrad.fused_step and kind.update is Optimizer.update:
             self.update(indices, weights, grads, states)
         else:
             super().update_multi_precision(indices, weights, grads, states)
 
-    def _is_as_it_came(self, *methods: str) -> bool:
-        methods = methods or ("step", "fused_step", "update", "update_multi_precision", "check")
-        kind, own = type(self), vars(self)
-        return all(name not in own and getattr(kind, name) is getattr(AdaGrad, name) for name in methods)
+    def _may_take_all_at_once(self) -> bool:
+        kind: Any = type(self)
+        scheduler = self.lr_scheduler
+        is_ours = kind.__module__ in (__name__, f"{__package__}.group_adagrad") and _names(kind).isdisjoint(vars(self))
+        return is_ours and (scheduler is None or type(scheduler).__module__ == LRScheduler.__module__)
 
     def rule(self) -> Rule:
         """The rule's options and scalars as they are now; checked, since attributes may have been set meanwhile."""
@@ -208,3 +212,8 @@ class AdaGrad(Optimizer):
     def set_config(self, config: Mapping[str, Any]) -> None:
         # Checkpoints from before the dialects, and MXNet 2's, have neither option: what they hold had them off.
         super().set_config({"epsilon_inside": False, "decoupled_decay": False} | dict(config))
+
+
+@functools.cache
+def _names(kind: type) -> frozenset[str]:
+    return frozenset(dir(kind))

@@ -48,8 +48,8 @@ class Optimizer(Rates):
     param_dict : mapping of index to object, optional
         Objects with ``lr_mult`` and ``wd_mult``, asked at every step; they come before all other multipliers.
     aggregate_num : int or numpy.inf, optional
-        How many weights :class:`~adagrad.Updater` hands to one step; 1 by default. The results are the same, and where
-        no method of a subclass could tell, it hands over all at once.
+        How many weights :class:`~adagrad.Updater` hands to one step; 1 by default. The results are the same. It hands
+        over all at once where no subclass, attribute or scheduler of a user's could see the difference.
     use_fused_step : bool, optional
         Whether :meth:`update` calls :meth:`fused_step`, else :meth:`step`; by default False here.
 
@@ -181,8 +181,8 @@ class Optimizer(Rates):
                 with np.errstate(over="ignore"):  # to infinity, as the kernels round
                     (weight.detach() if is_torch(weight) else weight)[...] = cast(master, weight)
 
-    def _is_as_it_came(self) -> bool:
-        """Whether no method that updates is a subclass's or user's own: then nobody sees what one step is given."""
+    def _may_take_all_at_once(self) -> bool:
+        """Whether one step for all weights of an updater is the same as several: no code of a user's runs in a step."""
         return False
 
     def check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:

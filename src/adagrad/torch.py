@@ -34,9 +34,19 @@ def _apart_from_compiler(func: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-# What listens to this thread, or None; where PyTorch does not tell, something may.
-_eval_frame = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
-_compiler: Callable[[], Any] = getattr(_eval_frame, "get_eval_frame_callback", lambda: False)
+def _what_tells_the_compiler() -> Callable[[], Any]:
+    """A function that returns what listens to this thread, or None.
+
+    Where PyTorch does not tell, something may. In 2.6 and 2.7 it must not be asked: each answer takes a reference away
+    from None, and after 100,000 or so Python ends.
+    """
+    version = tuple(int(number) for number in torch.__version__.split(".")[:2])
+    eval_frame = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+    ask = getattr(eval_frame, "get_eval_frame_callback", None) if version >= (2, 8) else None
+    return ask or (lambda: False)
+
+
+_compiler = _what_tells_the_compiler()
 
 
 class Adagrad(Optimizer):

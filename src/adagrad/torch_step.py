@@ -67,8 +67,8 @@ class Part(Batch):
         self.states, self._versions = states, versions
         self.steps: list[Any] = list(map(_step_of, states))
         lr = group["lr"]
-        quick = type(lr) is float and math.isfinite(lr) and lr_decay == 0  # nearly always
-        self.lrs = [lr] if quick else self._lrs(lr, lr_decay, keep_tensor=defaults["differentiable"])
+        is_usual = type(lr) is float and math.isfinite(lr) and lr_decay == 0
+        self.lrs = [lr] if is_usual else self._lrs(lr, lr_decay, keep_tensor=defaults["differentiable"])
 
     @functools.cached_property
     def counts(self) -> Counts:

@@ -47,7 +47,7 @@ class Updater:
     def __call__(self, index: Any, grad: Any, weight: Any) -> None:
         """Update ``weight`` with ``grad``, or each of a list of weights; note MXNet's order of the arguments.
 
-        ``optimizer.aggregate_num`` weights go into one step, or all where nobody can tell. Errors as in
+        ``optimizer.aggregate_num`` weights go into one step, or all where it makes no difference. Errors as in
         :meth:`Optimizer.update`; then no weight, state or count has changed, whatever the position of the bad one.
         """
         indices, weights, grads, _ = as_lists(index, weight, grad, [None] * len(index) if _is_list(index) else None)
@@ -62,7 +62,8 @@ class Updater:
                 new[each] = self._adopt(each, w)
         states = [new[each] if each in new else self.states[each] for each in indices]
         n, optimizer = len(indices), self.optimizer
-        size = max(n if optimizer._is_as_it_came() else int(min(optimizer.aggregate_num, n)), 1)
+        together = n if n == 1 or optimizer._may_take_all_at_once() else int(min(optimizer.aggregate_num, n))
+        size = max(together, 1)
         if size < n:
             self.optimizer.check(indices, weights, grads, states)
         try:

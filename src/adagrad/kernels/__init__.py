@@ -17,11 +17,19 @@ __all__ = ["any_row_sparse", "is_row_sparse", "prepare", "update"]
 
 
 @functools.cache
-def _ways() -> tuple[Any, Any]:
-    """The quick way and the ordinary one, imported at the first use: Numba takes its time."""
-    from adagrad.kernels import call, quick
+def _quick() -> Any:
+    """The quick way, imported at the first use: Numba takes its time."""
+    from adagrad.kernels import quick
 
-    return quick, call
+    return quick
+
+
+@functools.cache
+def _call() -> Any:
+    """The ordinary way, likewise."""
+    from adagrad.kernels import call
+
+    return call
 
 
 def update(
@@ -54,7 +62,7 @@ def update(
     TypeError, ValueError, IndexError
         Naming the argument, its value and the rule it broke; then nothing has changed.
     """
-    if not (fused and _ways()[0].update_plain(weights, grads, states, [], [], lrs, wds, rule, threads)):
+    if not (fused and _quick().update_plain(weights, grads, states, [], [], lrs, wds, rule, threads)):
         prepare(weights, grads, states, lrs, wds, rule, fused=fused, threads=threads).run()
     tensors = [] if set(map(type, weights)) == {np.ndarray} else [weight for weight in weights if is_torch(weight)]
     if tensors:
@@ -78,5 +86,5 @@ def prepare(
     batch = of_states(weights, grads, states, lrs, wds, rule)
     if not fused:
         return expressions.prepare(batch)
-    prepared: Prepared = _ways()[1].prepare([batch], threads=threads)
+    prepared: Prepared = _call().prepare([batch], threads=threads)
     return prepared

@@ -95,12 +95,12 @@ class _CudaLaunch:
 
     def run(self, grad_scale: Any, found_inf: Any) -> Any:
         scale, found = (t if t is None else t.to(self.device, non_blocking=True) for t in (grad_scale, found_inf))
-        together = _cuda().cuda_dense.together
+        cuda = _cuda()
         groups = [
-            _cuda().Group(rule, together(dense) if dense else None, rows)
+            cuda.Group(rule, cuda.cuda_dense.together(dense) if dense else None, rows)
             for rule, (dense, rows) in self._groups.items()
         ]
-        return _cuda().update(groups, self.device, grad_scale=scale, found_inf=found)
+        return cuda.update(groups, self.device, grad_scale=scale, found_inf=found)
 
 
 @functools.cache

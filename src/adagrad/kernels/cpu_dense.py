@@ -26,6 +26,9 @@ WEIGHT, GRAD, HISTORY, MASTER, SIZE, ROW = range(6)
 COLUMNS = 6
 """Columns of the address table."""
 
+GIVEN = 6
+"""Words of the block of :func:`arguments`."""
+
 ALIGN = 16
 """Elements: where workers part. No two write to one cache line of a float32 array that begins with one."""
 
@@ -214,7 +217,7 @@ def row_part_kernel(weight: str, grad: str, history: str, master: str | None, de
 @jit(helper=True)
 def _given(arguments: Any) -> Any:
     """What the block of arguments holds, see :func:`arguments`."""
-    given = numba.carray(place(arguments), 6, np.int64)
+    given = numba.carray(place(arguments), GIVEN, np.int64)
     table = numba.carray(place(given[0]), (given[1], COLUMNS), np.int64)
     hyper = numba.carray(place(given[2]), (given[3], 3), np.float64)
     scalars = numba.carray(place(given[4]), 4, np.float64)
@@ -224,7 +227,7 @@ def _given(arguments: Any) -> Any:
 @jit()
 def arguments(table: Any, hyper: Any, scalars: Any, total: int) -> Any:
     """What the workers are given, as one block; the arrays must outlive it."""
-    block = np.empty(6, np.int64)
+    block = np.empty(GIVEN, np.int64)
     block[0], block[1] = table.ctypes.data, table.shape[0]
     block[2], block[3] = hyper.ctypes.data, hyper.shape[0]
     block[4], block[5] = scalars.ctypes.data, total

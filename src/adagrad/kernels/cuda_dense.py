@@ -238,8 +238,8 @@ def of_tensors(weight: Tensor, grad: Tensor, history: Tensor, master: Tensor | N
     length = math.prod(weight.shape[1:]) if rule.row_wise else 0
     name, grad_name = (str(tensor.dtype).removeprefix("torch.") for tensor in (weight, grad))
     code = code_of_formats(name, grad_name, has_master=master is not None)
-    rows = np.array([[*addresses, weight.numel(), length]])
-    return DenseUpdates(rows, np.array([code]), [lr], [wd], [*tensors])
+    rows = np.array([[*addresses, weight.numel(), length]], np.int64)
+    return DenseUpdates(rows, np.array([code], np.int64), [lr], [wd], [*tensors])
 
 
 def plan(updates: DenseUpdates) -> tuple[np.ndarray, list[Launch]]:

@@ -214,27 +214,27 @@ def look_once(thing: object, how: np.ndarray) -> np.ndarray | None:
 
 def layout() -> np.ndarray | None:
     """What :func:`look` must know of the libraries at hand, or None where it cannot be found."""
-    torch, ml_dtypes = sys.modules.get("torch"), sys.modules.get("ml_dtypes")
-    if _last is not None and _last[0] is torch and _last[1] is ml_dtypes:
-        return _last[2]
-    return _layout_with(torch, ml_dtypes)
+    last, torch, ml_dtypes = _last, sys.modules.get("torch"), sys.modules.get("ml_dtypes")
+    if last is None or last[0] is not torch or last[1] is not ml_dtypes:
+        return _find(torch, ml_dtypes)
+    return _find(torch, ml_dtypes) if last[2] and torch.cuda.is_initialized() else last[3]
 
 
-_last: tuple[Any, Any, np.ndarray | None] | None = None
-"""The modules of the last call and the layout, if it is that of these modules from now on."""
+_last: tuple[Any, Any, bool, np.ndarray | None] | None = None
+"""The modules of the last call, whether CUDA was still to be initialized, and the layout; None while one of the modules
+is being imported."""
 
 
-def _layout_with(torch: Any, ml_dtypes: Any) -> np.ndarray | None:
+def _find(torch: Any, ml_dtypes: Any) -> np.ndarray | None:
     global _last
     # Modules that another thread is importing do not have all their names yet.
     with_torch, with_bfloat16 = hasattr(torch, "Tensor"), hasattr(ml_dtypes, "bfloat16")
+    backend = getattr(getattr(torch, "backends", None), "cuda", None)
     # Before CUDA is initialized there is no CUDA tensor, and asking for its keys would initialize it.
     with_cuda = hasattr(torch, "cuda") and torch.cuda.is_initialized()
     found = _layout(with_torch, with_cuda, with_bfloat16)
-    is_built = getattr(getattr(getattr(torch, "backends", None), "cuda", None), "is_built", None)
-    has_all = torch is None or (with_torch and (with_cuda or (is_built is not None and not is_built())))
-    if has_all and with_bfloat16 == (ml_dtypes is not None):
-        _last = torch, ml_dtypes, found
+    if (torch is None or (with_torch and backend is not None)) and with_bfloat16 == (ml_dtypes is not None):
+        _last = torch, ml_dtypes, backend is not None and backend.is_built() and not with_cuda, found
     return found
 
 

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from adagrad.kernels import row_lists, table
-from adagrad.kernels.beside import dense_beside
 from adagrad.kernels.checked import is_row_sparse
 from adagrad.kernels.cpu_rule import hyper
+from adagrad.kernels.dense_beside import dense_beside
 from adagrad.rule import Rule
 
 
 def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], steps: list[Any],
                  lrs: Any, wds: Any, rule: Rule, threads: int | None) -> bool:  # fmt: skip
-    """Check and update a list, if all of it is plain and on the CPU, and its dense gradients have one format.
+    """Check and update a list, if all of it is plain and on the CPU.
+
+    And if the dense updates are all of the same formats: those of weight, gradient and master copy.
 
     ``steps``, counts of the weights' updates, go up by 1 with them: tensors of one number, or an empty list. False if
     all is left as it was, to :func:`adagrad.kernels.call.prepare`.

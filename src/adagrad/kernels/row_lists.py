@@ -9,11 +9,20 @@ from typing import Any
 import numpy as np
 
 from adagrad.kernels import cpu_rows
-from adagrad.kernels.beside import ELEMENTS, NOTHING, WEIGHTS, WRITTEN, Beside, carry_out_beside, put_spans
 from adagrad.kernels.checked import refuse_row
 from adagrad.kernels.counts import advance_counts, find_counts
 from adagrad.kernels.cpu_rows import ROW_COST, carry_out, kernel, room
 from adagrad.kernels.cpu_rule import hyper
+from adagrad.kernels.dense_beside import (
+    ELEMENTS,
+    NOTHING,
+    WEIGHTS,
+    WRITTEN,
+    Beside,
+    carry_out_beside,
+    is_large,
+    put_spans,
+)
 from adagrad.kernels.layout import NONE, hold_parts, item, layout, let_go_of_parts, sparse_body
 from adagrad.kernels.numba_jit import acquire_gil, borrowed, jit, max_workers, release_gil, workers
 from adagrad.kernels.row_groups import (
@@ -63,8 +72,8 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, steps
                   count: int) -> Any:  # fmt: skip
     """What was done, and of which update; the position of a row id that is outside its weight, and the id.
 
-    ``dense`` is for a list beside, see :mod:`adagrad.kernels.beside`; ``count`` is 0 for a call that is tried as if it
-    were little work.
+    ``dense`` is for a list beside, see :mod:`adagrad.kernels.dense_beside`; ``count`` is 0 for a call that is tried as
+    if it were little work.
     """
     n, entries, facts, how, dense = len(facts), 0, borrowed(facts), borrowed(how), borrowed(dense)
     work, numbers, spans = dense[ELEMENTS], np.empty(n, np.int64), np.empty((2, len(order)), np.int64)
@@ -86,8 +95,9 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, steps
             what = _SPANS_WITH_MASTERS[k] if masters else _SPANS[k]
             at = k * n + i if k * n < ours else k * n + i + theirs
             spans[0, at], spans[1, at] = facts[i, BASE + what], facts[i, ENDS + what]
-    known[WAS_LARGE, 0] = work if work >= small else 0
-    if count == 0 and work >= small:
+    is_small = work < small and not is_large(dense)
+    known[WAS_LARGE, 0] = 0 if is_small else work
+    if count == 0 and not is_small:
         return LARGE, 0, 0, 0
     if not disjoint(spans[0], spans[1], ours + theirs, order) or (steps and not find_counts(steps, how, step_at)):
         return LEFT, 0, 0, 0
@@ -106,7 +116,7 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, steps
         facts, numbers, known, np.int64(ids.ctypes.data), found, kept, scratch, small, count
     )
     if done == DONE:
-        carry_out_beside(dense, _crew(dense[ELEMENTS], small, count))
+        carry_out_beside(dense, count)
     if count > 0:
         acquire_gil(state)
         let_go_of_parts(handles.reshape(-1), how)
@@ -153,7 +163,8 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
     IndexError
         For a row id outside its weight; then nothing has changed.
     MemoryError
-        Where there is none for the sums of rows; then weights that come later in the list have not changed.
+        Where there is none for the sums of rows; then row-sparse weights that come later, and all of the list beside,
+        have not changed.
     """
     how, n = layout(), len(weights)
     if how is None:
@@ -170,10 +181,11 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
                 indices.append(grad.indices)
             else:
                 return False
+    named = places or range(n)
     masters_id, steps_id = id(masters) if masters else 0, id(steps) if steps else 0
     lists = id(weights), id(values), id(histories), masters_id, steps_id, id(indices)
     facts, known = np.empty((n, FACTS), np.int64), _workers(rule.row_wise)
-    order = guess((5 if masters else 4) * n + dense.spans)
+    order = guess((5 if masters else 4) * n + dense.span_count)
     rates, small = hyper(lrs, wds, rule), cpu_rows.SMALL
     given = *lists, how, rule.row_wise, facts, rates, rule.scalars, known, order, dense.words, small
     is_trial = not known[WAS_LARGE, 0]
@@ -190,9 +202,9 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
             form = formats(code)[1]
             known[done] = checking(bool(high)), grouping(bool(high), form[2]), kernel(bool(high), *form, rule.row_wise)
         elif done == OUT_OF_RANGE:
-            refuse_row(f"[{places[i] if places else i}]", bad, row, weights[i].shape[0])
+            refuse_row(f"[{named[i]}]", bad, row, weights[i].shape[0])
         elif done == SHORT:
-            raise cpu_rows.out_of_memory(f"[{places[i] if places else i}]", int(facts[i, ENTRIES]))
+            raise cpu_rows.out_of_memory(f"[{named[i]}]", int(facts[i, ENTRIES]))
         elif done != LARGE:
             return bool(done == DONE)
         else:

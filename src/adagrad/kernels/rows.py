@@ -1,7 +1,7 @@
 """Row-sparse updates of plain arrays, looked at and checked by compiled code.
 
-For few lookups the checks in Python cost more than the update; this is their short cut. Whatever is not plain, and
-every error but a row id outside the weight, is left to the ordinary way.
+Whatever is not plain, and every error but a row id outside the weight, is left to checks in Python, which cost more
+than an update of few rows.
 """
 
 from __future__ import annotations

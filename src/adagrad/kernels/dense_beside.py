@@ -1,7 +1,8 @@
 """A list of dense updates that is carried out beside row-sparse ones, by one call of compiled code.
 
 The call gets it as one block of words: the worker, the address of the worker's arguments, how many weights and elements
-there are and how many spans of memory are written to, then all starts and all ends of spans. Zeros stand for no list.
+there are, from how many elements on it is worth several threads and how many spans of memory are written to; then all
+starts and all ends of spans. Zeros stand for no list.
 """
 
 from __future__ import annotations
@@ -11,19 +12,20 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from adagrad.kernels.cpu_dense import arguments, kernel
+from adagrad.kernels import cpu_dense
+from adagrad.kernels.cpu_dense import GIVEN, arguments, kernel
 from adagrad.kernels.numba_jit import jit, place, run
 from adagrad.kernels.table import PLACES, formats, table
 from adagrad.rule import Rule
 
-WORKER, ARGUMENTS, WEIGHTS, ELEMENTS, WRITTEN, SPANS = range(6)
+WORKER, ARGUMENTS, WEIGHTS, ELEMENTS, SMALL, WRITTEN, SPANS = range(7)
 
 
 class Beside(NamedTuple):
     """A list, looked at and checked. Keep its arrays while it is in use."""
 
     words: np.ndarray
-    spans: int
+    span_count: int
     pointed_at: tuple[np.ndarray, ...]
     """What the words have the addresses of."""
 
@@ -42,7 +44,7 @@ def dense_beside(weights: list[Any], grads: list[Any], histories: list[Any], mas
         return None
     work = kernel(*formats(found.common)[1], rule.row_wise)
     block = arguments(found.rows, rates, rule.scalars, found.total)
-    about = work, block.ctypes.data, len(weights), found.total, found.written
+    about = work, block.ctypes.data, len(weights), found.total, cpu_dense.SMALL, found.written
     words = np.concatenate([about, found.spans.ravel()])
     return Beside(words, found.spans.shape[1], (block, found.rows, rates, rule.scalars))
 
@@ -57,7 +59,14 @@ def put_spans(words: Any, spans: Any, first: int, gap: int) -> None:
 
 
 @jit(helper=True)
+def is_large(words: Any) -> Any:
+    """Whether it is worth several threads."""
+    return words[ELEMENTS] >= words[SMALL] and words[ELEMENTS] > 0
+
+
+@jit(helper=True)
 def carry_out_beside(words: Any, count: int) -> None:
-    """Update the weights by ``count`` threads."""
+    """Update the weights, by ``count`` threads if that is more than one and they are worth it."""
     if words[ELEMENTS] > 0:
-        run(words[WORKER], numba.carray(place(words[ARGUMENTS]), 6, np.int64), count)
+        count = count if count > 1 and is_large(words) else 1
+        run(words[WORKER], numba.carray(place(words[ARGUMENTS]), GIVEN, np.int64), count)
