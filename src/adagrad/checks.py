@@ -7,6 +7,8 @@ import numbers
 import sys
 from typing import Any
 
+_MOST = sys.float_info.max
+
 
 def describe(value: object) -> str:
     """``value`` as a message shows it: its repr, cut to a line."""
@@ -37,7 +39,7 @@ def finite(name: str, value: Any) -> float:
 
 def non_negative(name: str, value: Any) -> float:
     """``value`` as a finite float >= 0."""
-    if type(value) in (float, int) and 0 <= value <= sys.float_info.max:  # the usual case, at every step: quickly
+    if type(value) in (float, int) and 0 <= value <= _MOST:  # the usual case, at every step: quickly
         return float(value)
     number = real(name, value)
     if not 0 <= number < math.inf:

@@ -267,17 +267,19 @@ def as_lists(indices: Any, weights: Any, grads: Any, states: Any) -> tuple[list[
     if not isinstance(indices, (list, tuple)):
         indices, weights, grads, states = [indices], [weights], [grads], [states]
     n = len(indices)
-    for name, values in (("weights", weights), ("grads", grads), ("states", states)):
-        if type(values) is not list and not isinstance(values, (list, tuple)):
-            raise TypeError(f"{name}={checks.describe(values)}: must be a list, like indices")
-        if len(values) != n:
-            raise ValueError(f"{name}: {len(values)} entries: must be {n}, as many as indices")
+    if not (type(weights) is type(grads) is type(states) is list and len(weights) == len(grads) == len(states) == n):
+        for name, values in (("weights", weights), ("grads", grads), ("states", states)):
+            if not isinstance(values, (list, tuple)):
+                raise TypeError(f"{name}={checks.describe(values)}: must be a list, like indices")
+            if len(values) != n:
+                raise ValueError(f"{name}: {len(values)} entries: must be {n}, as many as indices")
     try:
         distinct = len(set(indices)) == n
     except TypeError:
         raise TypeError(f"indices={checks.describe(indices)}: must be integers or strings") from None
     if not distinct:
         raise ValueError(f"indices={checks.describe(indices)}: must be distinct within one call")
+    # Lists of one's own: what another thread does to the caller's cannot free arrays in use.
     return list(indices), list(weights), list(grads), list(states)
 
 

@@ -185,8 +185,9 @@ class Rates:
 
     def _count(self, new: Mapping[Index, int]) -> None:
         """Take over the counts that :meth:`_resolve` gave."""
-        self._index_update_count.update(new)
-        self.num_update = max(self.num_update, *new.values()) if new else self.num_update
+        if new:
+            self._index_update_count.update(new)
+            self.num_update = max(self.num_update, *new.values())
 
     @contextmanager
     def _counted(self, indices: Sequence[Index], lrs: Sequence[float], wds: Sequence[float]) -> Iterator[None]:

@@ -16,6 +16,9 @@ from adagrad.rule import Array, Rule, is_torch
 __all__ = ["any_row_sparse", "is_row_sparse", "prepare", "update"]
 
 
+_ARRAYS = {np.ndarray}
+
+
 @functools.cache
 def _quick() -> Any:
     """The quick way, imported at the first use: Numba takes its time."""
@@ -64,8 +67,7 @@ def update(
     """
     if not (fused and _quick().update_plain(weights, grads, states, [], [], lrs, wds, rule, threads)):
         prepare(weights, grads, states, lrs, wds, rule, fused=fused, threads=threads).run()
-    tensors = [] if set(map(type, weights)) == {np.ndarray} else [weight for weight in weights if is_torch(weight)]
-    if tensors:
+    if set(map(type, weights)) != _ARRAYS and (tensors := [weight for weight in weights if is_torch(weight)]):
         from adagrad.kernels.tensor_views import mark_changed
 
         mark_changed(tensors)

@@ -270,9 +270,11 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
     n, how = len(weights), layout()
     if how is None:
         return False
-    lists = id(weights), id(grads), id(histories), id(masters) if masters else 0, id(steps) if steps else 0, n
-    known, order, small = _workers(rule.row_wise), guess(4 * n if masters else 3 * n), cpu_dense.SMALL
-    given = *lists, how, rule.row_wise, hyper, rule.scalars, known, order, small
+    known, order, row_wise = _workers(rule.row_wise), guess(4 * n if masters else 3 * n), rule.row_wise
+    given = (
+        id(weights), id(grads), id(histories), id(masters) if masters else 0, id(steps) if steps else 0, n,
+        how, row_wise, hyper, rule.scalars, known, order, cpu_dense.SMALL,
+    )  # fmt: skip
     is_trial = n <= SHORT and not known[WAS_LARGE]
     while True:
         if is_trial:
