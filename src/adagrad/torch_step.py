@@ -43,6 +43,24 @@ def _rule_and_decays(maximize: bool, clip_value: Any, eps: Any, inside: bool, de
     return rule, checks.non_negative("weight_decay", weight_decay), checks.non_negative("lr_decay", lr_decay)
 
 
+_last: tuple[tuple[Any, ...], Any] = (tuple(object() for _ in range(8)), None)
+"""The options that were asked about last, all of them of usual types, and the answer."""
+
+
+def _asked_before(options: tuple[Any, ...]) -> tuple[Rule, float, float]:
+    """:func:`_rule_and_decays`, quicker for the very options that were asked about last, as they mostly are."""
+    global _last
+    given, found = _last
+    if all(map(operator.is_, options, given)):
+        answer: tuple[Rule, float, float] = found
+        return answer
+    if not _USUAL.issuperset(map(type, options)):
+        return _rule_and_decays.__wrapped__(*options)
+    answer = _rule_and_decays(*options)
+    _last = options, answer
+    return answer
+
+
 class Part(Batch):
     """The updates of a group: of those of its parameters that have gradients."""
 
@@ -55,9 +73,7 @@ class Part(Batch):
         if type(None) in map(type, grads):
             present = [i for i, grad in enumerate(grads) if grad is not None]
             params, grads, states = ([some[i] for i in present] for some in (params, grads, states))
-        options = _options_of(group)
-        check = _rule_and_decays if _USUAL.issuperset(map(type, options)) else _rule_and_decays.__wrapped__
-        rule, wd, lr_decay = check(*options)
+        rule, wd, lr_decay = _asked_before(_options_of(group))
         super().__init__(rule, params, grads, list(map(_sum_of, states)), [], [], [wd])
         if group["multi_precision"]:
             self.masters = [

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from adagrad.kernels import row_lists, table
-from adagrad.kernels.checked import is_row_sparse
+from adagrad.kernels.checked import is_row_sparse, seems_row_sparse
 from adagrad.kernels.cpu_rule import hyper
 from adagrad.kernels.dense_beside import dense_beside
 from adagrad.rule import Rule
@@ -28,8 +28,8 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
     """
     if not (table.fit(weights, grads, histories, masters) and _are_plain(lrs, wds, len(weights))):
         return False
-    is_sparse, n = is_row_sparse(grads[0]), len(grads)
-    if n > 1 and is_row_sparse(grads[-1]) != is_sparse:
+    is_sparse, n = seems_row_sparse(grads[0]), len(grads)
+    if n > 1 and seems_row_sparse(grads[-1]) != is_sparse:
         return _update_mixed(weights, grads, histories, masters, steps, lrs, wds, rule, threads)
     if is_sparse:
         done = row_lists.update_plain(weights, grads, histories, masters, steps, lrs, wds, rule, threads)
