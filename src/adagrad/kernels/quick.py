@@ -16,7 +16,7 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
                  lrs: Any, wds: Any, rule: Rule, threads: int | None) -> bool:  # fmt: skip
     """Check and update a list, if all of it is plain and on the CPU.
 
-    And if the dense updates are all of the same formats: those of weight, gradient and master copy.
+    Where gradients of both kinds are in it, the dense updates must be of the same formats, too.
 
     ``steps``, counts of the weights' updates, go up by 1 with them: tensors of one number, or an empty list. False if
     all is left as it was, to :func:`adagrad.kernels.call.prepare`.
