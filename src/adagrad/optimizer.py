@@ -49,7 +49,8 @@ class Optimizer(Rates):
         Objects with ``lr_mult`` and ``wd_mult``, asked at every step; they come before all other multipliers.
     aggregate_num : int or numpy.inf, optional
         How many weights :class:`~adagrad.Updater` hands to one step; 1 by default. The results are the same. It hands
-        over all at once where no subclass, attribute or scheduler of a user's could see the difference.
+        over all at once where no subclass, attribute or scheduler of a user's could see the difference; multipliers are
+        then asked for before any weight changes.
     use_fused_step : bool, optional
         Whether :meth:`update` calls :meth:`fused_step`, else :meth:`step`; by default False here.
 
@@ -182,7 +183,7 @@ class Optimizer(Rates):
                     (weight.detach() if is_torch(weight) else weight)[...] = cast(master, weight)
 
     def _may_take_all_at_once(self) -> bool:
-        """Whether one step for all weights of an updater is the same as several: no code of a user's runs in a step."""
+        """Whether one step for all weights of an updater is the same as several: what runs in a step is ours."""
         return False
 
     def check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:

@@ -38,7 +38,7 @@ def _what_tells_the_compiler() -> Callable[[], Any]:
     """A function that returns what listens to this thread, or None.
 
     Where PyTorch does not tell, something may. In 2.6 and 2.7 it must not be asked: each answer takes a reference away
-    from None, and after 100,000 or so Python ends.
+    from what it returns, and up to Python 3.11 the references to None run out, after 100,000 steps or so.
     """
     version = tuple(int(number) for number in torch.__version__.split(".")[:2])
     eval_frame = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)

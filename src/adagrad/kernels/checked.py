@@ -152,7 +152,7 @@ def is_row_sparse(grad: Any) -> bool:
 
 
 def seems_row_sparse(grad: Any) -> bool:
-    """The same, quicker, for compiled code that sees whether it is a tensor."""
+    """The same, quicker, but also true of other objects that say so: compiled code leaves them to the ordinary way."""
     return type(grad) is not np.ndarray and (isinstance(grad, RowSparse) or getattr(grad, "is_sparse", False) is True)
 
 

@@ -221,8 +221,8 @@ def layout() -> np.ndarray | None:
 
 
 _last: tuple[Any, Any, bool, np.ndarray | None] | None = None
-"""The modules of the last call, whether CUDA was still to be initialized, and the layout; None while one of the modules
-is being imported."""
+"""Of the last search that found both modules complete or absent: the modules, whether CUDA was still to be initialized,
+and the layout."""
 
 
 def _find(torch: Any, ml_dtypes: Any) -> np.ndarray | None:

@@ -76,7 +76,7 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, steps
     if it were little work.
     """
     n, entries, facts, how, dense = len(facts), 0, borrowed(facts), borrowed(how), borrowed(dense)
-    work, numbers, spans = dense[ELEMENTS], np.empty(n, np.int64), np.empty((2, len(order)), np.int64)
+    work, numbers, spans = 0, np.empty(n, np.int64), np.empty((2, len(order)), np.int64)
     step_at = np.empty(n + dense[WEIGHTS] if steps else 0, np.int64)
     # Spans of what is written to, ours and those of the list beside; then of what is read.
     ours, theirs = (3 if masters else 2) * n, dense[WRITTEN]
@@ -96,7 +96,7 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, steps
             at = k * n + i if k * n < ours else k * n + i + theirs
             spans[0, at], spans[1, at] = facts[i, BASE + what], facts[i, ENDS + what]
     is_small = work < small and not is_large(dense)
-    known[WAS_LARGE, 0] = 0 if is_small else work
+    known[WAS_LARGE, 0] = 0 if is_small else work + dense[ELEMENTS]
     if count == 0 and not is_small:
         return LARGE, 0, 0, 0
     if not disjoint(spans[0], spans[1], ours + theirs, order) or (steps and not find_counts(steps, how, step_at)):
