@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import oracle
 from adagrad import torch as front_end
+from adagrad import torch_compiler
 from adagrad.kernels import call, quick
 from adagrad.rule import Rule
 from adagrad.torch import Adagrad
@@ -745,10 +746,10 @@ def test_the_compiler_traces_nothing_of_an_update(monkeypatch: pytest.MonkeyPatc
     seen = []
 
     def spy(*arguments: Any) -> None:
-        seen.append((torch.compiler.is_dynamo_compiling(), front_end._compiler()))
+        seen.append((torch.compiler.is_dynamo_compiling(), torch_compiler._compiler()))
         update(*arguments)
 
-    update, nothing = front_end.update, front_end._compiler()
+    update, nothing = front_end.update, torch_compiler._compiler()
     monkeypatch.setattr(front_end, "update", spy)
     p = parameter((3,))
     optimizer = Adagrad([p], lr=0.1)
@@ -773,7 +774,7 @@ def test_asking_for_the_compiler_takes_no_reference_away() -> None:
     """PyTorch 2.6 and 2.7 do that: they are not asked."""
     before = sys.getrefcount(None)
     for _ in range(10_000):
-        front_end._compiler()
+        torch_compiler._compiler()
     assert abs(sys.getrefcount(None) - before) < 1000
 
 
@@ -781,7 +782,7 @@ def test_asking_for_the_compiler_takes_no_reference_away() -> None:
 def test_whom_to_ask_for_the_compiler(version: str, is_asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", version)
     monkeypatch.setattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: "asked", raising=False)
-    assert front_end._what_tells_the_compiler()() == ("asked" if is_asked else False)
+    assert torch_compiler.what_tells_the_compiler()() == ("asked" if is_asked else False)
 
 
 # ------------------------------------------------------------------------------------------------- differentiable

@@ -67,9 +67,14 @@ def operand(name: str, array: Any) -> Operand:
     return Operand(name, array, format_name, "cpu", memory)
 
 
+def tensor_format(tensor: Any) -> str:
+    """The name of a tensor's dtype."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def _tensor(name: str, tensor: Any) -> Operand:
     torch = sys.modules["torch"]
-    format_name = str(tensor.dtype).removeprefix("torch.")
+    format_name = tensor_format(tensor)
     if format_name not in FORMATS:
         raise TypeError(f"{name}: dtype {tensor.dtype}: must be float16, bfloat16, float32 or float64")
     if tensor.layout is not torch.strided:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -15,38 +14,14 @@ from torch.autograd import _profiler_enabled, profiler  # type: ignore[attr-defi
 from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from adagrad import checks, dialects
+from adagrad import dialects
 from adagrad.dialects import Default
-from adagrad.torch_state import OURS, RULE, as_saved, fitted, new_state
-from adagrad.torch_step import Part, number, update, update_differentiably
+from adagrad.torch_compiler import apart_from_compiler
+from adagrad.torch_options import OURS, RULE, check_options
+from adagrad.torch_state import as_saved, fitted, new_state
+from adagrad.torch_step import Part, update, update_differentiably
 
 __all__ = ["Adagrad"]
-
-
-def _apart_from_compiler(func: Callable[..., Any]) -> Callable[..., Any]:
-    """``func``, never traced by torch.compile: to keep that out takes 3 us, here only where it listens to a thread."""
-    kept_out = torch._disable_dynamo(func)  # type: ignore[attr-defined]
-
-    @functools.wraps(func)
-    def call(self: Adagrad) -> Any:
-        return (kept_out if is_dynamo_compiling() or _compiler() is not None else func)(self)
-
-    return call
-
-
-def _what_tells_the_compiler() -> Callable[[], Any]:
-    """A function that returns what listens to this thread, or None.
-
-    Where PyTorch does not tell, something may. In 2.6 and 2.7 it must not be asked: each answer takes a reference away
-    from what it returns, and up to Python 3.11 the references to None run out, after 100,000 steps or so.
-    """
-    version = tuple(int(number) for number in torch.__version__.split(".")[:2])
-    eval_frame = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
-    ask = getattr(eval_frame, "get_eval_frame_callback", None) if version >= (2, 8) else None
-    return ask or (lambda: False)
-
-
-_compiler = _what_tells_the_compiler()
 
 
 class Adagrad(Optimizer):
@@ -170,7 +145,7 @@ class Adagrad(Optimizer):
             "epsilon_inside": epsilon_inside,
             "decoupled_decay": decoupled_decay,
         }
-        _check_options(defaults)
+        check_options(defaults)
         self._versions: dict[int, int] = {}  # see torch_step.Part.keep_masters
         super().__init__(params, defaults)
 
@@ -190,7 +165,7 @@ class Adagrad(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with options of its own; their state is made here."""
         if isinstance(param_group, dict):
-            _check_options({**self.defaults, **param_group})
+            check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -255,7 +230,7 @@ class Adagrad(Optimizer):
             self._update()
         return loss
 
-    @_apart_from_compiler
+    @apart_from_compiler
     def _update(self) -> None:
         parts = [
             Part(self.defaults, group, states, self._versions)
@@ -325,30 +300,3 @@ class Adagrad(Optimizer):
                     }
         super().__setstate__(state)
         self._versions = {}
-
-
-# --------------------------------------------------------------------------------------------------------- the options
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """The options of a group; messages begin as those of torch.optim.Adagrad do."""
-    lr = options["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element: lr has shape {tuple(lr.shape)}")
-    for name, label in (
-        ("lr", "learning rate"),
-        ("lr_decay", "lr_decay value"),
-        ("weight_decay", "weight_decay value"),
-        ("initial_accumulator_value", "initial_accumulator_value value"),
-        ("eps", "epsilon value"),
-    ):
-        if not 0 <= checks.real(name, number(options[name])) < math.inf:
-            raise ValueError(f"Invalid {label}: {options[name]}: {name} must be finite and >= 0")
-    checks.positive_or_none("clip_value", options["clip_value"])
-    for name in ("maximize", "differentiable", "row_wise", "multi_precision", *RULE):
-        checks.boolean(name, options[name])
-    if options["fused"]:
-        if options["differentiable"]:
-            raise RuntimeError("`fused` does not support `differentiable`")
-        if options["foreach"]:
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")

@@ -13,12 +13,6 @@ from adagrad.kernels.dtensor import from_local, has_whole_rows, is_dtensor, loca
 from adagrad.kernels.layout import layout
 from adagrad.rule import history_shape
 
-OURS = ("clip_value", "row_wise", "multi_precision")
-"""Options that torch.optim.Adagrad does not have, nor its checkpoints."""
-
-RULE = ("epsilon_inside", "decoupled_decay")
-"""Options of the rule that torch.optim.Adagrad does not have either; its checkpoints mean False."""
-
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
 """The dtype of histories and master copies, where it is not the parameter's."""
 

@@ -17,48 +17,10 @@ from adagrad.kernels import call, quick, tensor_checks
 from adagrad.kernels.batch import Batch
 from adagrad.kernels.tensor_views import mark_changed
 from adagrad.rule import Rule
+from adagrad.torch_options import rule_and_decays
 from adagrad.torch_state import Counts, master
 
 _grad_of, _sum_of, _step_of = operator.attrgetter("grad"), operator.itemgetter("sum"), operator.itemgetter("step")
-_options_of = operator.itemgetter(  # in the order of the parameters of _rule_and_decays
-    "maximize", "clip_value", "eps", "epsilon_inside", "decoupled_decay", "row_wise", "weight_decay", "lr_decay"
-)
-_USUAL = frozenset((bool, int, float, type(None)))
-"""Types of options that are equal only if they stay equal: tensors, for one, can change."""
-
-
-@functools.lru_cache(maxsize=64, typed=True)
-def _rule_and_decays(maximize: bool, clip_value: Any, eps: Any, inside: bool, decoupled: bool, row_wise: bool,
-                     weight_decay: Any, lr_decay: Any) -> tuple[Rule, float, float]:  # fmt: skip
-    """The rule of a group with these options, its weight decay and its decay of the learning rate."""
-    eps, weight_decay, lr_decay = map(number, (eps, weight_decay, lr_decay))
-    rule = Rule(
-        rescale_grad=-1.0 if maximize else 1.0,
-        clip_gradient=checks.positive_or_none("clip_value", clip_value),
-        epsilon=checks.non_negative("eps", eps),
-        epsilon_inside=inside,
-        decoupled_decay=decoupled,
-        row_wise=row_wise,
-    )
-    return rule, checks.non_negative("weight_decay", weight_decay), checks.non_negative("lr_decay", lr_decay)
-
-
-_last: tuple[tuple[Any, ...], Any] = (tuple(object() for _ in range(8)), None)
-"""The options that were asked about last, all of them of usual types, and the answer."""
-
-
-def _asked_before(options: tuple[Any, ...]) -> tuple[Rule, float, float]:
-    """:func:`_rule_and_decays`, quicker for the very options that were asked about last, as they mostly are."""
-    global _last
-    given, found = _last
-    if all(map(operator.is_, options, given)):
-        answer: tuple[Rule, float, float] = found
-        return answer
-    if not _USUAL.issuperset(map(type, options)):
-        return _rule_and_decays.__wrapped__(*options)
-    answer = _rule_and_decays(*options)
-    _last = options, answer
-    return answer
 
 
 class Part(Batch):
@@ -73,7 +35,7 @@ class Part(Batch):
         if type(None) in map(type, grads):
             present = [i for i, grad in enumerate(grads) if grad is not None]
             params, grads, states = ([some[i] for i in present] for some in (params, grads, states))
-        rule, wd, lr_decay = _asked_before(_options_of(group))
+        rule, wd, lr_decay = rule_and_decays(group)
         super().__init__(rule, params, grads, list(map(_sum_of, states)), [], [], [wd])
         if group["multi_precision"]:
             self.masters = [
@@ -139,11 +101,6 @@ def _went(device: torch.device, found_inf: Tensor | None, skips: list[Tensor]) -
     if found_inf is not None:
         flags.append(found_inf.to(device, non_blocking=True))
     return functools.reduce(operator.mul, [flag == 0 for flag in flags]) if flags else 1
-
-
-def number(value: Any) -> Any:
-    """A hyper-parameter that may be a tensor of one number."""
-    return float(value.detach()) if isinstance(value, Tensor) else value
 
 
 def _on(rate: Any, lr: Any) -> Any:

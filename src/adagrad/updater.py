@@ -65,11 +65,11 @@ class Updater:
         together = n if n == 1 or optimizer._may_take_all_at_once() else int(min(optimizer.aggregate_num, n))
         size = max(together, 1)
         if size < n:
-            self.optimizer.check(indices, weights, grads, states)
+            optimizer.check(indices, weights, grads, states)
         try:
             for start in range(0, n, size):
                 part = slice(start, start + size)
-                self.optimizer.update_multi_precision(indices[part], weights[part], grads[part], states[part])
+                optimizer.update_multi_precision(indices[part], weights[part], grads[part], states[part])
         except Exception:
             raise
         except BaseException:  # an interrupt, which is noticed when the kernels have done their work

@@ -36,8 +36,12 @@ class Batch:
 
     def some_rates(self, which: Sequence[int]) -> tuple[list[Any], list[float]]:
         """The rates of some weights, or one for all."""
-        lrs = self.lrs if len(self.lrs) == 1 else [self.lrs[i] for i in which]
-        return lrs, self.wds if len(self.wds) == 1 else [self.wds[i] for i in which]
+        return some(self.lrs, which), some(self.wds, which)
+
+
+def some(values: list[Any], which: Sequence[int]) -> list[Any]:
+    """Some of the entries for each weight; no entries, or one for all, as they are."""
+    return [values[i] for i in which] if len(values) > 1 else values
 
 
 def of_states(weights: list[Any], grads: list[Any], states: list[Any], lrs: Any, wds: Any, rule: Rule) -> Batch:

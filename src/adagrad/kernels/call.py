@@ -208,16 +208,12 @@ class _Call:
 
     def _dense_on_cuda(self, which: Sequence[int]) -> Any:
         found: Any = self.table
-        rows, codes = found.rows, found.codes
-        if len(which) < len(rows):
-            rows, codes = rows[list(which)], codes[list(which)]
+        rows, codes, _ = found.part(which)
         return _cuda().DenseUpdates(rows, codes, *self.batch.some_rates(which), [self.batch])
 
     def _launch(self, which: Sequence[int], formats: table.Formats, rule: Rule, threads: int | None) -> Job:
         found: Any = self.table
-        addresses, total = found.rows, found.total
-        if len(which) < len(addresses):
-            addresses, total = found.part(list(which))
+        addresses, _, total = found.part(which)
         rates = hyper(*self.batch.some_rates(which), rule)
         return functools.partial(
             cpu_dense.launch, addresses, total, rates, rule.scalars, formats, rule.row_wise, threads

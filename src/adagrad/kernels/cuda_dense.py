@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adagrad.arrays import tensor_format
 from adagrad.kernels.cpu_dense import ROW, SIZE
 from adagrad.kernels.cuda_rule import (
     EXACT,
@@ -232,12 +233,11 @@ def of_tensors(weight: Tensor, grad: Tensor, history: Tensor, master: Tensor | N
         One has elements but no address (a DTensor, say, instead of its local part).
     """
     tensors = weight, grad, history, master
-    if weight.numel() and not all(tensor is None or tensor.data_ptr() for tensor in tensors):
-        raise ValueError(f"weight of shape {tuple(weight.shape)}: a tensor with elements but without an address")
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    if weight.numel() and addresses.count(0) > (master is None):
+        raise ValueError(f"weight of shape {tuple(weight.shape)}: a tensor with elements but without an address")
     length = math.prod(weight.shape[1:]) if rule.row_wise else 0
-    name, grad_name = (str(tensor.dtype).removeprefix("torch.") for tensor in (weight, grad))
-    code = code_of_formats(name, grad_name, has_master=master is not None)
+    code = code_of_formats(tensor_format(weight), tensor_format(grad), has_master=master is not None)
     rows = np.array([[*addresses, weight.numel(), length]], np.int64)
     return DenseUpdates(rows, np.array([code], np.int64), [lr], [wd], [*tensors])
 

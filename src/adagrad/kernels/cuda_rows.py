@@ -14,12 +14,13 @@ chunks share a slot, and the slots of a run's later chunks are 2 apart.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
+from adagrad.arrays import tensor_format
 from adagrad.kernels.cuda_rule import (
     EXACT,
     LANES,
@@ -244,7 +245,8 @@ def run(update: RowUpdate, ids: Tensor, order: Tensor, table: Tensor, index: int
         windows = 1 if row_wise else triton.cdiv(length, columns)
         update_runs[(programs * windows,)](
             ids, order, source, sums, weight, history, master, table, index, count, rows, length, grad_scale, skip,
-            found_inf, WEIGHT=_triton_dtype(weight), COMPUTE=_triton_dtype(history),
+            found_inf, WEIGHT=TRITON_DTYPE[tensor_format(weight)],
+            COMPUTE=TRITON_DTYPE[tensor_format(history)],
             HAS_MASTER=master is not None, ROW_WISE=row_wise, COLUMNS=columns, **options, **EXACT,
         )  # fmt: skip
 
@@ -256,7 +258,3 @@ def run(update: RowUpdate, ids: Tensor, order: Tensor, table: Tensor, index: int
            num_warps=max(1, tile * columns // 256))  # fmt: skip
     if long:
         launch(sums, blocks, columns if row_wise else min(columns, 32), LATER=True, TILE=1, UNROLL=16, num_warps=1)
-
-
-def _triton_dtype(tensor: Tensor) -> Any:
-    return TRITON_DTYPE[str(tensor.dtype).removeprefix("torch.")]

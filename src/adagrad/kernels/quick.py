@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from adagrad.kernels import row_lists, table
+from adagrad.kernels.batch import some
 from adagrad.kernels.checked import is_row_sparse, seems_row_sparse
 from adagrad.kernels.cpu_rule import hyper
 from adagrad.kernels.dense_beside import dense_beside
@@ -27,14 +28,13 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
     if not (table.fit(weights, grads, histories, masters) and _are_plain(lrs, wds, len(weights))):
         return False
     is_sparse, n = seems_row_sparse(grads[0]), len(grads)
-    if n > 1 and seems_row_sparse(grads[-1]) != is_sparse:
-        return _update_mixed(weights, grads, histories, masters, steps, lrs, wds, rule, threads)
-    if is_sparse:
-        done = row_lists.update_plain(weights, grads, histories, masters, steps, lrs, wds, rule, threads)
-    else:
-        done = table.update_plain(weights, grads, histories, masters, steps, hyper(lrs, wds, rule), rule, threads)
-    if done or n < 3:
-        return done
+    if n == 1 or seems_row_sparse(grads[-1]) == is_sparse:
+        if is_sparse:
+            done = row_lists.update_plain(weights, grads, histories, masters, steps, lrs, wds, rule, threads)
+        else:
+            done = table.update_plain(weights, grads, histories, masters, steps, hyper(lrs, wds, rule), rule, threads)
+        if done or n < 3:
+            return done
     return _update_mixed(weights, grads, histories, masters, steps, lrs, wds, rule, threads)
 
 
@@ -56,14 +56,9 @@ def _update_mixed(weights: list[Any], grads: list[Any], histories: list[Any], ma
     if not (sparse and dense):
         return False
     lists = weights, grads, histories, masters, lrs, wds
-    w, g, h, m, lr, wd = (_some(values, dense) for values in lists)
+    w, g, h, m, lr, wd = (some(values, dense) for values in lists)
     beside = dense_beside(w, g, h, m, hyper(lr, wd, rule), rule)
     if beside is None:
         return False
-    w, g, h, m, lr, wd = (_some(values, sparse) for values in lists)
+    w, g, h, m, lr, wd = (some(values, sparse) for values in lists)
     return row_lists.update_plain(w, g, h, m, steps, lr, wd, rule, threads, beside, sparse)
-
-
-def _some(values: list[Any], which: list[int]) -> list[Any]:
-    """Some entries, unless there are none or there is one for all."""
-    return [values[i] for i in which] if len(values) > 1 else values

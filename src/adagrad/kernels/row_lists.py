@@ -84,7 +84,7 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, steps
     for i in range(n):
         master = item(masters, i) if masters else how[NONE]
         code = look_at(item(weights, i), item(values, i), item(histories, i), master, item(indices, i), how, row_wise,
-                        facts[i])  # fmt: skip
+                       facts[i])  # fmt: skip
         if code < 0 or code >= PLACES:
             return LEFT, i, 0, 0
         numbers[i] = 2 * code + (1 if facts[i, HEIGHT] > HIGH else 0)

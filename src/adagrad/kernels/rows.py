@@ -62,7 +62,7 @@ from adagrad.rule import Rule
 
 @jit(holds_gil=True)
 def look_at(weight: int, values: int, history: int, master: int, indices: int, how: Any, row_wise: bool, facts: Any
-             ) -> Any:  # fmt: skip
+            ) -> Any:  # fmt: skip
     """The code of an update (-1 where it is not plain); fills its ``facts``.
 
     ``values`` and ``indices`` may be one and the same sparse COO tensor, which has both; its shape is looked at then.

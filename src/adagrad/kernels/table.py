@@ -6,6 +6,7 @@ Whatever is not plain, and every error, is left to the ordinary way: a row of th
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -195,10 +196,12 @@ class Table(NamedTuple):
     written: int
     """How many of the spans are written to."""
 
-    def part(self, which: list[int]) -> tuple[np.ndarray, int]:
-        """Some of the rows, and their elements."""
-        rows = self.rows[np.array(which)]
-        return rows, int(rows[:, SIZE].sum())
+    def part(self, which: Sequence[int]) -> tuple[np.ndarray, np.ndarray, int]:
+        """Some of the rows, or all, their codes and their elements."""
+        if len(which) == len(self.rows):
+            return self.rows, self.codes, self.total
+        rows, codes = self.rows[list(which)], self.codes[list(which)]
+        return rows, codes, int(rows[:, SIZE].sum())
 
 
 def fit(weights: Any, grads: Any, histories: Any, masters: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from adagrad.arrays import tensor_format
 from adagrad.kernels.layout import (
     CODES,
     CONTIGUOUS,
@@ -82,7 +83,7 @@ def _find(how: np.ndarray, with_cuda: bool) -> bool:
     how[HOLDER] = _offset([(id(t), object.__sizeof__(t), t._cdata) for t in probes])
     how[KEYS_AT] = _offset([(t._cdata, SEARCHED, _keys_of(t)) for t in probes])
     how[RANK_AT] = _offset([(t._cdata, SEARCHED, t.ndim) for t in plain])
-    how[DTYPE_AT] = _offset([(t._cdata, SEARCHED, codes[_format(t)]) for t in plain], ctypes.c_uint16)
+    how[DTYPE_AT] = _offset([(t._cdata, SEARCHED, codes[tensor_format(t)]) for t in plain], ctypes.c_uint16)
     how[ON_CPU], how[ON_CUDA] = _keys_of(base), _keys_of(torch.empty(0, device="cuda")) if with_cuda else 0
     how[CODES : CODES + len(codes)] = list(codes.values())
     how[TENSOR], how[PARAMETER] = map(id, PLAIN_TYPES)
@@ -129,10 +130,6 @@ def _keys_of(tensor: torch.Tensor) -> int:
     return ctypes.c_int64(torch._C._dispatch_keys(tensor).raw_repr()).value
 
 
-def _format(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def _offset(places: list[tuple[int, int, int]], unit: Any = ctypes.c_int64) -> int:
     """The one offset at which, for every (address, size, value), the number at address + offset is the value."""
     step = ctypes.sizeof(unit)
@@ -154,7 +151,7 @@ def _agrees(how: np.ndarray, tensor: torch.Tensor) -> bool:
     expected = {
         KIND: 1,
         PLACE: 0,
-        FORMAT: FORMATS.index(_format(tensor)),
+        FORMAT: FORMATS.index(tensor_format(tensor)),
         RANK: tensor.ndim,
         UNIT: 1,
         CONTIGUOUS: tensor.is_contiguous(),

@@ -1,0 +1,95 @@
+"""The options of a group of :class:`adagrad.torch.Adagrad`: their names, their checks, and what they say of a step."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from typing import Any
+
+from torch import Tensor
+
+from adagrad import checks
+from adagrad.rule import Rule
+
+OURS = ("clip_value", "row_wise", "multi_precision")
+"""Options that torch.optim.Adagrad does not have, nor its checkpoints."""
+
+RULE = ("epsilon_inside", "decoupled_decay")
+"""Options of the rule that torch.optim.Adagrad does not have either; its checkpoints mean False."""
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """The options of a group; messages begin as those of torch.optim.Adagrad do."""
+    lr = options["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element: lr has shape {tuple(lr.shape)}")
+    for name, label in (
+        ("lr", "learning rate"),
+        ("lr_decay", "lr_decay value"),
+        ("weight_decay", "weight_decay value"),
+        ("initial_accumulator_value", "initial_accumulator_value value"),
+        ("eps", "epsilon value"),
+    ):
+        if not 0 <= checks.real(name, number(options[name])) < math.inf:
+            raise ValueError(f"Invalid {label}: {options[name]}: {name} must be finite and >= 0")
+    checks.positive_or_none("clip_value", options["clip_value"])
+    for name in ("maximize", "differentiable", "row_wise", "multi_precision", *RULE):
+        checks.boolean(name, options[name])
+    if options["fused"]:
+        if options["differentiable"]:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if options["foreach"]:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+def number(value: Any) -> Any:
+    """A hyper-parameter that may be a tensor of one number."""
+    return float(value.detach()) if isinstance(value, Tensor) else value
+
+
+# ------------------------------------------------------------------------------------------------------ of each step
+
+_options_of = operator.itemgetter(  # in the order of the parameters of _rule_and_decays
+    "maximize", "clip_value", "eps", "epsilon_inside", "decoupled_decay", "row_wise", "weight_decay", "lr_decay"
+)
+_USUAL = frozenset((bool, int, float, type(None)))
+"""Types of options that are equal only if they stay equal: tensors, for one, can change."""
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def _rule_and_decays(maximize: bool, clip_value: Any, eps: Any, inside: bool, decoupled: bool, row_wise: bool,
+                     weight_decay: Any, lr_decay: Any) -> tuple[Rule, float, float]:  # fmt: skip
+    """See :func:`rule_and_decays`."""
+    eps, weight_decay, lr_decay = map(number, (eps, weight_decay, lr_decay))
+    rule = Rule(
+        rescale_grad=-1.0 if maximize else 1.0,
+        clip_gradient=checks.positive_or_none("clip_value", clip_value),
+        epsilon=checks.non_negative("eps", eps),
+        epsilon_inside=inside,
+        decoupled_decay=decoupled,
+        row_wise=row_wise,
+    )
+    return rule, checks.non_negative("weight_decay", weight_decay), checks.non_negative("lr_decay", lr_decay)
+
+
+_last: tuple[tuple[Any, ...], Any] = (tuple(object() for _ in range(8)), None)
+"""The options that were asked about last, all of them of usual types, and the answer."""
+
+
+def rule_and_decays(group: dict[str, Any]) -> tuple[Rule, float, float]:
+    """The rule of a group, its weight decay and its decay of the learning rate; checked at every step.
+
+    Quicker for the very options that were asked about last, as they mostly are.
+    """
+    global _last
+    options = _options_of(group)
+    given, found = _last
+    if all(map(operator.is_, options, given)):
+        answer: tuple[Rule, float, float] = found
+        return answer
+    if not _USUAL.issuperset(map(type, options)):
+        return _rule_and_decays.__wrapped__(*options)
+    answer = _rule_and_decays(*options)
+    _last = options, answer
+    return answer
