@@ -25,8 +25,8 @@ from torch import Tensor
 
 from adagrad.arrays import tensor_format
 from adagrad.kernels.cpu_dense import ROW, SIZE
+from adagrad.kernels.cuda_launch import Kernel
 from adagrad.kernels.cuda_rule import (
-    EXACT,
     LANES,
     TRITON_DTYPE,
     add_to_lanes,
@@ -175,12 +175,11 @@ def update_rows(addresses: tl.tensor, firsts: tl.tensor, records: tl.tensor, ten
 class Launch(NamedTuple):
     """The launch for the tensors of one format."""
 
-    kernel: Any
+    kernel: Kernel
     programs: int
     firsts: int
     records: int
     tensors: int
-    options: dict[str, Any]
 
 
 class DenseUpdates(NamedTuple):
@@ -260,10 +259,10 @@ def plan(updates: DenseUpdates) -> tuple[np.ndarray, list[Launch]]:
     position = 0
     for form in dict.fromkeys(zip(*forms[:, sizes > 0].tolist(), strict=True)):
         members = np.flatnonzero((sizes > 0) & (forms == np.array(form)[:, None]).all(axis=0))
-        kernel, per_program, options = _options(*form)
+        kernel, per_program = _kernel(*form)
         blocks = np.cumsum(-(-records[members, SIZE] // per_program))
         words += [np.append(0, blocks[:-1]), records[members].ravel()]
-        launches.append(Launch(kernel, int(blocks[-1]), position, position + len(members), len(members), options))
+        launches.append(Launch(kernel, int(blocks[-1]), position, position + len(members), len(members)))
         position += len(members) * (1 + RECORD.value)
     return np.concatenate(words) if words else np.zeros(0, np.int64), launches
 
@@ -272,22 +271,22 @@ _WIDTHS = [columns for columns, _ in ROW_TILES[:-1]]
 
 
 @functools.lru_cache(maxsize=256)
-def _options(code: int, is_aligned: int, tile: int) -> tuple[Any, int, dict[str, Any]]:
-    """The kernel for a format, the elements or rows that a program does, and the launch's options."""
+def _kernel(code: int, is_aligned: int, tile: int) -> tuple[Kernel, int]:
+    """The kernel for a format, and the elements or rows that a program does."""
     _, (weight, grad, computing, master) = formats(code)
-    options: dict[str, Any] = {
+    constants: dict[str, Any] = {
         "WEIGHT": TRITON_DTYPE[weight], "GRAD": TRITON_DTYPE[grad], "COMPUTE": TRITON_DTYPE[computing],
-        "HAS_MASTER": master is not None, "ALIGNED": bool(is_aligned), **EXACT,
+        "HAS_MASTER": master is not None, "ALIGNED": bool(is_aligned),
     }  # fmt: skip
     if tile == 0:
         block = BLOCK // 2 if computing == "float64" else BLOCK
-        return update_elements, block, {**options, "BLOCK": block, "num_warps": 4}
+        return Kernel(update_elements, 4, BLOCK=block, **constants), block
     columns, rows = ROW_TILES[tile - 1]
-    return update_rows, rows, {**options, "COLUMNS": columns, "ROWS": rows, "num_warps": 2}
+    return Kernel(update_rows, 2, COLUMNS=columns, ROWS=rows, **constants), rows
 
 
 def run(launch: Launch, addresses: Tensor, table: Tensor, grad_scale: Tensor | None, skip: Tensor | None,
         found_inf: Tensor | None) -> None:  # fmt: skip
     """Launch a kernel over the tensors that ``addresses`` names, with the settings in ``table``."""
-    kernel, programs, firsts, records, tensors, options = launch
-    kernel[(programs,)](addresses, firsts, records, tensors, table, grad_scale, skip, found_inf, **options)
+    kernel, programs, firsts, records, tensors = launch
+    kernel.launch(programs, addresses, firsts, records, tensors, table, grad_scale, skip, found_inf)

@@ -14,15 +14,16 @@ chunks share a slot, and the slots of a run's later chunks are 2 apart.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from adagrad.arrays import tensor_format
+from adagrad.kernels.cuda_launch import Kernel
 from adagrad.kernels.cuda_rule import (
-    EXACT,
     LANES,
     TRITON_DTYPE,
     add_to_lanes,
@@ -217,14 +218,46 @@ def update_runs(ids: tl.tensor, order: tl.tensor, source: tl.tensor, sums: tl.te
         write_weight(weight, master, at, w, mask, WEIGHT, HAS_MASTER)
 
 
+_check_ids = Kernel(check_ids, 4, BLOCK=IDS)
+
+
 def sort_ids(update: RowUpdate, skip: Tensor, report: Tensor) -> tuple[Tensor, Tensor]:
     """The row ids in ascending order, equal ones in their order, and the positions they had. Checks their range."""
     count, rows = len(update.indices), len(update.weight)
     # 32-bit keys sort in two thirds of the time.
     keys = torch.empty(count, dtype=torch.int32 if rows < 2**31 else torch.int64, device=update.indices.device)
-    check_ids[(triton.cdiv(count, IDS),)](update.indices, keys, count, rows, skip, report, BLOCK=IDS, **EXACT)
+    _check_ids.launch(-(-count // IDS), update.indices, keys, count, rows, skip, report)
     ids, order = torch.sort(keys, stable=True)
     return ids, order
+
+
+class Kernels(NamedTuple):
+    """What updates the rows of one format and length."""
+
+    first: Kernel
+    tile: int
+    """Positions of a program of the first."""
+    columns: int
+    """Columns of it; a program does all, so many at a time, where the history has one value a row."""
+    later: Kernel
+    later_columns: int
+
+
+@functools.lru_cache(maxsize=256)
+def _kernels(weight: str, history: str, has_master: bool, row_wise: bool, length: int) -> Kernels:
+    constants: dict[str, Any] = {
+        "WEIGHT": TRITON_DTYPE[weight], "COMPUTE": TRITON_DTYPE[history], "HAS_MASTER": has_master,
+        "ROW_WISE": row_wise,
+    }  # fmt: skip
+    columns = min(1 << (length - 1).bit_length(), 128)
+    if row_wise:
+        columns = min(max(columns, LANES.value), 64)
+    tile = min(ELEMENTS // columns, 64)
+    later_columns = columns if row_wise else min(columns, 32)
+    first = Kernel(update_runs, max(1, tile * columns // 256), LATER=False, TILE=tile, COLUMNS=columns, UNROLL=4,
+                   **constants)  # fmt: skip
+    later = Kernel(update_runs, 1, LATER=True, TILE=1, COLUMNS=later_columns, UNROLL=16, **constants)
+    return Kernels(first, tile, columns, later, later_columns)
 
 
 def run(update: RowUpdate, ids: Tensor, order: Tensor, table: Tensor, index: int, rule: Rule,
@@ -235,26 +268,17 @@ def run(update: RowUpdate, ids: Tensor, order: Tensor, table: Tensor, index: int
         return
     count, rows = len(ids), len(weight)
     length = weight.numel() // rows
-    long = count > CHUNK.value
-    blocks = triton.cdiv(count, CHUNK.value)
-    sums = history.new_empty((2 * blocks if long else 0, length))
+    blocks = -(-count // CHUNK.value) if count > CHUNK.value else 0
+    sums = history.new_empty((2 * blocks, length))
     # Rows of one have the mean for a sum.
     row_wise = rule.row_wise and length > 1
+    kernels = _kernels(tensor_format(weight), tensor_format(history), master is not None, row_wise, length)
 
-    def launch(source: Tensor, programs: int, columns: int, **options: bool | int) -> None:
-        windows = 1 if row_wise else triton.cdiv(length, columns)
-        update_runs[(programs * windows,)](
-            ids, order, source, sums, weight, history, master, table, index, count, rows, length, grad_scale, skip,
-            found_inf, WEIGHT=TRITON_DTYPE[tensor_format(weight)],
-            COMPUTE=TRITON_DTYPE[tensor_format(history)],
-            HAS_MASTER=master is not None, ROW_WISE=row_wise, COLUMNS=columns, **options, **EXACT,
-        )  # fmt: skip
+    def launch(kernel: Kernel, source: Tensor, programs: int, columns: int) -> None:
+        windows = 1 if row_wise else -(-length // columns)
+        kernel.launch(programs * windows, ids, order, source, sums, weight, history, master, table, index, count, rows,
+                      length, grad_scale, skip, found_inf)  # fmt: skip
 
-    columns = min(triton.next_power_of_2(length), 128)
-    if row_wise:
-        columns = min(max(columns, LANES.value), 64)
-    tile = min(ELEMENTS // columns, 64)
-    launch(values, triton.cdiv(count, tile), columns, LATER=False, TILE=tile, UNROLL=4,
-           num_warps=max(1, tile * columns // 256))  # fmt: skip
-    if long:
-        launch(sums, blocks, columns if row_wise else min(columns, 32), LATER=True, TILE=1, UNROLL=16, num_warps=1)
+    launch(kernels.first, values, -(-count // kernels.tile), kernels.columns)
+    if blocks:
+        launch(kernels.later, sums, blocks, kernels.later_columns)

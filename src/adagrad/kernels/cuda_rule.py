@@ -1,8 +1,8 @@
 """The rule as every Triton kernel computes it, one tile at a time; :mod:`adagrad.rule` is its statement.
 
-Each operation is rounded by itself: division and root are the correctly rounded ones, and the kernels are launched
-with ``enable_fp_fusion=False`` (see ``EXACT``), which forbids fused multiply-add. Comparisons, not ``minimum`` and
-``maximum``, clip: they let a NaN through.
+Each operation is rounded by itself: division and root are the correctly rounded ones, and the kernels are compiled
+without fused multiply-add (:mod:`adagrad.kernels.cuda_launch`). Comparisons, not ``minimum`` and ``maximum``, clip:
+they let a NaN through.
 
 ``table`` holds what changes from weight to weight and from step to step, as 64-bit words in device memory, because a
 kernel's own float arguments arrive as float32 and because a launch must not depend on the number of weights::
@@ -23,17 +23,14 @@ HEADER = tl.constexpr(8)
 SETTINGS = tl.constexpr(4)
 LANES = tl.constexpr(16)
 
-_TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])
-if _TRITON < (3, 2):
+TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])
+if TRITON < (3, 2):
     raise ImportError(f"triton {triton.__version__}: must be 3.2 (which comes with PyTorch 2.6) or later")
 
-FLUSHES = tl.constexpr(_TRITON < (3, 6) and os.environ.get("TRITON_INTERPRET") != "1")
+FLUSHES = tl.constexpr(TRITON < (3, 6) and os.environ.get("TRITON_INTERPRET") != "1")
 """Whether ``div_rn`` and ``sqrt_rn`` take subnormal numbers for zero, as compiled by Triton before 3.6."""
 
 TRITON_DTYPE = {"float16": tl.float16, "bfloat16": tl.bfloat16, "float32": tl.float32, "float64": tl.float64}
-
-EXACT = {"enable_fp_fusion": False}
-"""Launch options of every kernel."""
 
 
 @triton.jit

@@ -1,0 +1,54 @@
+"""Launching Triton kernels, with as little of the host's time as possible.
+
+At each launch Triton looks at every argument and option for the form of the kernel that they need: 20 to 30 us, as
+long as a small step takes on the device. Here a compiled kernel is found again by what Triton would have looked at.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from adagrad.kernels.cuda_rule import TRITON
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_KEEPS = TRITON >= (3, 3)
+"""Whether what is compiled is kept: before, a compiled kernel was not called with all arguments, constants included."""
+
+_HIGH = 2**31
+
+
+class Kernel:
+    """A Triton function with its constants.
+
+    No fused multiply-add, whatever the kernel: each operation is rounded by itself.
+    """
+
+    def __init__(self, function: Any, warps: int, **constants: Any) -> None:
+        self._function, self._constants = function, constants
+        self._options = {"num_warps": warps, "enable_fp_fusion": False}
+        names = inspect.signature(function.fn).parameters
+        self._values = tuple(constants[name] for name in names if name in constants)
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def launch(self, programs: int, first: Tensor, *others: Any) -> None:
+        """So many programs, on the current device, with the arguments before the constants in their order."""
+        form = first.device.index, form_of(first), *map(form_of, others)
+        compiled = self._compiled.get(form)
+        if compiled is not None:
+            compiled[(programs, 1, 1)](first, *others, *self._values)
+            return
+        compiled = self._function[(programs,)](first, *others, **self._constants, **self._options)
+        if _KEEPS and compiled is not None:  # the interpreter compiles nothing
+            self._compiled[form] = compiled
+
+
+def form_of(argument: Any) -> Any:
+    """What Triton may compile into a kernel of an argument: a tensor, an integer or None."""
+    if argument is None:
+        return None
+    if type(argument) is int:
+        return argument % 16 == 0, argument == 1, -_HIGH <= argument < _HIGH
+    return argument.dtype, argument.data_ptr() % 16 == 0

@@ -1,0 +1,170 @@
+"""Launches of CUDA kernels: what is known of compiled ones; what arrives at the driver, which runs nothing here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+triton = pytest.importorskip("triton")
+
+from adagrad.kernels import cuda_launch  # noqa: E402
+from adagrad.kernels.cuda_launch import Kernel, form_of  # noqa: E402
+
+
+class Function:
+    """A Triton function that compiles into a record of its launches."""
+
+    @staticmethod
+    def fn(x: Any, n: Any, y: Any, LAST: Any, BLOCK: Any) -> None: ...
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.direct: list[Any] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        def ask(*arguments: Any, **constants: Any) -> Any:
+            self.asked.append((grid, arguments, constants))
+            return Compiled(self.direct)
+
+        return ask
+
+
+class Compiled:
+    def __init__(self, launches: list[Any]) -> None:
+        self.launches = launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments: self.launches.append((grid, arguments))
+
+
+def test_triton_is_asked_once_for_each_form_of_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_launch, "_KEEPS", True)
+    function, memory = Function(), torch.zeros(64)
+    kernel = Kernel(function, 4, BLOCK=8, LAST=True)
+    x, y = memory[:8], memory[16:24]
+    kernel.launch(3, x, 48, y)
+    options = {"BLOCK": 8, "LAST": True, "num_warps": 4, "enable_fp_fusion": False}
+    assert function.asked == [((3,), (x, 48, y), options)]
+    assert not function.direct
+    other = memory[32:40]
+    kernel.launch(5, other, 16, x)
+    # All that it was called with, then the constants in the function's order.
+    assert function.direct == [((5, 1, 1), (other, 16, x, True, 8))]
+    assert len(function.asked) == 1
+    for arguments in [(x, 17, y), (x, 1, y), (x, 2**31, y), (x, 48, None), (x, 48, y.double()), (x, 48, memory[1:9])]:
+        before = len(function.asked)
+        kernel.launch(1, *arguments)
+        kernel.launch(1, *arguments)
+        assert len(function.asked) == before + 1
+    assert len(function.direct) == 7
+
+
+def test_triton_is_asked_each_time_where_it_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    function, x = Function(), torch.zeros(8)
+    kernel = Kernel(function, 4, BLOCK=8, LAST=True)
+    monkeypatch.setattr(cuda_launch, "_KEEPS", False)  # versions before 3.3
+    kernel.launch(1, x, 16, x)
+    kernel.launch(1, x, 16, x)
+    monkeypatch.setattr(cuda_launch, "_KEEPS", True)
+    monkeypatch.setattr(Function, "__getitem__", lambda self, grid: lambda *_, **__: self.asked.append(grid))
+    kernel.launch(1, x, 16, x)  # as in the interpreter
+    kernel.launch(1, x, 16, x)
+    assert len(function.asked) == 4
+    assert not function.direct
+
+
+def test_forms() -> None:
+    memory = torch.zeros(8, dtype=torch.int32)
+    assert form_of(memory) == form_of(memory[4:]) != form_of(memory[1:])
+    assert form_of(memory) != form_of(memory.long())
+    assert len({form_of(n) for n in (1, 2, 16, 2**31, 2**31 + 1)}) == 5
+    assert form_of(2) == form_of(3) == form_of(2**31 - 1) != form_of(None)
+
+
+DRIVER = """
+import ctypes
+import os
+import sys
+
+import torch
+import triton
+
+driver = ctypes.CDLL(os.path.join(os.environ["TRITON_LIBCUDA_PATH"], "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+try:
+    from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
+
+    class Device(CudaDriver):
+        def __init__(self):
+            self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
+            self.get_device_capability = lambda device: (9, 0)
+            self.get_current_device = lambda: 0
+            self.get_current_stream = lambda device: 0
+
+    triton.runtime.driver.set_active(Device())
+except Exception as error:
+    print(f"triton {triton.__version__} asks more of a driver: {error}")
+    sys.exit(77)
+
+from adagrad.kernels import cuda, cuda_launch
+from adagrad.rule import Rule
+
+launched = []
+launch = cuda_launch.Kernel.launch
+
+def observed(self, programs, *arguments):
+    given = [a for a in arguments if a is not None]
+    known, before = bool(self._compiled), ctypes.c_int.in_dll(driver, "launches").value
+    ctypes.c_int.in_dll(driver, "arguments").value = len(given)
+    launch(self, programs, *arguments)
+    words = (ctypes.c_uint * 64).in_dll(driver, "words")
+    expected = [(a if type(a) is int else a.data_ptr()) % 2**32 for a in given]
+    assert ctypes.c_int.in_dll(driver, "launches").value == before + 1
+    assert ctypes.c_uint.in_dll(driver, "programs").value == programs
+    assert list(words)[: len(given)] == expected, (list(words)[: len(given)], expected)
+    launched.append((self._function.fn.__name__, known))
+
+cuda_launch.Kernel.launch = observed
+
+def step(row_wise, found_inf):
+    weight, values, table = torch.zeros(9, 48), torch.zeros(300, 48), torch.zeros(900, 48)
+    history, sums = (torch.zeros(len(w), 1 if row_wise else 48) for w in (weight, table))
+    rule, ids = Rule(row_wise=row_wise), torch.arange(300)
+    dense = cuda.cuda_dense.of_tensors(weight, weight.clone(), history, None, 0.1, 0.1, rule)
+    rows = cuda.RowUpdate(table, ids, values, sums, None, 0.1, 0.1)
+    cuda.update([cuda.Group(rule, dense, [rows])], weight.device, found_inf=found_inf)
+
+for row_wise, found_inf in (False, None), (True, torch.zeros(())):
+    for _ in range(3):
+        step(row_wise, found_inf)
+names = [name for name, _ in launched]
+each = [["check_ids", dense, "update_runs", "update_runs"] for dense in ("update_elements", "update_rows")]
+assert names == each[0] * 3 + each[1] * 3, names
+assert not any(known for _, known in launched[:4])
+assert all(known == cuda_launch._KEEPS for _, known in launched[4:12]), "what was compiled is known"
+"""
+
+
+def test_what_arrives_at_the_driver(tmp_path: Path) -> None:
+    """Kernels compiled for a GPU get the same arguments by Triton's launch and by ours."""
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc, which Triton needs to launch")
+    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    library, source = tmp_path / "libcuda.so.1", Path(__file__).parent / "cuda_driver.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", f"-I{include}", "-o", library, source], check=True)
+    (tmp_path / "libcuda.so").symlink_to(library)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = {"TRITON_LIBCUDA_PATH": tmp_path, "TRITON_CACHE_DIR": tmp_path / "cache"}
+    environment |= {name: str(path) for name, path in paths.items()}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    environment["LD_LIBRARY_PATH"] = os.pathsep.join([str(tmp_path), environment.get("LD_LIBRARY_PATH", "")])
+    done = subprocess.run([sys.executable, "-c", DRIVER], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == 77:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stderr[-2000:]
