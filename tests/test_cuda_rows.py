@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 from adagrad.kernels import cuda, cuda_rows  # noqa: E402
+from adagrad.kernels.cuda_launch import Kernel  # noqa: E402
 from adagrad.rule import Rule  # noqa: E402
 
 
@@ -219,6 +220,73 @@ def test_several_updates_with_dense_ones_in_one_call() -> None:
     for one, other in zip([*dense, *rows], [*dense_twins, *twins], strict=True):
         assert torch.equal(one.weight, other.weight)
         assert torch.equal(one.history, other.history)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels, as they are launched."""
+    names: list[str] = []
+    launch = Kernel.launch
+
+    def record(self: Any, *arguments: Any) -> None:
+        names.append(self._function.fn.__name__)
+        launch(self, *arguments)
+
+    monkeypatch.setattr(Kernel, "launch", record)
+    return names
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row_wise", [False, True])
+def test_tables_of_one_form_share_their_launches(dtype: str, row_wise: bool, launched: list[str]) -> None:
+    """Of any heights, with ids of both kinds, a learning rate and decay of their own."""
+    lr = torch.tensor(0.3, dtype=torch.float64, device=DEVICE)
+    updates = []
+    for i, (entries, rows) in enumerate([(500, 60), (3, 1), (1, 2000), (1025, 9), (700, 700)]):
+        ids, index_dtype = zipf(entries, rows, i), ("int32", "int64")[i % 2]
+        u = make_rows(ids, (rows, 6), dtype, i, index_dtype=index_dtype, row_wise=row_wise)
+        updates.append(u._replace(lr=lr if i == 2 else 0.1 * (i + 1), wd=0.1 * (i % 3)))
+    check_rows(updates, Rule(row_wise=row_wise))
+    assert launched == ["check_ids_of_all", "update_runs", "update_runs"]
+
+
+@pytest.mark.parametrize("columns", [1, 4, 130])
+@pytest.mark.parametrize("master", [False, True])
+def test_more_tables_than_are_looked_at_together(columns: int, master: bool, launched: list[str]) -> None:
+    dtype = "bfloat16" if master else "float32"
+    heights = np.random.default_rng(3).integers(1, 9, 70).tolist()
+    check_rows([make_rows(zipf(5, n, n), (n, columns), dtype, n, master=master) for n in heights], Rule())
+    assert launched == ["check_ids_of_all", "update_runs", "update_runs"]
+
+
+def test_forms_that_differ_are_launched_apart(launched: list[str]) -> None:
+    shapes = [(9, 4), (9, 5), (7, 4), (0, 4), (8, 2, 2), (6, 4)]
+    updates = [make_rows([0, 2, 0] if shape[0] else [], shape, seed=i) for i, shape in enumerate(shapes)]
+    updates[-1] = make_rows([1, 1], (6, 4), "float64")
+    check_rows(updates, Rule())
+    assert sorted(launched) == ["check_ids", "check_ids", "check_ids_of_all", *["update_runs"] * 3]
+
+
+@pytest.mark.parametrize("operand", ["weight", "values", "history"])
+def test_tables_that_begin_anywhere(operand: str) -> None:
+    """Aligned to their elements alone, one of them: no access of several elements may be promised for it."""
+    updates = [make_rows(zipf(40, 20, i), (20, 8), seed=i) for i in range(3)]
+    tensor = getattr(updates[1], operand)
+    moved = torch.empty(tensor.numel() + 1, device=DEVICE)[1:].view(tensor.shape).copy_(tensor)
+    updates[1] = updates[1]._replace(**{operand: moved})
+    check_rows(updates, Rule())
+
+
+def test_tables_of_more_than_2_to_the_31_rows_together() -> None:
+    """Their rows are numbered in 64 bits. Only the first of each has memory."""
+    updates, twins = ([make_rows([0] * (3 + i), (1, 4), seed=i) for i in range(3)] for _ in range(2))
+    run(Rule(), [], [
+        u._replace(weight=u.weight.expand(2**30, 4), history=u.history.expand(2**30, 4)) for u in updates
+    ])  # fmt: skip
+    check_rows(twins, Rule())
+    for got, twin in zip(updates, twins, strict=True):
+        assert torch.equal(got.weight, twin.weight)
+        assert torch.equal(got.history, twin.history)
 
 
 def test_nothing_to_do() -> None:

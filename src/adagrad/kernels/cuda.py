@@ -1,13 +1,13 @@
 """Updates of torch tensors on one CUDA device: what the dispatcher calls, everything already checked on the host.
 
-A call launches one kernel for each format of dense tensors, and for each row-sparse gradient a check of its row ids, a
-sort and one or two kernels. Nothing waits for the device and nothing comes back from it.
+A call launches one kernel for each format of dense tensors, and for all row-sparse gradients of one form a check of
+their row ids, a sort and one or two kernels. Nothing waits for the device and nothing comes back from it.
 
-What the kernels must be told travels in two tables in device memory: the addresses of the dense tensors, and the
-settings (the rule's scalars, lr and wd). A table is uploaded, from pinned memory and without waiting, only when a call
-needs one that none of the last calls used. While a CUDA graph is captured, the tables are the graph's own: it copies
-them from pinned memory at each replay, so that later calls cannot change them. Hyper-parameters that are Python
-numbers are then frozen into the graph; an lr that is a tensor is read by each replay.
+What the kernels must be told travels in tables in device memory: the addresses of the dense tensors, those of several
+row-sparse updates, and the settings (the rule's scalars, lr and wd). A table is uploaded, from pinned memory and
+without waiting, only when a call needs one that none of the last calls used. While a CUDA graph is captured, the tables
+are the graph's own: it copies them from pinned memory at each replay, so that later calls cannot change them.
+Hyper-parameters that are Python numbers are then frozen into the graph; an lr that is a tensor is read by each replay.
 
 An id outside the weight turns the whole call into a no-op, on the device. The kernel that meets one writes it into
 pinned host memory; the next call raises IndexError if that has arrived, and :func:`check` waits for it.
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adagrad.kernels import cuda_dense, cuda_rows
+from adagrad.kernels import cuda_dense, cuda_row_lists
 from adagrad.kernels.cuda_dense import DenseUpdates
 from adagrad.kernels.cuda_rule import HEADER, SETTINGS
 
@@ -107,12 +107,12 @@ def update(
             if dense:
                 addresses, found = tables.addresses(dense)
                 launches += [partial(cuda_dense.run, launch, addresses, settings) for launch in found]
-            for i, u in enumerate(rows, len(lrs)):
-                if u.indices.numel():
-                    # Every id of the call is checked before the first element changes.
-                    skip = torch.zeros(1, dtype=torch.int32, device=device) if skip is None else skip
-                    ids, order = cuda_rows.sort_ids(u, skip, report)
-                    launches.append(partial(cuda_rows.run, u, ids, order, settings, i, rule))
+            for form, members in cuda_row_lists.by_form(rows, rule).items():
+                # Every id of the call is checked before the first element changes.
+                skip = torch.zeros(1, dtype=torch.int32, device=device) if skip is None else skip
+                some, indices = [rows[i] for i in members], [len(lrs) + i for i in members]
+                sorted_ids = cuda_row_lists.sort_ids(form, some, indices, skip, report, tables.rows)
+                launches.append(partial(cuda_row_lists.run, sorted_ids, settings))
         for launch in launches:
             launch(grad_scale, skip, found_inf)
     return skip
@@ -194,6 +194,7 @@ class _Tables:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._addresses: list[tuple[Any, tuple[Tensor, list[cuda_dense.Launch]]]] = []
+        self._rows: list[tuple[Any, Tensor]] = []
         self._settings: list[tuple[Any, Tensor]] = []
 
     def addresses(self, updates: DenseUpdates) -> tuple[Tensor, list[cuda_dense.Launch]]:
@@ -205,6 +206,10 @@ class _Tables:
 
         key = updates.rows.tobytes(), updates.codes.tobytes(), updates.share_rates
         return self._recent(self._addresses, key, make)
+
+    def rows(self, words: np.ndarray) -> Tensor:
+        """The table of several row-sparse updates."""
+        return self._recent(self._rows, words.tobytes(), lambda: self._upload(words))
 
     def settings(self, lrs: Sequence[float | Tensor], wds: Sequence[float], rule: Rule) -> Tensor:
         """The table of the rule's scalars and of each update's lr and wd."""

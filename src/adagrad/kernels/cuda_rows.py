@@ -1,5 +1,8 @@
 """Row-sparse updates on CUDA: each row present is updated once, with the sum of its occurrences.
 
+For one weight, or for any number of one form in the same launches: their rows are numbered on from weight to weight,
+and the kernels find operands and settings of each in a table (see :mod:`adagrad.kernels.cuda_row_lists`).
+
 The row ids are sorted, stably, so that a row's occurrences are a run of neighbours in their order. A run is cut into
 chunks of CHUNK occurrences from its first one. Work is divided by sorted position, not by row: a program takes TILE
 positions and sums the chunks that begin there. Runs of one chunk, most of them, it applies at once; the chunks of
@@ -14,18 +17,12 @@ chunks share a slot, and the slots of a run's later chunks are 2 apart.
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 
-from adagrad.arrays import tensor_format
-from adagrad.kernels.cuda_launch import Kernel
+from adagrad.kernels.cuda_dense import RECORD, find_record
 from adagrad.kernels.cuda_rule import (
     LANES,
-    TRITON_DTYPE,
     add_to_lanes,
     descend,
     effective_gradient,
@@ -38,35 +35,69 @@ from adagrad.kernels.cuda_rule import (
     write_weight,
 )
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adagrad.kernels.cuda import RowUpdate
-    from adagrad.rule import Rule
-
 CHUNK = tl.constexpr(128)
 PROBES = tl.constexpr(128)
-IDS = 1024
-"""Row ids that one program checks."""
-
-ELEMENTS = 1024
-"""Elements in the tile of a program: enough bytes on their way, few enough registers."""
+STARTS = tl.constexpr(32)
+"""First rows of weights that are looked at together."""
 
 
 @triton.jit(do_not_specialize=["count", "rows"])
 def check_ids(ids: tl.tensor, keys: tl.tensor, count: tl.tensor, rows: tl.tensor, skip: tl.tensor, report: tl.tensor,
               BLOCK: tl.constexpr) -> None:  # fmt: skip
-    """Copy the ids to ``keys``, perhaps narrower; one out of range becomes -1, is reported and sets ``skip``."""
+    """Copy the ids of a weight to ``keys``, perhaps narrower; see :func:`put_keys`."""
     position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(ids + position, mask=position < count, other=0).to(tl.int64)
+    put_keys(keys, position, row, count.to(tl.int64), rows.to(tl.int64), 0, skip, report)
+
+
+@triton.jit(do_not_specialize=["weights"])
+def check_ids_of_all(records: tl.tensor, weights: tl.tensor, keys: tl.tensor, skip: tl.tensor, report: tl.tensor,
+                     BLOCK: tl.constexpr) -> None:  # fmt: skip
+    """The same for all weights, one after the other, their rows numbered on."""
+    record, block = find_record(records, 0, weights, weights)
+    count, rows = tl.load(record + 2), tl.load(record + 3)
+    position = block * BLOCK + tl.arange(0, BLOCK)
+    address, bits = tl.load(record), tl.load(record + 1)
+    shorts, longs = tl.where(bits == 32, count, 0), tl.where(bits == 64, count, 0)
+    short = tl.load(address.to(tl.pointer_type(tl.int32)) + position, mask=position < shorts, other=0)
+    long = tl.load(address.to(tl.pointer_type(tl.int64)) + position, mask=position < longs, other=0)
+    row = short.to(tl.int64) + long
+    put_keys(keys + tl.load(record + 5), position, row, count, rows, tl.load(record + 4), skip, report)
+
+
+@triton.jit
+def put_keys(keys: tl.tensor, position: tl.tensor, row: tl.tensor, count: tl.tensor, rows: tl.tensor,
+             first_row: tl.tensor, skip: tl.tensor, report: tl.tensor) -> None:  # fmt: skip
+    """Write the key of each row id; one out of range becomes -1, is reported and sets ``skip``."""
     inside = position < count
-    row = tl.load(ids + position, mask=inside, other=0).to(tl.int64)
     bad = inside & ((row < 0) | (row >= rows))
-    tl.store(keys + position, tl.where(bad, -1, row).to(keys.dtype.element_ty), mask=inside)
-    first = tl.min(tl.where(bad, position, count.to(tl.int64)), axis=0)
+    tl.store(keys + position, tl.where(bad, -1, first_row + row).to(keys.dtype.element_ty), mask=inside)
+    first = tl.min(tl.where(bad, position, count), axis=0)
     if first < count:
-        tl.store(report, tl.load(ids + first).to(tl.int64))
-        tl.store(report + 1, rows.to(tl.int64) + 1)
+        tl.store(report, tl.sum(tl.where(position == first, row, 0), axis=0))
+        tl.store(report + 1, rows + 1)
         tl.store(skip, 1)
+
+
+@triton.jit
+def find_operands(records: tl.tensor, weights: tl.tensor, row: tl.tensor, TILE: tl.constexpr) -> tl.tensor:
+    """The record (TILE, 1) of the weight that each row, numbered on, belongs to."""
+    begun = tl.zeros([TILE], tl.int32)
+    for k in range(0, weights, STARTS):
+        weight = k + tl.arange(0, STARTS)
+        start = tl.load(records + (1 + RECORD) * weights + weight, mask=weight < weights, other=0x7FFFFFFFFFFFFFFF)
+        begun += tl.sum((start[None, :] <= row[:, None]).to(tl.int32), axis=1)
+    number = tl.maximum(begun - 1, 0).to(tl.int64)  # of no weight, where there is no row: whichever
+    return (records + (2 + RECORD) * weights + RECORD * number)[:, None]
+
+
+@triton.jit
+def operand(word: tl.tensor, TYPE: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
+    """The addresses at ``word`` (TILE, 1) as pointers; ALIGNED promises multiples of 16 bytes, and so of each row."""
+    address = tl.load(word).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        address = tl.multiple_of(address, (1, 16))
+    return address
 
 
 @triton.jit
@@ -155,17 +186,18 @@ def add_up(source: tl.tensor, order: tl.tensor, ids: tl.tensor, count: tl.tensor
     return total
 
 
-@triton.jit(do_not_specialize=["index", "count", "rows"])
-def update_runs(ids: tl.tensor, order: tl.tensor, source: tl.tensor, sums: tl.tensor, weight: tl.tensor,
-                history: tl.tensor, master: tl.tensor, table: tl.tensor, index: tl.tensor, count: tl.tensor,
-                rows: tl.tensor, length: tl.tensor, grad_scale: tl.tensor, skip: tl.tensor, found_inf: tl.tensor,
-                WEIGHT: tl.constexpr, COMPUTE: tl.constexpr, HAS_MASTER: tl.constexpr, ROW_WISE: tl.constexpr,
-                LATER: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
-                UNROLL: tl.constexpr) -> None:  # fmt: skip
+@triton.jit(do_not_specialize=["weights", "index", "count", "rows"])
+def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.tensor, weight: tl.tensor,
+                history: tl.tensor, master: tl.tensor, records: tl.tensor, weights: tl.tensor, table: tl.tensor,
+                index: tl.tensor, count: tl.tensor, rows: tl.tensor, length: tl.tensor, grad_scale: tl.tensor,
+                skip: tl.tensor, found_inf: tl.tensor, WEIGHT: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr,
+                HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr, ROW_WISE: tl.constexpr, LATER: tl.constexpr,
+                TILE: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr) -> None:  # fmt: skip
     """Sum the values of the runs that begin in a tile of positions and update their rows, or leave sums of chunks.
 
-    ``source`` holds the gradient's values, or (LATER) the sums of chunks. Each program has COLUMNS columns, but all
-    of them when the history has one value a row: then the first pass is for the mean of squares.
+    What is summed are the gradient's values, or (LATER) the sums of chunks. Each program has COLUMNS columns, but all
+    of them when the history has one value a row: then the first pass is for the mean of squares. Operands and the
+    index of their settings are arguments, or for several weights in their ``records``.
     """
     windows = 1 if ROW_WISE else tl.cdiv(length, COLUMNS)
     tile = (tl.program_id(0) // windows).to(tl.int64)
@@ -182,6 +214,12 @@ def update_runs(ids: tl.tensor, order: tl.tensor, source: tl.tensor, sums: tl.te
     if tl.max(head.to(tl.int32), axis=0) == 0:
         return
     whole = head & whole
+    if records is not None:
+        record = find_operands(records, weights, row, TILE)
+        weight, values = operand(record, WEIGHT, ALIGNED), operand(record + 1, GRAD, ALIGNED)
+        history, master = operand(record + 2, COMPUTE, ALIGNED and not ROW_WISE), operand(record + 3, COMPUTE, ALIGNED)
+        index = tl.load(record + 4)
+    source = sums if LATER else values
     row_start = row.to(tl.int64)[:, None] * length
     rescale, clip, decay = gradient_scalars(table, index, COMPUTE)
     lr, shrink, inside, outside = step_scalars(table, index, COMPUTE)
@@ -216,69 +254,3 @@ def update_runs(ids: tl.tensor, order: tl.tensor, source: tl.tensor, sums: tl.te
             tl.store(history + at, h, mask=mask)
         w = descend(w, g, h, lr, shrink, inside, outside)
         write_weight(weight, master, at, w, mask, WEIGHT, HAS_MASTER)
-
-
-_check_ids = Kernel(check_ids, 4, BLOCK=IDS)
-
-
-def sort_ids(update: RowUpdate, skip: Tensor, report: Tensor) -> tuple[Tensor, Tensor]:
-    """The row ids in ascending order, equal ones in their order, and the positions they had. Checks their range."""
-    count, rows = len(update.indices), len(update.weight)
-    # 32-bit keys sort in two thirds of the time.
-    keys = torch.empty(count, dtype=torch.int32 if rows < 2**31 else torch.int64, device=update.indices.device)
-    _check_ids.launch(-(-count // IDS), update.indices, keys, count, rows, skip, report)
-    ids, order = torch.sort(keys, stable=True)
-    return ids, order
-
-
-class Kernels(NamedTuple):
-    """What updates the rows of one format and length."""
-
-    first: Kernel
-    tile: int
-    """Positions of a program of the first."""
-    columns: int
-    """Columns of it; a program does all, so many at a time, where the history has one value a row."""
-    later: Kernel
-    later_columns: int
-
-
-@functools.lru_cache(maxsize=256)
-def _kernels(weight: str, history: str, has_master: bool, row_wise: bool, length: int) -> Kernels:
-    constants: dict[str, Any] = {
-        "WEIGHT": TRITON_DTYPE[weight], "COMPUTE": TRITON_DTYPE[history], "HAS_MASTER": has_master,
-        "ROW_WISE": row_wise,
-    }  # fmt: skip
-    columns = min(1 << (length - 1).bit_length(), 128)
-    if row_wise:
-        columns = min(max(columns, LANES.value), 64)
-    tile = min(ELEMENTS // columns, 64)
-    later_columns = columns if row_wise else min(columns, 32)
-    first = Kernel(update_runs, max(1, tile * columns // 256), LATER=False, TILE=tile, COLUMNS=columns, UNROLL=4,
-                   **constants)  # fmt: skip
-    later = Kernel(update_runs, 1, LATER=True, TILE=1, COLUMNS=later_columns, UNROLL=16, **constants)
-    return Kernels(first, tile, columns, later, later_columns)
-
-
-def run(update: RowUpdate, ids: Tensor, order: Tensor, table: Tensor, index: int, rule: Rule,
-        grad_scale: Tensor | None, skip: Tensor | None, found_inf: Tensor | None) -> None:  # fmt: skip
-    """Launch the update of the rows in ``ids``, sorted, whose settings are number ``index`` of ``table``."""
-    weight, _, values, history, master, _, _ = update
-    if not weight.numel():
-        return
-    count, rows = len(ids), len(weight)
-    length = weight.numel() // rows
-    blocks = -(-count // CHUNK.value) if count > CHUNK.value else 0
-    sums = history.new_empty((2 * blocks, length))
-    # Rows of one have the mean for a sum.
-    row_wise = rule.row_wise and length > 1
-    kernels = _kernels(tensor_format(weight), tensor_format(history), master is not None, row_wise, length)
-
-    def launch(kernel: Kernel, source: Tensor, programs: int, columns: int) -> None:
-        windows = 1 if row_wise else -(-length // columns)
-        kernel.launch(programs * windows, ids, order, source, sums, weight, history, master, table, index, count, rows,
-                      length, grad_scale, skip, found_inf)  # fmt: skip
-
-    launch(kernels.first, values, -(-count // kernels.tile), kernels.columns)
-    if blocks:
-        launch(kernels.later, sums, blocks, kernels.later_columns)
