@@ -24,7 +24,7 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
-from adagrad.kernels import cuda, cuda_dense  # noqa: E402
+from adagrad.kernels import cuda, cuda_dense, cuda_row_lists  # noqa: E402
 from adagrad.rule import Rule  # noqa: E402
 
 HERE = torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")
@@ -41,10 +41,24 @@ class DenseUpdate(NamedTuple):
     wd: float
 
 
-def run(rule: Rule, dense: Sequence[DenseUpdate], rows: Sequence[cuda.RowUpdate] = (), **options: Any) -> Any:
+class RowUpdate(NamedTuple):
+    weight: Any
+    indices: Any
+    values: Any
+    history: Any
+    master: Any
+    lr: Any
+    wd: float
+
+
+def run(rule: Rule, dense: Sequence[DenseUpdate], rows: Sequence[RowUpdate] = (), **options: Any) -> Any:
     """One call."""
-    found = [cuda_dense.of_tensors(*u, rule) for u in dense]
-    return cuda.update([cuda.Group(rule, cuda_dense.together(found) if found else None, rows)], HERE, **options)
+    elements = [cuda_dense.of_tensors(*u, rule) for u in dense]
+    runs = [cuda_row_lists.of_tensors(*u, rule) for u in rows]
+    group = cuda.Group(
+        rule, cuda_dense.together(elements) if elements else None, cuda_row_lists.together(runs) if runs else None
+    )
+    return cuda.update([group], HERE, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -372,8 +386,9 @@ for dtype, wide, row_wise in cases:
     tensors = torch.zeros(9, 48, dtype=dtype), torch.zeros(9, 1 if row_wise else 48, dtype=wide)
     rule = Rule(row_wise=row_wise)
     dense = cuda.cuda_dense.of_tensors(tensors[0], tensors[0], tensors[1], None, 0.1, 0.1, rule)
-    rows = cuda.RowUpdate(tensors[0], torch.zeros(9, dtype=torch.int64), tensors[0], tensors[1], None, number, 0.1)
-    for some in [rows], [rows, rows]:
+    given = tensors[0], torch.zeros(9, dtype=torch.int64), *tensors, None, number, 0.1, rule
+    rows = cuda.cuda_row_lists.of_tensors(*given)
+    for some in rows, cuda.cuda_row_lists.together([rows, rows]):
         cuda.update([cuda.Group(rule, dense, some)], number.device, grad_scale=number, found_inf=number)
 
 operations = re.compile(r"\\b(?:fma|mad|add|sub|mul|div|r?sqrt|rcp|min|max)[a-z0-9.]*[.]f(?:32|64)\\b")

@@ -137,8 +137,8 @@ def step(row_wise, found_inf):
     history, sums = (torch.zeros(len(w), 1 if row_wise else 48) for w in (weight, table))
     rule, ids = Rule(row_wise=row_wise), torch.arange(300)
     dense = cuda.cuda_dense.of_tensors(weight, weight.clone(), history, None, 0.1, 0.1, rule)
-    rows = cuda.RowUpdate(table, ids, values, sums, None, 0.1, 0.1)
-    cuda.update([cuda.Group(rule, dense, [rows])], weight.device, found_inf=found_inf)
+    rows = cuda.cuda_row_lists.of_tensors(table, ids, values, sums, None, 0.1, 0.1, rule)
+    cuda.update([cuda.Group(rule, dense, rows)], weight.device, found_inf=found_inf)
 
 for row_wise, found_inf in (False, None), (True, torch.zeros(())):
     for _ in range(3):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from test_cuda_dense import DEVICE, DTYPES, as_numpy, assert_same, expected, make, needs_gpu, rounded, run
+from test_cuda_dense import DEVICE, DTYPES, RowUpdate, as_numpy, assert_same, expected, make, needs_gpu, rounded, run
 
 torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
@@ -32,12 +32,12 @@ def _quiet() -> Iterator[None]:
 
 
 def make_rows(ids: Any, shape: tuple[int, ...], dtype: str = "float32", seed: int = 0, *, index_dtype: str = "int64",
-              **options: Any) -> cuda.RowUpdate:  # fmt: skip
+              **options: Any) -> RowUpdate:  # fmt: skip
     """An update of a weight of ``shape`` at ``ids``; options as for ``make``."""
     weight, _, history, master, lr, wd = make(shape, dtype, seed, **options)
     values = make((len(ids), *shape[1:]), dtype, seed + 1, grad_dtype=options.get("grad_dtype")).grad
     indices = torch.tensor(np.array(ids, index_dtype), device=DEVICE)
-    return cuda.RowUpdate(weight, indices, values, history, master, lr, wd)
+    return RowUpdate(weight, indices, values, history, master, lr, wd)
 
 
 def sums(ids: np.ndarray, values: np.ndarray) -> dict[int, np.ndarray]:
@@ -59,7 +59,7 @@ def sums(ids: np.ndarray, values: np.ndarray) -> dict[int, np.ndarray]:
     return totals
 
 
-def check_rows(updates: list[cuda.RowUpdate], rule: Rule, scale: float | None = None, **options: Any) -> None:
+def check_rows(updates: list[RowUpdate], rule: Rule, scale: float | None = None, **options: Any) -> None:
     """Run ``updates`` in one call and compare every bit with the rule."""
     want = []
     for u in updates:
@@ -411,7 +411,7 @@ def test_a_table_of_more_than_2_to_the_31_elements() -> None:
     history = torch.zeros(rows, 64, device=DEVICE)
     indices = torch.tensor([rows - 1, 0, rows - 1], device=DEVICE)
     values = torch.ones(3, 64, dtype=torch.float16, device=DEVICE)
-    run(Rule(epsilon=0.0), [], [cuda.RowUpdate(weight, indices, values, history, None, 0.5, 0.0)])
+    run(Rule(epsilon=0.0), [], [RowUpdate(weight, indices, values, history, None, 0.5, 0.0)])
     assert weight[[0, -1]].eq(-0.5).all()
     assert history[-1].eq(4).all()
     assert weight.count_nonzero().item() == 128

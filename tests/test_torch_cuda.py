@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adagrad import AdaGrad, RowSparse
-from adagrad.kernels import quick, rows, table
+from adagrad.kernels import quick, table
 from adagrad.torch import Adagrad
 from support import assert_same_bits
 
@@ -80,13 +80,12 @@ def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     def update(groups: Any, device: Any, **others: Any) -> Any:
         dense = sum(len(group.dense.rows) for group in groups if group.dense)
         assert all(group.dense.tensors for group in groups if group.dense), "alive until the launch"
-        calls.append((dense, sum(len(group.rows) for group in groups), others))
+        calls.append((dense, sum(len(group.rows.facts) for group in groups if group.rows), others))
         return real(groups, device, **others)
 
     monkeypatch.setattr(cuda, "update", update)
     formats = table.formats
-    for module in (table, rows):
-        monkeypatch.setattr(module, "formats", lambda code: (1, formats(code)[1]))
+    monkeypatch.setattr(table, "formats", lambda code: (1, formats(code)[1]))
     monkeypatch.setattr(quick, "update_plain", lambda *lists: False)
     with np.errstate(all="ignore"):
         yield calls

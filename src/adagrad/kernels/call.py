@@ -80,10 +80,8 @@ class _CudaLaunch:
     def add_dense(self, rule: Rule, updates: Any) -> None:
         self._of(rule)[0].append(updates._replace(lrs=self._here(updates.lrs)))
 
-    def add_rows(self, rule: Rule, weight: Any, indices: Any, values: Any, history: Any, master: Any, lr: Any, wd: float
-                 ) -> None:  # fmt: skip
-        (lr,) = self._here([lr])
-        self._of(rule)[1].append(_cuda().RowUpdate(weight, indices, values, history, master, lr, wd))
+    def add_rows(self, rule: Rule, updates: Any) -> None:
+        self._of(rule)[1].append(updates._replace(lrs=self._here(updates.lrs)))
 
     def _of(self, rule: Rule) -> tuple[list[Any], list[Any]]:
         return self._groups.setdefault(rule, ([], []))
@@ -97,7 +95,11 @@ class _CudaLaunch:
         scale, found = (t if t is None else t.to(self.device, non_blocking=True) for t in (grad_scale, found_inf))
         cuda = _cuda()
         groups = [
-            cuda.Group(rule, cuda.cuda_dense.together(dense) if dense else None, rows)
+            cuda.Group(
+                rule,
+                cuda.cuda_dense.together(dense) if dense else None,
+                cuda.cuda_row_lists.together(rows) if rows else None,
+            )
             for rule, (dense, rows) in self._groups.items()
         ]
         return cuda.update(groups, self.device, grad_scale=scale, found_inf=found)
@@ -112,14 +114,13 @@ def _cuda() -> Any:
 
 
 class _Call:
-    """A batch, looked at: a table of the plain dense updates, the plain row-sparse ones, the others as checked
-    operands, and those of tensors that only PyTorch understands."""
+    """A batch, looked at: a table of the plain dense updates; one of the plain row-sparse ones, whose positions are
+    ``sparse``; the others as checked operands, and those of tensors that only PyTorch understands."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
         self.table: table.Table | None = None
         self.groups: list[tuple[int, Sequence[int]]] = []
-        self.rows: dict[int, rows.Rows] = {}
         self.others: dict[int, Update] = {}
         self.wrapped: dict[int, Wrapped] = {}
         rest: Sequence[int] = range(len(batch.weights))
@@ -132,18 +133,19 @@ class _Call:
                 kinds = np.unique(codes[codes >= 0]).tolist()
                 self.groups = [(code, np.flatnonzero(codes == code).tolist()) for code in kinds]
                 rest = np.flatnonzero(codes < 0).tolist()
-        for i in rest:
+        self.sparse = [i for i in rest if is_row_sparse(batch.grads[i])]
+        lists = batch.weights, batch.grads, batch.histories, batch.masters
+        looked_at = ([each[i] for i in self.sparse] if each else [] for each in lists)
+        self.rows = rows.rows(*looked_at, row_wise=batch.rule.row_wise)
+        if (self.rows.codes < 0).any():
+            plain = np.flatnonzero(self.rows.codes >= 0).tolist()
+            self.rows, self.sparse = self.rows.some(plain), [self.sparse[k] for k in plain]
+        for i in sorted(set(rest).difference(self.sparse)):
             self._look_at(i)
 
     def _look_at(self, i: int) -> None:
-        """Look at an update that the table has no row for."""
-        weight, grad, history, master = self.batch.arrays(i)
-        rule = self.batch.rule
-        plain = rows.rows(weight, grad, history, master, row_wise=rule.row_wise) if is_row_sparse(grad) else None
-        if plain is not None:
-            self.rows[i] = plain
-            return
-        found = look_at(i, weight, grad, history, master, rule)
+        """Look at an update that no table has."""
+        found = look_at(i, *self.batch.arrays(i), self.batch.rule)
         if isinstance(found, Update):
             self.others[i] = found
         else:
@@ -151,8 +153,8 @@ class _Call:
 
     def all_on_cuda(self) -> bool:
         """Whether the CUDA kernels update every weight."""
-        on_cuda = all(table.formats(code)[0] > 0 for code, _ in self.groups)
-        on_cuda = on_cuda and all(found.place > 0 for found in self.rows.values())
+        codes = {code for code, _ in self.groups} | set(self.rows.codes.tolist())
+        on_cuda = all(table.formats(code)[0] > 0 for code in codes)
         return on_cuda and not self.wrapped and all(map(_is_on_cuda, self.others.values()))
 
     def add_jobs(
@@ -175,14 +177,17 @@ class _Call:
                 jobs.append(self._launch(which, formats, scaled, threads))
             else:
                 launch_on(batch.weights[which[0]].device).add_dense(rule, self._dense_on_cuda(which))
-        for i, found in self.rows.items():
-            weight, _, history, master = batch.arrays(i)
-            lr, wd = batch.rates(i)
-            if found.place:
-                indices = found.indices.reshape(-1)
-                launch_on(weight.device).add_rows(rule, weight, indices, found.values, history, master, lr, wd)
+        on_device: dict[int, list[int]] = {}
+        for k, code in enumerate(self.rows.codes.tolist()):
+            place, _ = table.formats(code)
+            if place:
+                on_device.setdefault(place, []).append(k)
             else:
-                jobs.append(found.plan(f"[{i}]", hyper([lr], [wd], scaled)[0], scaled, threads))
+                rates = hyper(*batch.some_rates([self.sparse[k]]), scaled)[0]
+                jobs.append(self.rows.plan(k, f"[{self.sparse[k]}]", rates, scaled, threads))
+        for members in on_device.values():
+            device = batch.weights[self.sparse[members[0]]].device
+            launch_on(device).add_rows(rule, self._rows_on_cuda(members))
         dense: dict[table.Formats, list[int]] = {}
         for i, u in self.others.items():
             if _is_on_cuda(u):
@@ -193,7 +198,8 @@ class _Call:
                     only = _cuda().cuda_dense.of_tensors(weight, grad, history, master, *rates, rule)
                     launch.add_dense(rule, only)
                 else:
-                    launch.add_rows(rule, weight, u.indices.contiguous(), grad, history, master, *rates)
+                    tensors = weight, u.indices.contiguous(), grad, history, master
+                    launch.add_rows(rule, _cuda().cuda_row_lists.of_tensors(*tensors, *rates, rule))
             elif u.weight.device != "cpu":
                 jobs.append(by_expression(f"[{i}]", u, *batch.rates(i), scaled))
             elif u.indices is None and ordinary.is_plain(u):
@@ -210,6 +216,14 @@ class _Call:
         found: Any = self.table
         rows, codes, _ = found.part(which)
         return _cuda().DenseUpdates(rows, codes, *self.batch.some_rates(which), [self.batch])
+
+    def _rows_on_cuda(self, members: list[int]) -> Any:
+        which, found = [self.sparse[k] for k in members], self.rows.some(members)
+        tensors = []
+        for i, (values, indices) in zip(which, found.parts, strict=True):
+            weight, _, history, master = self.batch.arrays(i)
+            tensors.append((weight, indices, values, history, master))
+        return _cuda().cuda_row_lists.RowUpdates(found.facts, found.codes, *self.batch.some_rates(which), tensors)
 
     def _launch(self, which: Sequence[int], formats: table.Formats, rule: Rule, threads: int | None) -> Job:
         found: Any = self.table
@@ -250,7 +264,8 @@ def _spans(calls: list[_Call]) -> tuple[np.ndarray, int]:
     for call in calls:
         if call.table is not None:
             pieces.append((call.table.spans, call.table.written))
-        pieces += [found.spans for found in call.rows.values()]
+        if call.sparse:
+            pieces.append(call.rows.spans)
         for u in call.others.values():
             operands = operands_of(u)
             written, read = ([bounds(o.memory) for o in some if o.memory is not None] for some in operands)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from adagrad.kernels import cuda_dense, cuda_row_lists
 from adagrad.kernels.cuda_dense import DenseUpdates
+from adagrad.kernels.cuda_row_lists import RowUpdates
 from adagrad.kernels.cuda_rule import HEADER, SETTINGS
 
 if TYPE_CHECKING:
@@ -40,30 +41,12 @@ KEPT = 16
 NO_ROW = np.iinfo(np.int64).min
 
 
-class RowUpdate(NamedTuple):
-    """A weight with a row-sparse gradient; all tensors contiguous and on one device."""
-
-    weight: Tensor
-    """float16, bfloat16, float32 or float64, of shape (rows, ...)."""
-    indices: Tensor
-    """int32 or int64, of shape (n,)."""
-    values: Tensor
-    """Shape (n, *weight.shape[1:]); the weight's dtype, or float32."""
-    history: Tensor
-    """Computing dtype; the weight's shape, or (n, 1, ...) for a row-wise rule."""
-    master: Tensor | None
-    """float32 copy of a float16 or bfloat16 weight, or None."""
-    lr: float | Tensor
-    """A number, or a 0-d float32 or float64 tensor on the device."""
-    wd: float
-
-
 class Group(NamedTuple):
     """Updates under one rule."""
 
     rule: Rule
     dense: DenseUpdates | None
-    rows: Sequence[RowUpdate]
+    rows: RowUpdates | None
 
 
 def update(
@@ -103,18 +86,19 @@ def update(
         launches: list[Callable[..., None]] = []
         for rule, dense, rows in groups:
             lrs, wds = dense.rates() if dense else ([], [])
-            settings = tables.settings([*lrs, *[u.lr for u in rows]], [*wds, *[u.wd for u in rows]], rule)
+            row_lrs, row_wds = rows.rates() if rows else ([], [])
+            settings = tables.settings([*lrs, *row_lrs], [*wds, *row_wds], rule)
             if dense:
                 addresses, found = tables.addresses(dense)
                 launches += [partial(cuda_dense.run, launch, addresses, settings) for launch in found]
-            for form, members in cuda_row_lists.by_form(rows, rule).items():
-                # Every id of the call is checked before the first element changes.
-                skip = torch.zeros(1, dtype=torch.int32, device=device) if skip is None else skip
-                some, indices = [rows[i] for i in members], [len(lrs) + i for i in members]
-                sorted_ids = cuda_row_lists.sort_ids(form, some, indices, skip, report, tables.rows)
-                launches.append(partial(cuda_row_lists.run, sorted_ids, settings))
-        for launch in launches:
-            launch(grad_scale, skip, found_inf)
+            if rows:
+                for form, which in cuda_row_lists.by_form(rows, rule).items():
+                    # Every id of the call is checked before the first element changes.
+                    skip = torch.zeros(1, dtype=torch.int32, device=device) if skip is None else skip
+                    launch = cuda_row_lists.sort_ids(rows, form, which, len(lrs), skip, report, tables.rows)
+                    launches.append(partial(cuda_row_lists.run, launch, settings))
+        for run in launches:
+            run(grad_scale, skip, found_inf)
     return skip
 
 

@@ -202,10 +202,11 @@ class DenseUpdates(NamedTuple):
     def rates(self) -> tuple[list[float | Tensor], list[float]]:
         """lr and wd of each, or a single one of both where they are shared."""
         n = 1 if self.share_rates else len(self.rows)
-        return _each(self.lrs, n), _each(self.wds, n)
+        return each(self.lrs, n), each(self.wds, n)
 
 
-def _each(values: list[Any], n: int) -> list[Any]:
+def each(values: list[Any], n: int) -> list[Any]:
+    """One for each of ``n``, of as many or of one for all."""
     return values * n if len(values) == 1 else values
 
 
@@ -216,8 +217,8 @@ def together(updates: Sequence[DenseUpdates]) -> DenseUpdates:
     return DenseUpdates(
         np.concatenate([u.rows for u in updates]),
         np.concatenate([u.codes for u in updates]),
-        [lr for u in updates for lr in _each(u.lrs, len(u.rows))],
-        [wd for u in updates for wd in _each(u.wds, len(u.rows))],
+        [lr for u in updates for lr in each(u.lrs, len(u.rows))],
+        [wd for u in updates for wd in each(u.wds, len(u.rows))],
         [tensor for u in updates for tensor in u.tensors],
     )
 

@@ -14,6 +14,7 @@ What a kernel must know of each stands in a table of 64-bit words in device memo
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,119 +23,164 @@ import torch
 
 from adagrad.arrays import tensor_format
 from adagrad.kernels import cuda_rows
-from adagrad.kernels.cuda_dense import RECORD
+from adagrad.kernels.cuda_dense import RECORD, each
 from adagrad.kernels.cuda_launch import Kernel
 from adagrad.kernels.cuda_rows import CHUNK
 from adagrad.kernels.cuda_rule import LANES, TRITON_DTYPE
+from adagrad.kernels.row_groups import (
+    ARE_LONG,
+    BASE,
+    ENTRIES,
+    FACTS,
+    GRAD,
+    HEIGHT,
+    HISTORY,
+    IDS,
+    LENGTH,
+    MASTER,
+    STRIDE,
+    WEIGHT,
+)
+from adagrad.kernels.table import PLACES, code_of_formats, formats
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adagrad.kernels.cuda import RowUpdate
     from adagrad.rule import Rule
 
-IDS = 1024
+BLOCK = 1024
 """Row ids that one program checks."""
 
 ELEMENTS = 1024
 """Elements in the tile of a program: enough bytes on their way, few enough registers."""
 
 
+class RowUpdates(NamedTuple):
+    """Row-sparse updates on one device, for any number of weights."""
+
+    facts: np.ndarray
+    """(n, FACTS) words, as :mod:`adagrad.kernels.row_groups` has it."""
+    codes: np.ndarray
+    """(n,) integers: what :func:`adagrad.kernels.table.formats` says of them."""
+    lrs: list[float | Tensor]
+    """Numbers, or 0-d float32 or float64 tensors on the device: one for each, or one for all."""
+    wds: list[float]
+    tensors: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]
+    """Weight, indices, values, history and master copy of each, all contiguous."""
+
+    def rates(self) -> tuple[list[float | Tensor], list[float]]:
+        """lr and wd of each."""
+        return each(self.lrs, len(self.facts)), each(self.wds, len(self.facts))
+
+
+def together(updates: Sequence[RowUpdates]) -> RowUpdates:
+    """Several as one."""
+    if len(updates) == 1:
+        return updates[0]
+    rates = [u.rates() for u in updates]
+    return RowUpdates(
+        np.concatenate([u.facts for u in updates]),
+        np.concatenate([u.codes for u in updates]),
+        [lr for lrs, _ in rates for lr in lrs],
+        [wd for _, wds in rates for wd in wds],
+        [tensors for u in updates for tensors in u.tensors],
+    )
+
+
+def of_tensors(weight: Tensor, indices: Tensor, values: Tensor, history: Tensor, master: Tensor | None,
+               lr: float | Tensor, wd: float, rule: Rule) -> RowUpdates:  # fmt: skip
+    """An update of contiguous tensors, whatever their class."""
+    length = math.prod(weight.shape[1:])
+    facts = np.zeros((1, FACTS), np.int64)
+    facts[0, ENTRIES], facts[0, LENGTH], facts[0, HEIGHT] = indices.numel(), length, weight.shape[0]
+    facts[0, ARE_LONG] = indices.dtype == torch.int64
+    for k, tensor in ((WEIGHT, weight), (GRAD, values), (HISTORY, history), (MASTER, master), (IDS, indices)):
+        if tensor is not None:
+            facts[0, BASE + k] = tensor.data_ptr()
+            if k != IDS:
+                facts[0, STRIDE + k] = tensor.itemsize * (1 if k == HISTORY and rule.row_wise else length)
+    code = code_of_formats(tensor_format(weight), tensor_format(values), has_master=master is not None)
+    return RowUpdates(facts, np.array([code]), [lr], [wd], [(weight, indices, values, history, master)])
+
+
 class Form(NamedTuple):
     """What updates must have in common to be launched together."""
 
-    weight: str
-    values: str
-    history: str
-    has_master: bool
+    code: int
     length: int
     """Of a row."""
     row_wise: bool
     """Whether the history has one value a row, of several elements."""
-
-    @classmethod
-    def of(cls, u: RowUpdate, rule: Rule) -> Form:
-        rows = len(u.weight)
-        # Rows of one have the mean for a sum.
-        length = u.weight.numel() // rows if rows else 0
-        formats = tensor_format(u.weight), tensor_format(u.values), tensor_format(u.history)
-        return cls(*formats, u.master is not None, length, rule.row_wise and length > 1)
 
 
 class Launch(NamedTuple):
     """Updates of one form, their ids checked and sorted."""
 
     form: Form
-    updates: Sequence[RowUpdate]
-    indices: Sequence[int]
-    """Of their settings in the scalars' table."""
+    first: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+    """The tensors of the first."""
+    settings: int
+    """The index of its settings in the scalars' table."""
     ids: Tensor
     order: Tensor
     rows: int
     """Of all weights."""
+    weights: int
     records: Tensor | None
     """The table of several weights, in device memory."""
     are_aligned: bool
 
 
-def by_form(updates: Sequence[RowUpdate], rule: Rule) -> dict[Form, list[int]]:
+def by_form(updates: RowUpdates, rule: Rule) -> dict[Form, list[int]]:
     """The positions of the updates that have ids, those of one form together."""
     found: dict[Form, list[int]] = {}
-    for i, u in enumerate(updates):
-        if u.indices.numel():
-            found.setdefault(Form.of(u, rule), []).append(i)
+    formats_of, facts = (updates.codes % PLACES).tolist(), updates.facts[:, [LENGTH, ENTRIES]].tolist()
+    for i, (code, (length, entries)) in enumerate(zip(formats_of, facts, strict=True)):
+        if entries:
+            # Rows of one have the mean for a sum.
+            found.setdefault(Form(code, length, rule.row_wise and length > 1), []).append(i)
     return found
 
 
-def sort_ids(form: Form, updates: Sequence[RowUpdate], indices: Sequence[int], skip: Tensor, report: Tensor,
+def sort_ids(updates: RowUpdates, form: Form, which: Sequence[int], index: int, skip: Tensor, report: Tensor,
              upload: Callable[[np.ndarray], Tensor]) -> Launch:  # fmt: skip
-    """Check the row ids and sort them: in ascending order, equal ones in the order of their positions."""
-    counts, heights = [u.indices.numel() for u in updates], [len(u.weight) for u in updates]
-    count, rows = sum(counts), sum(heights)
+    """Check the row ids of some updates and sort them: in ascending order, equal ones in that of their positions.
+
+    ``index`` is that of the settings of the first of all updates.
+    """
+    facts, first = updates.facts[which], updates.tensors[which[0]]
+    count, rows = facts[:, [ENTRIES, HEIGHT]].sum(axis=0).tolist()
     # 32-bit keys sort in two thirds of the time.
     keys = torch.empty(count, dtype=torch.int32 if rows < 2**31 else torch.int64, device=skip.device)
     records, are_aligned = None, False
-    if len(updates) == 1:
-        _CHECK.launch(-(-count // IDS), updates[0].indices, keys, count, rows, skip, report)
+    if len(which) == 1:
+        _CHECK.launch(-(-count // BLOCK), first[1], keys, count, rows, skip, report)
     else:
-        words, are_aligned, blocks = plan(form, updates, indices, counts, heights)
+        words, blocks, are_aligned = plan(facts, np.array(which) + index, form)
         records = upload(words)
-        _CHECK_ALL.launch(blocks, records, len(updates), keys, skip, report)
+        _CHECK_ALL.launch(blocks, records, len(which), keys, skip, report)
     ids, order = torch.sort(keys, stable=True)
-    return Launch(form, updates, indices, ids, order, rows, records, are_aligned)
+    return Launch(form, first, index + which[0], ids, order, rows, len(which), records, are_aligned)
 
 
-_CHECK, _CHECK_ALL = Kernel(cuda_rows.check_ids, 4, BLOCK=IDS), Kernel(cuda_rows.check_ids_of_all, 4, BLOCK=IDS)
+_CHECK, _CHECK_ALL = Kernel(cuda_rows.check_ids, 4, BLOCK=BLOCK), Kernel(cuda_rows.check_ids_of_all, 4, BLOCK=BLOCK)
 
 
-def plan(form: Form, updates: Sequence[RowUpdate], indices: Sequence[int], counts: list[int], heights: list[int]
-         ) -> tuple[np.ndarray, bool, int]:  # fmt: skip
-    """The table, whether all rows begin at multiples of 16 bytes, and the blocks of ids."""
-    n, length = len(updates), form.length
-    (first_rows, first_entries), blocks = _before([heights, counts]), -(-np.array(counts) // IDS)
-    words = np.zeros((2 + 2 * RECORD.value) * n, np.int64)
-    words[:n] = np.cumsum(blocks) - blocks
-    ids, operands = (words[at : at + RECORD.value * n].reshape(n, -1) for at in (n, (2 + RECORD.value) * n))
-    ids[:, 0] = [u.indices.data_ptr() for u in updates]
-    ids[:, 1] = [8 * u.indices.itemsize for u in updates]
-    ids[:, 2:6] = np.column_stack([counts, heights, first_rows, first_entries])
-    words[(1 + RECORD.value) * n : (2 + RECORD.value) * n] = first_rows
-    tensors = [(u.weight, u.values, u.history, u.master) for u in updates]
-    sizes = np.array([0 if t is None else t.itemsize for t in tensors[0]])
-    steps = sizes * [length, length, 1 if form.row_wise else length, length]
-    before = np.stack([first_rows, first_entries, first_rows, first_rows], axis=1)
-    addresses = np.array([[0 if t is None else t.data_ptr() for t in each] for each in tensors])
-    operands[:, :4], operands[:, 4] = addresses - before * steps, indices
+def plan(facts: np.ndarray, settings: np.ndarray, form: Form) -> tuple[np.ndarray, int, bool]:
+    """The table, the blocks of ids, and whether all rows begin at multiples of 16 bytes."""
+    n, counts, heights = len(facts), facts[:, ENTRIES], facts[:, HEIGHT]
+    first_rows, first_entries, blocks = np.cumsum(heights) - heights, np.cumsum(counts) - counts, -(-counts // BLOCK)
+    ids, operands = np.zeros((2, n, RECORD.value), np.int64)
+    bits = np.where(facts[:, ARE_LONG], 64, 32)
+    ids[:, :6] = np.column_stack([facts[:, BASE + IDS], bits, counts, heights, first_rows, first_entries])
+    addresses, steps = (facts[:, [at + k for k in (WEIGHT, GRAD, HISTORY, MASTER)]] for at in (BASE, STRIDE))
+    before = np.column_stack([first_rows, first_entries, first_rows, first_rows])
+    operands[:, :4], operands[:, 4] = addresses - before * steps, settings
+    # Of a history with one value a row, no more than one element is read at a time.
     whole = [0, 1, 3] if form.row_wise else [0, 1, 2, 3]
-    are_aligned = not (addresses[:, whole] % 16).any() and not (steps[whole] % 16).any()
-    return words, are_aligned, int(blocks.sum())
-
-
-def _before(numbers: list[list[int]]) -> np.ndarray:
-    """Of each number, the sum of those before it in its list."""
-    each = np.array(numbers)
-    before: np.ndarray = np.cumsum(each, axis=1) - each
-    return before
+    are_aligned = not ((addresses | steps)[:, whole] % 16).any()
+    words = np.concatenate([np.cumsum(blocks) - blocks, ids.ravel(), first_rows, operands.ravel()])
+    return words, int(blocks.sum()), are_aligned
 
 
 class Kernels(NamedTuple):
@@ -151,9 +197,10 @@ class Kernels(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _kernels(form: Form, are_aligned: bool) -> Kernels:
+    _, (weight, values, history, master) = formats(form.code)
     constants: dict[str, Any] = {
-        "WEIGHT": TRITON_DTYPE[form.weight], "GRAD": TRITON_DTYPE[form.values], "COMPUTE": TRITON_DTYPE[form.history],
-        "HAS_MASTER": form.has_master, "ALIGNED": are_aligned, "ROW_WISE": form.row_wise,
+        "WEIGHT": TRITON_DTYPE[weight], "GRAD": TRITON_DTYPE[values], "COMPUTE": TRITON_DTYPE[history],
+        "HAS_MASTER": master is not None, "ALIGNED": are_aligned, "ROW_WISE": form.row_wise,
     }  # fmt: skip
     columns = min(1 << (form.length - 1).bit_length(), 128)
     if form.row_wise:
@@ -169,20 +216,20 @@ def _kernels(form: Form, are_aligned: bool) -> Kernels:
 def run(launch: Launch, table: Tensor, grad_scale: Tensor | None, skip: Tensor | None, found_inf: Tensor | None
         ) -> None:  # fmt: skip
     """Launch the update of the rows, whose settings are in ``table``."""
-    form, updates, indices, ids, order, rows, records, are_aligned = launch
+    form, first, settings, ids, order, rows, weights, records, are_aligned = launch
     if not form.length:
         return
     count = len(ids)
     blocks = -(-count // CHUNK.value) if count > CHUNK.value else 0
-    weight, _, values, history, master, _, _ = updates[0]
+    weight, _, values, history, master = first
     sums = history.new_empty((2 * blocks, form.length))
-    alone = (values, sums, weight, history, master, None, 0) if records is None else None
-    operands = alone or (None, sums, None, None, None, records, len(updates))
+    alone = values, sums, weight, history, master, None
+    operands = alone if records is None else (None, sums, None, None, None, records)
     kernels = _kernels(form, are_aligned)
 
     def start(kernel: Kernel, programs: int, columns: int) -> None:
         windows = 1 if form.row_wise else -(-form.length // columns)
-        kernel.launch(programs * windows, ids, order, *operands, table, indices[0], count, rows, form.length,
+        kernel.launch(programs * windows, ids, order, *operands, weights, table, settings, count, rows, form.length,
                       grad_scale, skip, found_inf)  # fmt: skip
 
     start(kernels.first, -(-count // kernels.tile), kernels.columns)

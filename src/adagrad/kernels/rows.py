@@ -7,7 +7,7 @@ than an update of few rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,7 @@ from adagrad.kernels.layout import (
     STRIDES,
     UNIT,
     VALUES_AT,
+    item,
     item_size,
     layout,
     look,
@@ -110,29 +111,48 @@ def look_at(weight: int, values: int, history: int, master: int, indices: int, h
     return code
 
 
-class Rows(NamedTuple):
-    """A row-sparse update, checked but for its row ids."""
+@jit(holds_gil=True)
+def _look_at_all(weights: int, values: int, histories: int, masters: int, indices: int, how: Any, row_wise: bool,
+                 facts: Any, codes: Any) -> None:  # fmt: skip
+    """:func:`look_at` for lists, given by ``id``; of master copies 0 for no list."""
+    facts, how = borrowed(facts), borrowed(how)
+    for i in range(len(codes)):
+        master = item(masters, i) if masters else how[NONE]
+        codes[i] = look_at(item(weights, i), item(values, i), item(histories, i), master, item(indices, i), how,
+                           row_wise, facts[i])  # fmt: skip
 
-    values: Any
-    indices: Any
-    """int32 or int64, in one dimension, or as those of a sparse tensor in the last of two."""
-    place: int
-    """0 for the CPU, 1 + index of a CUDA device."""
-    formats: Formats
+
+class Rows(NamedTuple):
+    """Row-sparse updates, checked but for their row ids."""
+
     facts: np.ndarray
+    """(n, FACTS), see :mod:`adagrad.kernels.row_groups`."""
+    codes: np.ndarray
+    """What :func:`adagrad.kernels.table.formats` says of them; -1 for those that are left to the ordinary way."""
+    parts: list[Any]
+    """Their values and indices; int32 or int64, in one dimension, or as those of a sparse tensor in the last of two."""
 
     @property
     def spans(self) -> tuple[np.ndarray, int]:
-        """Where the memory of weight, history, master copy, values and ids begins and ends; three are written to."""
-        return self.facts[BASE:STRIDE].reshape(2, -1)[:, [WEIGHT, HISTORY, MASTER, GRAD, IDS]], 3
+        """Where all their memory begins and ends, what is written to first, and how much of it that is."""
+        each = self.facts[:, BASE:STRIDE].reshape(-1, 2, 5)[:, :, [WEIGHT, HISTORY, MASTER, GRAD, IDS]]
+        return each.transpose(1, 2, 0).reshape(2, -1), 3 * len(each)
 
-    def plan(self, at: str, rates: np.ndarray, rule: Rule, threads: int | None) -> Callable[[], None]:
-        """What carries it out on the CPU; IndexError for a row id outside the weight."""
-        return functools.partial(self._launch, at, checked_rows(at, self.facts), rates, rule, threads)
+    def some(self, which: Sequence[int]) -> Rows:
+        return Rows(self.facts[which], self.codes[which], [self.parts[k] for k in which])
 
-    def _launch(self, at: str, ids: np.ndarray, rates: np.ndarray, rule: Rule, threads: int | None) -> None:
-        if len(ids) and self.facts[LENGTH]:
-            cpu_rows.launch(at, self.facts, ids, self.formats, rule.row_wise, rates, rule.scalars, threads)
+    def plan(self, k: int, at: str, rates: np.ndarray, rule: Rule, threads: int | None) -> Callable[[], None]:
+        """What carries out the ``k``-th on the CPU; IndexError for a row id outside the weight."""
+        facts = self.facts[k]
+        return functools.partial(
+            _launch, at, facts, checked_rows(at, facts), formats(int(self.codes[k]))[1], rates, rule, threads
+        )
+
+
+def _launch(at: str, facts: np.ndarray, ids: np.ndarray, form: Formats, rates: np.ndarray, rule: Rule,
+            threads: int | None) -> None:  # fmt: skip
+    if len(ids) and facts[LENGTH]:
+        cpu_rows.launch(at, facts, ids, form, rule.row_wise, rates, rule.scalars, threads)
 
 
 def _values_and_indices(weight: Any, grad: Any) -> tuple[Any, Any] | None:
@@ -145,12 +165,13 @@ def _values_and_indices(weight: Any, grad: Any) -> tuple[Any, Any] | None:
     return (grad.values, grad.indices) if isinstance(grad, RowSparse) else (grad._values(), grad._indices())
 
 
-def rows(weight: Any, grad: Any, history: Any, master: Any, *, row_wise: bool) -> Rows | None:
-    """An update with a RowSparse or a sparse COO tensor as the kernels want it, or None for the ordinary way."""
-    how, parts = layout(), _values_and_indices(weight, grad)
-    if how is None or parts is None:
-        return None
-    values, indices = parts
-    facts = np.empty(FACTS, np.int64)
-    code = look_at(id(weight), id(values), id(history), id(master), id(indices), how, row_wise, facts)
-    return None if code < 0 else Rows(values, indices, *formats(code), facts)
+def rows(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], *, row_wise: bool) -> Rows:
+    """Updates with RowSparse or sparse COO tensors as the kernels want them; ``masters`` may be empty or hold None."""
+    n, how = len(weights), layout()
+    facts, codes = np.zeros((n, FACTS), np.int64), np.full(n, -1)
+    parts = list(map(_values_and_indices, weights, grads))
+    if how is not None and n:
+        values, indices = ([None if part is None else part[k] for part in parts] for k in (0, 1))
+        lists = id(weights), id(values), id(histories), id(masters) if masters else 0, id(indices)
+        _look_at_all(*lists, how, row_wise, facts, codes)
+    return Rows(facts, codes, parts)
