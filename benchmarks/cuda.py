@@ -16,6 +16,7 @@ import gc
 import itertools
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,20 @@ from tqdm import tqdm
 
 from cases import SEED, Dense, Rows
 from contenders import LEARNING_RATE, versions
-from report import table
+from report import table as markdown
 
-CASES: list[Dense | Rows] = [
+
+@dataclass(frozen=True)
+class Tables:
+    """Several tables, as a recommender has: a row-sparse gradient for each."""
+
+    name: str
+    each: tuple[Rows, ...]
+
+
+Case = Dense | Rows | Tables
+
+CASES: list[Case] = [
     Dense("1 x 256M", ((256 << 20,),)),
     Dense("1 x 16M", ((16 << 20,),)),
     Dense("300 x 1,000", ((1000,),) * 300),
@@ -43,19 +55,25 @@ CASES += [
     )
     for ids in ("zipf", "uniform")
 ]
+CASES.append(
+    Tables("26 x (100k x 64, 4,096) zipf", (Rows("100k x 64, 4,096 zipf", 100_000, 64, 4_096, "zipf", False),) * 26)
+)
 
 
 class Copy:
     """A device copy of the bytes that a step reads and writes; for rows, a sort of the ids before it."""
 
-    def __init__(self, case: Dense | Rows, device: torch.device) -> None:
+    def __init__(self, case: Case, device: torch.device) -> None:
         self.ids = None
         if isinstance(case, Dense):
             size = case.bytes
         else:
-            ids = case.indices()
-            self.ids = torch.from_numpy(ids).to(device, torch.int32)
-            size = 4 * case.columns * (4 * len(np.unique(ids)) + len(ids))
+            ids = [table.indices() for table in tables_of(case)]
+            self.ids = torch.from_numpy(np.concatenate(ids)).to(device, torch.int32)
+            size = sum(
+                4 * table.columns * (4 * len(np.unique(some)) + len(some))
+                for table, some in zip(tables_of(case), ids, strict=True)
+            )
         self.source = torch.empty(size // 2, dtype=torch.uint8, device=device)
         self.target = torch.empty_like(self.source)
 
@@ -65,7 +83,11 @@ class Copy:
         self.target.copy_(self.source)
 
 
-def parameters(case: Dense | Rows, device: torch.device) -> list[torch.nn.Parameter]:
+def tables_of(case: Rows | Tables) -> tuple[Rows, ...]:
+    return case.each if isinstance(case, Tables) else (case,)
+
+
+def parameters(case: Case, device: torch.device) -> list[torch.nn.Parameter]:
     """Parameters with gradients on the device."""
     if isinstance(case, Dense):
         dtype = getattr(torch, case.dtype)
@@ -73,14 +95,17 @@ def parameters(case: Dense | Rows, device: torch.device) -> list[torch.nn.Parame
         for param in params:
             param.grad = torch.rand_like(param)
         return params
-    param = torch.nn.Parameter(torch.rand(case.rows, case.columns, device=device))
-    ids = torch.from_numpy(case.indices()).to(device)
-    values = torch.rand(len(ids), case.columns, device=device)
-    param.grad = torch.sparse_coo_tensor(ids[None], values, param.shape, check_invariants=False)
-    return [param]
+    params = []
+    for table in tables_of(case):
+        param = torch.nn.Parameter(torch.rand(table.rows, table.columns, device=device))
+        ids = torch.from_numpy(table.indices()).to(device)
+        values = torch.rand(len(ids), table.columns, device=device)
+        param.grad = torch.sparse_coo_tensor(ids[None], values, param.shape, check_invariants=False)
+        params.append(param)
+    return params
 
 
-def contenders(case: Dense | Rows, device: torch.device) -> dict[str, Callable[[], Any]]:
+def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Any]]:
     """Ours, torch's and the copy; all optimizers on the same parameters."""
     from adagrad.torch import Adagrad
 
@@ -107,7 +132,7 @@ def contenders(case: Dense | Rows, device: torch.device) -> dict[str, Callable[[
     return found
 
 
-def measure(case: Dense | Rows, rounds: int, device: torch.device) -> dict[str, list[float]]:
+def measure(case: Case, rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of single steps by contender."""
     rng = random.Random(SEED)
     found = contenders(case, device)
@@ -156,7 +181,7 @@ def main() -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    text = table(rows, set(), own="adagrad.torch")
+    text = markdown(rows, set(), own="adagrad.torch")
     (arguments.out / "cuda.md").write_text(text)
     print(text)
 
