@@ -744,7 +744,8 @@ def test_mixed_lists_on_a_device(klass: type[AdaGrad], monkeypatch: pytest.Monke
 
     def run(launch: Any, grad_scale: Any, found_inf: Any) -> None:
         ((dense, rows),) = launch._groups.values()
-        launches.append([(int(u.tensors[0][0]), False) for u in dense] + [(int(u.weight[0]), True) for u in rows])
+        names = [(u.tensors[0], False) for u in dense] + [(u.tensors[0][0], True) for u in rows]
+        launches.append([(int(weight[0]), is_sparse) for weight, is_sparse in names])
 
     as_operand = arrays._tensor
     monkeypatch.setattr(arrays, "_tensor", lambda *given: as_operand(*given)._replace(device="cuda:0", memory=None))
