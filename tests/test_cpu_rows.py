@@ -278,7 +278,7 @@ def test_plain_updates_take_the_quick_way(kind: Kind, row_wise: bool) -> None:
 
 def are_plain(given: list[tuple[Any, Any, Any, Any]], row_wise: bool) -> list[bool]:
     weights, grads, histories, masters = map(list, zip(*given, strict=True))
-    return (plain_rows(weights, grads, histories, masters, row_wise=row_wise).codes >= 0).tolist()
+    return [code >= 0 for code in plain_rows(weights, grads, histories, masters, row_wise=row_wise).codes]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "bfloat16" not in str(kind)], ids=str)

@@ -123,28 +123,39 @@ class _Call:
         self.groups: list[tuple[int, Sequence[int]]] = []
         self.others: dict[int, Update] = {}
         self.wrapped: dict[int, Wrapped] = {}
-        rest: Sequence[int] = range(len(batch.weights))
-        if not all(map(is_row_sparse, batch.grads)):
-            found = table.table(batch.weights, batch.grads, batch.histories, batch.masters, batch.rule.row_wise)
-            self.table, codes = found, found.codes
-            if found.common >= 0:
-                self.groups, rest = [(found.common, rest)], ()
-            else:
-                kinds = np.unique(codes[codes >= 0]).tolist()
-                self.groups = [(code, np.flatnonzero(codes == code).tolist()) for code in kinds]
-                rest = np.flatnonzero(codes < 0).tolist()
-        self.sparse = [i for i in rest if is_row_sparse(batch.grads[i])]
-        lists = batch.weights, batch.grads, batch.histories, batch.masters
-        looked_at = ([each[i] for i in self.sparse] if each else [] for each in lists)
-        self.rows = rows.rows(*looked_at, row_wise=batch.rule.row_wise)
-        if (self.rows.codes < 0).any():
-            plain = np.flatnonzero(self.rows.codes >= 0).tolist()
-            self.rows, self.sparse = self.rows.some(plain), [self.sparse[k] for k in plain]
-        for i in sorted(set(rest).difference(self.sparse)):
+        self.rows, self.sparse = rows.NOTHING, list[int]()
+        everything = range(len(batch.weights))
+        if all(map(is_row_sparse, batch.grads)):
+            self._look_at_rows([*everything])
+            return
+        found = table.table(batch.weights, batch.grads, batch.histories, batch.masters, batch.rule.row_wise)
+        self.table, codes = found, found.codes
+        if found.common >= 0:
+            self.groups = [(found.common, everything)]
+            return
+        kinds = np.unique(codes[codes >= 0]).tolist()
+        self.groups = [(code, np.flatnonzero(codes == code).tolist()) for code in kinds]
+        rest = np.flatnonzero(codes < 0).tolist()
+        sparse = [i for i in rest if is_row_sparse(batch.grads[i])]
+        if sparse:
+            self._look_at_rows(sparse)
+        for i in sorted({*rest}.difference(sparse)):
             self._look_at(i)
 
+    def _look_at_rows(self, which: list[int]) -> None:
+        """Look at row-sparse updates."""
+        batch = self.batch
+        lists = batch.weights, batch.grads, batch.histories, batch.masters
+        found = rows.rows(*([each[i] for i in which] if each else [] for each in lists), row_wise=batch.rule.row_wise)
+        self.rows, self.sparse = found, which
+        if min(found.codes) < 0:
+            plain = [k for k, code in enumerate(found.codes) if code >= 0]
+            self.rows, self.sparse = found.some(plain), [which[k] for k in plain]
+            for i in sorted({*which}.difference(self.sparse)):
+                self._look_at(i)
+
     def _look_at(self, i: int) -> None:
-        """Look at an update that no table has."""
+        """Look at an update that is not plain."""
         found = look_at(i, *self.batch.arrays(i), self.batch.rule)
         if isinstance(found, Update):
             self.others[i] = found
@@ -153,7 +164,7 @@ class _Call:
 
     def all_on_cuda(self) -> bool:
         """Whether the CUDA kernels update every weight."""
-        codes = {code for code, _ in self.groups} | set(self.rows.codes.tolist())
+        codes = {code for code, _ in self.groups}.union(self.rows.codes)
         on_cuda = all(table.formats(code)[0] > 0 for code in codes)
         return on_cuda and not self.wrapped and all(map(_is_on_cuda, self.others.values()))
 
@@ -178,7 +189,7 @@ class _Call:
             else:
                 launch_on(batch.weights[which[0]].device).add_dense(rule, self._dense_on_cuda(which))
         on_device: dict[int, list[int]] = {}
-        for k, code in enumerate(self.rows.codes.tolist()):
+        for k, code in enumerate(self.rows.codes):
             place, _ = table.formats(code)
             if place:
                 on_device.setdefault(place, []).append(k)

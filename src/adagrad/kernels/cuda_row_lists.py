@@ -60,8 +60,8 @@ class RowUpdates(NamedTuple):
 
     facts: np.ndarray
     """(n, FACTS) words, as :mod:`adagrad.kernels.row_groups` has it."""
-    codes: np.ndarray
-    """(n,) integers: what :func:`adagrad.kernels.table.formats` says of them."""
+    codes: list[int]
+    """What :func:`adagrad.kernels.table.formats` says of them."""
     lrs: list[float | Tensor]
     """Numbers, or 0-d float32 or float64 tensors on the device: one for each, or one for all."""
     wds: list[float]
@@ -80,7 +80,7 @@ def together(updates: Sequence[RowUpdates]) -> RowUpdates:
     rates = [u.rates() for u in updates]
     return RowUpdates(
         np.concatenate([u.facts for u in updates]),
-        np.concatenate([u.codes for u in updates]),
+        [code for u in updates for code in u.codes],
         [lr for lrs, _ in rates for lr in lrs],
         [wd for _, wds in rates for wd in wds],
         [tensors for u in updates for tensors in u.tensors],
@@ -100,7 +100,7 @@ def of_tensors(weight: Tensor, indices: Tensor, values: Tensor, history: Tensor,
             if k != IDS:
                 facts[0, STRIDE + k] = tensor.itemsize * (1 if k == HISTORY and rule.row_wise else length)
     code = code_of_formats(tensor_format(weight), tensor_format(values), has_master=master is not None)
-    return RowUpdates(facts, np.array([code]), [lr], [wd], [(weight, indices, values, history, master)])
+    return RowUpdates(facts, [code], [lr], [wd], [(weight, indices, values, history, master)])
 
 
 class Form(NamedTuple):
@@ -134,11 +134,12 @@ class Launch(NamedTuple):
 def by_form(updates: RowUpdates, rule: Rule) -> dict[Form, list[int]]:
     """The positions of the updates that have ids, those of one form together."""
     found: dict[Form, list[int]] = {}
-    formats_of, facts = (updates.codes % PLACES).tolist(), updates.facts[:, [LENGTH, ENTRIES]].tolist()
-    for i, (code, (length, entries)) in enumerate(zip(formats_of, facts, strict=True)):
-        if entries:
+    lengths, entries = updates.facts[:, LENGTH].tolist(), updates.facts[:, ENTRIES].tolist()
+    for i, code in enumerate(updates.codes):
+        if entries[i]:
             # Rows of one have the mean for a sum.
-            found.setdefault(Form(code, length, rule.row_wise and length > 1), []).append(i)
+            form = Form(code % PLACES, lengths[i], rule.row_wise and lengths[i] > 1)
+            found.setdefault(form, []).append(i)
     return found
 
 
@@ -148,15 +149,16 @@ def sort_ids(updates: RowUpdates, form: Form, which: Sequence[int], index: int, 
 
     ``index`` is that of the settings of the first of all updates.
     """
-    facts, first = updates.facts[which], updates.tensors[which[0]]
-    count, rows = facts[:, [ENTRIES, HEIGHT]].sum(axis=0).tolist()
+    first, facts = updates.tensors[which[0]], updates.facts
+    counts, heights = facts[:, ENTRIES].tolist(), facts[:, HEIGHT].tolist()
+    count, rows = (sum(each[i] for i in which) for each in (counts, heights))
     # 32-bit keys sort in two thirds of the time.
     keys = torch.empty(count, dtype=torch.int32 if rows < 2**31 else torch.int64, device=skip.device)
     records, are_aligned = None, False
     if len(which) == 1:
         _CHECK.launch(-(-count // BLOCK), first[1], keys, count, rows, skip, report)
     else:
-        words, blocks, are_aligned = plan(facts, np.array(which) + index, form)
+        words, blocks, are_aligned = plan(facts[which], np.array(which) + index, form)
         records = upload(words)
         _CHECK_ALL.launch(blocks, records, len(which), keys, skip, report)
     ids, order = torch.sort(keys, stable=True)

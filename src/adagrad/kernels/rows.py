@@ -122,12 +122,15 @@ def _look_at_all(weights: int, values: int, histories: int, masters: int, indice
                            row_wise, facts[i])  # fmt: skip
 
 
+_SPANS = np.add.outer([BASE, ENDS], [WEIGHT, HISTORY, MASTER, GRAD, IDS]).ravel()
+
+
 class Rows(NamedTuple):
     """Row-sparse updates, checked but for their row ids."""
 
     facts: np.ndarray
     """(n, FACTS), see :mod:`adagrad.kernels.row_groups`."""
-    codes: np.ndarray
+    codes: list[int]
     """What :func:`adagrad.kernels.table.formats` says of them; -1 for those that are left to the ordinary way."""
     parts: list[Any]
     """Their values and indices; int32 or int64, in one dimension, or as those of a sparse tensor in the last of two."""
@@ -135,18 +138,22 @@ class Rows(NamedTuple):
     @property
     def spans(self) -> tuple[np.ndarray, int]:
         """Where all their memory begins and ends, what is written to first, and how much of it that is."""
-        each = self.facts[:, BASE:STRIDE].reshape(-1, 2, 5)[:, :, [WEIGHT, HISTORY, MASTER, GRAD, IDS]]
-        return each.transpose(1, 2, 0).reshape(2, -1), 3 * len(each)
+        return self.facts.T[_SPANS].reshape(2, -1), 3 * len(self.facts)
 
     def some(self, which: Sequence[int]) -> Rows:
-        return Rows(self.facts[which], self.codes[which], [self.parts[k] for k in which])
+        if len(which) == len(self.codes):
+            return self
+        return Rows(self.facts[which], [self.codes[k] for k in which], [self.parts[k] for k in which])
 
     def plan(self, k: int, at: str, rates: np.ndarray, rule: Rule, threads: int | None) -> Callable[[], None]:
         """What carries out the ``k``-th on the CPU; IndexError for a row id outside the weight."""
         facts = self.facts[k]
         return functools.partial(
-            _launch, at, facts, checked_rows(at, facts), formats(int(self.codes[k]))[1], rates, rule, threads
+            _launch, at, facts, checked_rows(at, facts), formats(self.codes[k])[1], rates, rule, threads
         )
+
+
+NOTHING = Rows(np.zeros((0, FACTS), np.int64), [], [])
 
 
 def _launch(at: str, facts: np.ndarray, ids: np.ndarray, form: Formats, rates: np.ndarray, rule: Rule,
@@ -168,10 +175,10 @@ def _values_and_indices(weight: Any, grad: Any) -> tuple[Any, Any] | None:
 def rows(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], *, row_wise: bool) -> Rows:
     """Updates with RowSparse or sparse COO tensors as the kernels want them; ``masters`` may be empty or hold None."""
     n, how = len(weights), layout()
-    facts, codes = np.zeros((n, FACTS), np.int64), np.full(n, -1)
+    facts, codes = np.zeros((n, FACTS), np.int64), np.full(n, -1, np.int64)
     parts = list(map(_values_and_indices, weights, grads))
     if how is not None and n:
         values, indices = ([None if part is None else part[k] for part in parts] for k in (0, 1))
         lists = id(weights), id(values), id(histories), id(masters) if masters else 0, id(indices)
         _look_at_all(*lists, how, row_wise, facts, codes)
-    return Rows(facts, codes, parts)
+    return Rows(facts, codes.tolist(), parts)
