@@ -42,10 +42,11 @@ class Rows:
     ids: str
     distinct: bool
     dtype: str = "float32"
+    seed: int = SEED
 
     def indices(self) -> np.ndarray:
         """The row ids: zipf(1.2) or uniform; as they come, or each once and ascending."""
-        rng = np.random.default_rng(SEED)
+        rng = np.random.default_rng(self.seed)
         if self.ids == "uniform":
             ids = rng.integers(0, self.rows, self.lookups)
         else:

@@ -56,7 +56,10 @@ CASES += [
     for ids in ("zipf", "uniform")
 ]
 CASES.append(
-    Tables("26 x (100k x 64, 4,096) zipf", (Rows("100k x 64, 4,096 zipf", 100_000, 64, 4_096, "zipf", False),) * 26)
+    Tables(
+        "26 x (100k x 64, 4,096) zipf",
+        tuple(Rows("100k x 64, 4,096 zipf", 100_000, 64, 4_096, "zipf", False, seed=SEED + i) for i in range(26)),
+    )
 )
 
 

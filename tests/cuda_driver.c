@@ -1,15 +1,16 @@
 /* A CUDA driver that runs nothing: what Triton calls of one to load kernels and launch them, for tests without a GPU.
    It says that it is a device of compute capability 9.0, takes every address for one on the device, and remembers the
-   last launch: how many there were, how many programs, and the first words of as many arguments as it was told of. */
+   last launch: how many there were, how many programs, and as many of the arguments as it was told of. */
 #include <cuda.h>
 
 int launches, arguments;
-unsigned programs, words[64];
+unsigned programs;
+unsigned long long words[64];
 
 static CUresult launch(unsigned x, void **values) {
     launches++;
     programs = x;
-    for (int i = 0; i < arguments; i++) words[i] = *(unsigned *)values[i];
+    for (int i = 0; i < arguments; i++) words[i] = *(unsigned long long *)values[i];
     return CUDA_SUCCESS;
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 
 import oracle
 from adagrad import RowSparse
-from adagrad.kernels import quick, row_groups, row_lists
+from adagrad.kernels import call, quick, row_groups, row_lists
+from adagrad.kernels.batch import Batch
 from adagrad.kernels.rows import rows as plain_rows
+from adagrad.rule import Rule
 from support import (
     DTYPES,
     HYPERS,
@@ -292,6 +295,19 @@ def test_plain_tensors_take_the_quick_way(kind: Kind, row_wise: bool) -> None:
         master = None if o.master is None else torch.from_numpy(o.master)
         grad = RowSparse(torch.from_numpy(o.grad.values), torch.from_numpy(o.grad.indices), (9, 4))
         assert are_plain([(weight, grad, history, master)], row_wise) == [True]
+
+
+def test_values_live_until_the_launch() -> None:
+    """Another thread may give the gradient other values between the checks and the update."""
+    weight, history, values = np.ones((3, 2), np.float32), np.zeros((3, 2), np.float32), np.ones((1, 2), np.float32)
+    grad, gone = RowSparse(values, np.array([1]), (3, 2)), weakref.ref(values)
+    prepared = call.prepare([Batch(Rule(epsilon=0.0), [weight], [grad], [history], [], [0.5], [0.0])])
+    del grad, values
+    assert gone() is not None
+    prepared.run()
+    assert weight.tolist() == [[1, 1], [0.5, 0.5], [1, 1]]
+    del prepared
+    assert gone() is None
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -381,14 +381,20 @@ from adagrad.rule import Rule
 
 number = torch.ones(())
 single, double, half = torch.float32, torch.float64, torch.bfloat16
-cases = (single, single, False), (single, single, True), (double, double, False), (half, single, False)
-for dtype, wide, row_wise in cases:
-    tensors = torch.zeros(9, 48, dtype=dtype), torch.zeros(9, 1 if row_wise else 48, dtype=wide)
+cases = [
+    (single, single, single, False, False), (single, single, single, True, False),
+    (double, double, double, False, False), (half, single, single, False, False),
+    (half, half, single, False, True), (half, half, single, True, True),
+]
+for dtype, kind, wide, row_wise, has_master in cases:
+    weight, history = torch.zeros(9, 48, dtype=dtype), torch.zeros(9, 1 if row_wise else 48, dtype=wide)
+    grad, values = torch.zeros(9, 48, dtype=kind), torch.zeros(200, 48, dtype=kind)
+    master = torch.zeros(9, 48) if has_master else None
     rule = Rule(row_wise=row_wise)
-    dense = cuda.cuda_dense.of_tensors(tensors[0], tensors[0], tensors[1], None, 0.1, 0.1, rule)
-    given = tensors[0], torch.zeros(9, dtype=torch.int64), *tensors, None, number, 0.1, rule
-    rows = cuda.cuda_row_lists.of_tensors(*given)
-    for some in rows, cuda.cuda_row_lists.together([rows, rows]):
+    dense = cuda.cuda_dense.of_tensors(weight, grad, history, master, 0.1, 0.1, rule)
+    ids = torch.zeros(200, dtype=torch.int64)
+    rows = cuda.cuda_row_lists.of_tensors(weight, ids, values, history, master, number, 0.1, rule)
+    for some in ([rows] if dtype == kind != double else []) + [cuda.cuda_row_lists.together([rows, rows])]:
         cuda.update([cuda.Group(rule, dense, some)], number.device, grad_scale=number, found_inf=number)
 
 operations = re.compile(r"\\b(?:fma|mad|add|sub|mul|div|r?sqrt|rcp|min|max)[a-z0-9.]*[.]f(?:32|64)\\b")
@@ -400,10 +406,14 @@ for name, options, ptx in compiled:
     found = set(operations.findall(ptx))
     if found != (set() if name.startswith("check_ids") else exact):
         raise SystemExit(f"{name} {options}: {found}")
-    if name == "update_elements" and not all(re.search(f"{a}.global.v(4.b32|2.b64)", ptx) for a in ("ld", "st")):
+    wide = name == "update_elements" or (name == "update_runs" and not options["LATER"] and "bf16" not in str(options))
+    if wide and not all(re.search(f"{a}.global.v(4.b32|2.b64)", ptx) for a in ("ld", "st")):
         raise SystemExit(f"{name} {options}: no 16-byte accesses")
 if names != {"check_ids", "check_ids_of_all", "update_elements", "update_rows", "update_runs"}:
     raise SystemExit(f"compiled only {names}")
+kinds = {(o["LATER"], o["ALIGNED"], o["HAS_MASTER"], o["ROW_WISE"]) for name, o, _ in compiled if name == "update_runs"}
+if len(kinds) < 16:  # ALIGNED is asked for several weights alone
+    raise SystemExit(f"compiled only {kinds}")
 """
 
 

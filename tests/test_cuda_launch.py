@@ -109,6 +109,8 @@ try:
 
     triton.runtime.driver.set_active(Device())
 except Exception as error:
+    if tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9):
+        raise
     print(f"triton {triton.__version__} asks more of a driver: {error}")
     sys.exit(77)
 
@@ -120,34 +122,36 @@ launch = cuda_launch.Kernel.launch
 
 def observed(self, programs, *arguments):
     given = [a for a in arguments if a is not None]
-    known, before = bool(self._compiled), ctypes.c_int.in_dll(driver, "launches").value
+    known, before = len(self._compiled), ctypes.c_int.in_dll(driver, "launches").value
     ctypes.c_int.in_dll(driver, "arguments").value = len(given)
     launch(self, programs, *arguments)
-    words = (ctypes.c_uint * 64).in_dll(driver, "words")
-    expected = [(a if type(a) is int else a.data_ptr()) % 2**32 for a in given]
+    words = (ctypes.c_ulonglong * 64).in_dll(driver, "words")
+    got = [word % 2**32 if type(a) is int else word for a, word in zip(given, words)]
+    expected = [a if type(a) is int else a.data_ptr() for a in given]
     assert ctypes.c_int.in_dll(driver, "launches").value == before + 1
     assert ctypes.c_uint.in_dll(driver, "programs").value == programs
-    assert list(words)[: len(given)] == expected, (list(words)[: len(given)], expected)
-    launched.append((self._function.fn.__name__, known))
+    assert got == expected, (got, expected)
+    launched.append((self._function.fn.__name__, len(self._compiled) == known))
 
 cuda_launch.Kernel.launch = observed
 
-def step(row_wise, found_inf):
+def step(row_wise, tables, found_inf):
     weight, values, table = torch.zeros(9, 48), torch.zeros(300, 48), torch.zeros(900, 48)
     history, sums = (torch.zeros(len(w), 1 if row_wise else 48) for w in (weight, table))
     rule, ids = Rule(row_wise=row_wise), torch.arange(300)
     dense = cuda.cuda_dense.of_tensors(weight, weight.clone(), history, None, 0.1, 0.1, rule)
-    rows = cuda.cuda_row_lists.of_tensors(table, ids, values, sums, None, 0.1, 0.1, rule)
-    cuda.update([cuda.Group(rule, dense, rows)], weight.device, found_inf=found_inf)
+    rows = [cuda.cuda_row_lists.of_tensors(table, ids, values, sums, None, 0.1, 0.1, rule)] * tables
+    cuda.update([cuda.Group(rule, dense, cuda.cuda_row_lists.together(rows))], weight.device, found_inf=found_inf)
 
-for row_wise, found_inf in (False, None), (True, torch.zeros(())):
-    for _ in range(3):
-        step(row_wise, found_inf)
-names = [name for name, _ in launched]
-each = [["check_ids", dense, "update_runs", "update_runs"] for dense in ("update_elements", "update_rows")]
-assert names == each[0] * 3 + each[1] * 3, names
-assert not any(known for _, known in launched[:4])
-assert all(known == cuda_launch._KEEPS for _, known in launched[4:12]), "what was compiled is known"
+for row_wise, tables, found_inf in (False, 1, None), (False, 2, None), (True, 1, torch.zeros(())):
+    launched.clear()
+    step(row_wise, tables, found_inf)
+    first = ["check_ids" if tables == 1 else "check_ids_of_all", "update_rows" if row_wise else "update_elements"]
+    assert [name for name, _ in launched] == [*first, "update_runs", "update_runs"], launched
+    assert not any(known for _, known in launched[2:]), launched
+    for _ in range(2):
+        step(row_wise, tables, found_inf)
+    assert all(known for _, known in launched[4:]) or not cuda_launch._KEEPS, launched
 """
 
 

@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from adagrad.kernels import cuda, cuda_rows  # noqa: E402
+from adagrad.kernels import cuda, cuda_row_lists, cuda_rows  # noqa: E402
 from adagrad.kernels.cuda_launch import Kernel  # noqa: E402
 from adagrad.rule import Rule  # noqa: E402
 
@@ -242,7 +242,7 @@ def test_tables_of_one_form_share_their_launches(dtype: str, row_wise: bool, lau
     """Of any heights, with ids of both kinds, a learning rate and decay of their own."""
     lr = torch.tensor(0.3, dtype=torch.float64, device=DEVICE)
     updates = []
-    for i, (entries, rows) in enumerate([(500, 60), (3, 1), (1, 2000), (1025, 9), (700, 700)]):
+    for i, (entries, rows) in enumerate([(150, 60), (3, 1), (1, 2000), (1025, 9), (70, 70)]):
         ids, index_dtype = zipf(entries, rows, i), ("int32", "int64")[i % 2]
         u = make_rows(ids, (rows, 6), dtype, i, index_dtype=index_dtype, row_wise=row_wise)
         updates.append(u._replace(lr=lr if i == 2 else 0.1 * (i + 1), wd=0.1 * (i % 3)))
@@ -275,6 +275,43 @@ def test_tables_that_begin_anywhere(operand: str) -> None:
     moved = torch.empty(tensor.numel() + 1, device=DEVICE)[1:].view(tensor.shape).copy_(tensor)
     updates[1] = updates[1]._replace(**{operand: moved})
     check_rows(updates, Rule())
+
+
+@pytest.mark.parametrize(
+    ("moved", "columns", "dtype", "row_wise", "promised"),
+    [
+        (None, 8, "float32", False, True), ("weight", 8, "float32", False, False),
+        ("values", 8, "float32", False, False), ("history", 8, "float32", False, False),
+        ("history", 8, "float32", True, True), ("values", 8, "float32", True, False),
+        (None, 5, "float32", False, False), (None, 4, "bfloat16", False, False), (None, 8, "bfloat16", False, True),
+        ("master", 8, "bfloat16", False, False), ("master", 8, "bfloat16", True, False),
+    ],
+)  # fmt: skip
+def test_what_is_promised_of_addresses(moved: str | None, columns: int, dtype: str, row_wise: bool, promised: bool
+                                       ) -> None:  # fmt: skip
+    """What a device would not forgive: that rows begin at multiples of 16 bytes, of all operands but such a history."""
+    options = {"master": dtype == "bfloat16", "row_wise": row_wise}
+    updates = [make_rows(zipf(40, 20, i), (20, columns), dtype, i, **options) for i in range(3)]
+    if moved is not None:
+        tensor = getattr(updates[1], moved)
+        elsewhere = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=DEVICE)[1:].view(tensor.shape)
+        updates[1] = updates[1]._replace(**{moved: elsewhere})
+    rule = Rule(row_wise=row_wise)
+    found = cuda_row_lists.together([cuda_row_lists.of_tensors(*u, rule) for u in updates])
+    ((form, which),) = cuda_row_lists.by_form(found, rule).items()
+    assert cuda_row_lists.plan(found.facts, np.array(which), form)[2] == promised
+
+
+def test_of_several_bad_ids_one_is_reported(launched: list[str]) -> None:
+    """And once: its row and the rows of its own weight."""
+    updates = [make_rows([0, bad, bad], (rows, 4)) for bad, rows in ((7, 7), (900, 900), (-3, 20))]
+    before = copies(updates)
+    run(Rule(), [], updates)
+    with pytest.raises(IndexError, match=r"row 7: must be in \[0, 7\)|row 900: .* \[0, 900\)|row -3: .* \[0, 20\)"):
+        cuda.check(DEVICE)
+    cuda.check()
+    assert launched[0] == "check_ids_of_all"
+    assert all(torch.equal(a, b) for a, b in zip(before, copies(updates), strict=True))
 
 
 def test_tables_of_more_than_2_to_the_31_rows_together() -> None:
@@ -378,27 +415,32 @@ def test_many_lookups(dtype: str, row_wise: bool) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_captured_graph_replays_the_step() -> None:
-    u = make_rows(zipf(2000, 90), (90, 8))
-    twin = u._replace(weight=u.weight.clone(), history=u.history.clone())
+@pytest.mark.parametrize("tables", [1, 3])
+def test_a_captured_graph_replays_the_step(tables: int) -> None:
+    updates = [make_rows(zipf(2000, 90, i), (90, 8), seed=i) for i in range(tables)]
+    twins = [u._replace(weight=u.weight.clone(), history=u.history.clone()) for u in updates]
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        run(Rule(), [], [u])
+        run(Rule(), [], updates)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        run(Rule(), [], [u])
+        run(Rule(), [], updates)
+    for k in range(3 * cuda.KEPT):  # other tables take the place of those that are kept
+        run(Rule(), [], [make_rows([0], (2, 8), seed=k, lr=0.1 + k) for _ in range(tables)])
     graph.replay()
     for _ in range(2):
-        run(Rule(), [], [twin])
-    assert torch.equal(u.weight, twin.weight)
-    assert torch.equal(u.history, twin.history)
-    before = u.weight.clone()
-    u.indices[5] = 90
+        run(Rule(), [], twins)
+    for u, twin in zip(updates, twins, strict=True):
+        assert torch.equal(u.weight, twin.weight)
+        assert torch.equal(u.history, twin.history)
+    before = copies(updates)
+    updates[-1].indices[5] = 90
     graph.replay()
     with pytest.raises(IndexError, match=r"row 90: must be in \[0, 90\)"):
         cuda.check()
-    assert torch.equal(u.weight, before)
+    changed = [torch.equal(a, b) for a, b in zip(before, copies(updates), strict=True)]
+    assert changed.count(False) == 1, "the id itself"
 
 
 @pytest.mark.gpu

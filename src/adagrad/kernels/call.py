@@ -121,38 +121,35 @@ class _Call:
         self.batch = batch
         self.table: table.Table | None = None
         self.groups: list[tuple[int, Sequence[int]]] = []
+        self.rows = rows.NOTHING
+        self.sparse: list[int] = []
         self.others: dict[int, Update] = {}
         self.wrapped: dict[int, Wrapped] = {}
-        self.rows, self.sparse = rows.NOTHING, list[int]()
-        everything = range(len(batch.weights))
+        rest: Sequence[int] = range(len(batch.weights))
         if all(map(is_row_sparse, batch.grads)):
-            self._look_at_rows([*everything])
-            return
-        found = table.table(batch.weights, batch.grads, batch.histories, batch.masters, batch.rule.row_wise)
-        self.table, codes = found, found.codes
-        if found.common >= 0:
-            self.groups = [(found.common, everything)]
-            return
-        kinds = np.unique(codes[codes >= 0]).tolist()
-        self.groups = [(code, np.flatnonzero(codes == code).tolist()) for code in kinds]
-        rest = np.flatnonzero(codes < 0).tolist()
-        sparse = [i for i in rest if is_row_sparse(batch.grads[i])]
-        if sparse:
-            self._look_at_rows(sparse)
-        for i in sorted({*rest}.difference(sparse)):
+            rest = self._look_at_rows([*rest])
+        else:
+            found = table.table(batch.weights, batch.grads, batch.histories, batch.masters, batch.rule.row_wise)
+            self.table, codes = found, found.codes
+            if found.common >= 0:
+                self.groups, rest = [(found.common, rest)], ()
+            else:
+                kinds = np.unique(codes[codes >= 0]).tolist()
+                self.groups = [(code, np.flatnonzero(codes == code).tolist()) for code in kinds]
+                rest = np.flatnonzero(codes < 0).tolist()
+                sparse = [i for i in rest if is_row_sparse(batch.grads[i])]
+                rest = sorted({*rest}.difference(sparse).union(self._look_at_rows(sparse)))
+        for i in rest:
             self._look_at(i)
 
-    def _look_at_rows(self, which: list[int]) -> None:
-        """Look at row-sparse updates."""
+    def _look_at_rows(self, which: list[int]) -> list[int]:
+        """Look at row-sparse updates; those that are not plain."""
         batch = self.batch
         lists = batch.weights, batch.grads, batch.histories, batch.masters
         found = rows.rows(*([each[i] for i in which] if each else [] for each in lists), row_wise=batch.rule.row_wise)
-        self.rows, self.sparse = found, which
-        if min(found.codes) < 0:
-            plain = [k for k, code in enumerate(found.codes) if code >= 0]
-            self.rows, self.sparse = found.some(plain), [which[k] for k in plain]
-            for i in sorted({*which}.difference(self.sparse)):
-                self._look_at(i)
+        plain = [k for k, code in enumerate(found.codes) if code >= 0]
+        self.rows, self.sparse = found.some(plain), [which[k] for k in plain]
+        return [i for i, code in zip(which, found.codes, strict=True) if code < 0]
 
     def _look_at(self, i: int) -> None:
         """Look at an update that is not plain."""

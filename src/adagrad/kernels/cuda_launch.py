@@ -1,7 +1,8 @@
 """Launching Triton kernels, with as little of the host's time as possible.
 
-At each launch Triton looks at every argument and option for the form of the kernel that they need: 20 to 30 us, as
-long as a small step takes on the device. Here a compiled kernel is found again by what Triton would have looked at.
+At each launch Triton looks at every argument and option for the form of the kernel that they need: 20 to 30 us. Here a
+compiled kernel is found again by what Triton would have looked at, which takes half of that. Hooks around launches see
+them as before; what is set later for compilation (Triton's knobs) has no effect on a kernel that has been launched.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from adagrad.kernels.cuda_rule import TRITON
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_KEEPS = TRITON >= (3, 3)
-"""Whether what is compiled is kept: before, a compiled kernel was not called with all arguments, constants included."""
+_KEEPS = TRITON >= (3, 3) and torch.version.hip is None
+"""Whether what is compiled is kept. Older versions call a compiled kernel with other arguments; for other devices than
+NVIDIA's, Triton looks at more of the arguments than :func:`form_of`."""
 
 _HIGH = 2**31
 
@@ -41,12 +45,13 @@ class Kernel:
             compiled[(programs, 1, 1)](first, *others, *self._values)
             return
         compiled = self._function[(programs,)](first, *others, **self._constants, **self._options)
-        if _KEEPS and compiled is not None:  # the interpreter compiles nothing
+        # The interpreter compiles nothing; and what is still being compiled cannot be launched yet.
+        if _KEEPS and hasattr(type(compiled), "__getitem__"):
             self._compiled[form] = compiled
 
 
 def form_of(argument: Any) -> Any:
-    """What Triton may compile into a kernel of an argument: a tensor, an integer or None."""
+    """What Triton may compile into a kernel for NVIDIA's devices of an argument: a tensor, an integer or None."""
     if argument is None:
         return None
     if type(argument) is int:

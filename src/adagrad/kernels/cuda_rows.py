@@ -74,14 +74,15 @@ def put_keys(keys: tl.tensor, position: tl.tensor, row: tl.tensor, count: tl.ten
     tl.store(keys + position, tl.where(bad, -1, first_row + row).to(keys.dtype.element_ty), mask=inside)
     first = tl.min(tl.where(bad, position, count), axis=0)
     if first < count:
-        tl.store(report, tl.sum(tl.where(position == first, row, 0), axis=0))
-        tl.store(report + 1, rows + 1)
-        tl.store(skip, 1)
+        earlier = tl.atomic_xchg(skip, 1)
+        if earlier == 0:  # one program of a call reports: what several write would be mixed
+            tl.store(report, tl.sum(tl.where(position == first, row, 0), axis=0))
+            tl.store(report + 1, rows + 1)
 
 
 @triton.jit
 def find_operands(records: tl.tensor, weights: tl.tensor, row: tl.tensor, TILE: tl.constexpr) -> tl.tensor:
-    """The record (TILE, 1) of the weight that each row, numbered on, belongs to."""
+    """The record (TILE, 1) of the weight that each row, numbered on, belongs to. For some hundred weights, not more."""
     begun = tl.zeros([TILE], tl.int32)
     for k in range(0, weights, STARTS):
         weight = k + tl.arange(0, STARTS)
@@ -93,7 +94,10 @@ def find_operands(records: tl.tensor, weights: tl.tensor, row: tl.tensor, TILE: 
 
 @triton.jit
 def operand(word: tl.tensor, TYPE: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
-    """The addresses at ``word`` (TILE, 1) as pointers; ALIGNED promises multiples of 16 bytes, and so of each row."""
+    """The addresses at ``word`` (TILE, 1) as pointers; ALIGNED promises multiples of 16 bytes for all rows there.
+
+    Which is what Triton finds of the arguments themselves where there is one weight.
+    """
     address = tl.load(word).to(tl.pointer_type(TYPE))
     if ALIGNED:
         address = tl.multiple_of(address, (1, 16))

@@ -147,17 +147,16 @@ class Rows(NamedTuple):
 
     def plan(self, k: int, at: str, rates: np.ndarray, rule: Rule, threads: int | None) -> Callable[[], None]:
         """What carries out the ``k``-th on the CPU; IndexError for a row id outside the weight."""
-        facts = self.facts[k]
-        return functools.partial(
-            _launch, at, facts, checked_rows(at, facts), formats(self.codes[k])[1], rates, rule, threads
-        )
+        facts, form = self.facts[k], formats(self.codes[k])[1]
+        return functools.partial(_launch, at, self.parts[k], facts, checked_rows(at, facts), form, rates, rule, threads)
 
 
 NOTHING = Rows(np.zeros((0, FACTS), np.int64), [], [])
 
 
-def _launch(at: str, facts: np.ndarray, ids: np.ndarray, form: Formats, rates: np.ndarray, rule: Rule,
+def _launch(at: str, parts: Any, facts: np.ndarray, ids: np.ndarray, form: Formats, rates: np.ndarray, rule: Rule,
             threads: int | None) -> None:  # fmt: skip
+    """``parts`` are what the facts are of: alive until here, though another thread may give the gradient new ones."""
     if len(ids) and facts[LENGTH]:
         cpu_rows.launch(at, facts, ids, form, rule.row_wise, rates, rule.scalars, threads)
 
