@@ -151,7 +151,7 @@ def sort_ids(updates: RowUpdates, form: Form, which: Sequence[int], index: int, 
     """
     first, facts = updates.tensors[which[0]], updates.facts
     counts, heights = facts[:, ENTRIES].tolist(), facts[:, HEIGHT].tolist()
-    count, rows = (sum(each[i] for i in which) for each in (counts, heights))
+    count, rows = sum(counts[i] for i in which), sum(heights[i] for i in which)
     # 32-bit keys sort in two thirds of the time.
     keys = torch.empty(count, dtype=torch.int32 if rows < 2**31 else torch.int64, device=skip.device)
     records, are_aligned = None, False
@@ -219,7 +219,7 @@ def run(launch: Launch, table: Tensor, grad_scale: Tensor | None, skip: Tensor |
         ) -> None:  # fmt: skip
     """Launch the update of the rows, whose settings are in ``table``."""
     form, first, settings, ids, order, rows, weights, records, are_aligned = launch
-    if not form.length:
+    if not form.length or not rows:
         return
     count = len(ids)
     blocks = -(-count // CHUNK.value) if count > CHUNK.value else 0
