@@ -55,10 +55,9 @@ def run(rule: Rule, dense: Sequence[DenseUpdate], rows: Sequence[RowUpdate] = ()
     """One call."""
     elements = [cuda_dense.of_tensors(*u, rule) for u in dense]
     runs = [cuda_row_lists.of_tensors(*u, rule) for u in rows]
-    group = cuda.Group(
-        rule, cuda_dense.together(elements) if elements else None, cuda_row_lists.together(runs) if runs else None
+    return cuda.update(
+        [cuda.Group(rule, cuda_dense.together(elements), cuda_row_lists.together(runs))], HERE, **options
     )
-    return cuda.update([group], HERE, **options)
 
 
 @pytest.fixture(autouse=True)

@@ -78,28 +78,26 @@ class _CudaLaunch:
         self._groups: dict[Rule, tuple[list[Any], list[Any]]] = {}
 
     def add_dense(self, rule: Rule, updates: Any) -> None:
-        self._of(rule)[0].append(updates._replace(lrs=self._here(updates.lrs)))
+        self._of(rule)[0].append(self._here(updates))
 
     def add_rows(self, rule: Rule, updates: Any) -> None:
-        self._of(rule)[1].append(updates._replace(lrs=self._here(updates.lrs)))
+        self._of(rule)[1].append(self._here(updates))
 
     def _of(self, rule: Rule) -> tuple[list[Any], list[Any]]:
         return self._groups.setdefault(rule, ([], []))
 
-    def _here(self, lrs: list[Any]) -> list[Any]:
-        if set(map(type, lrs)) == {float}:
-            return lrs
-        return [lr.to(self.device, non_blocking=True) if is_torch(lr) else lr for lr in lrs]
+    def _here(self, updates: Any) -> Any:
+        """Updates whose learning rates are numbers, or on the device."""
+        if set(map(type, updates.lrs)) == {float}:
+            return updates
+        lrs = [lr.to(self.device, non_blocking=True) if is_torch(lr) else lr for lr in updates.lrs]
+        return updates._replace(lrs=lrs)
 
     def run(self, grad_scale: Any, found_inf: Any) -> Any:
         scale, found = (t if t is None else t.to(self.device, non_blocking=True) for t in (grad_scale, found_inf))
         cuda = _cuda()
         groups = [
-            cuda.Group(
-                rule,
-                cuda.cuda_dense.together(dense) if dense else None,
-                cuda.cuda_row_lists.together(rows) if rows else None,
-            )
+            cuda.Group(rule, cuda.cuda_dense.together(dense), cuda.cuda_row_lists.together(rows))
             for rule, (dense, rows) in self._groups.items()
         ]
         return cuda.update(groups, self.device, grad_scale=scale, found_inf=found)

@@ -210,10 +210,10 @@ def each(values: list[Any], n: int) -> list[Any]:
     return values * n if len(values) == 1 else values
 
 
-def together(updates: Sequence[DenseUpdates]) -> DenseUpdates:
-    """Several as one."""
-    if len(updates) == 1:
-        return updates[0]
+def together(updates: Sequence[DenseUpdates]) -> DenseUpdates | None:
+    """Several as one; None for none."""
+    if len(updates) < 2:
+        return updates[0] if updates else None
     return DenseUpdates(
         np.concatenate([u.rows for u in updates]),
         np.concatenate([u.codes for u in updates]),

@@ -73,16 +73,15 @@ class RowUpdates(NamedTuple):
         return each(self.lrs, len(self.facts)), each(self.wds, len(self.facts))
 
 
-def together(updates: Sequence[RowUpdates]) -> RowUpdates:
-    """Several as one."""
-    if len(updates) == 1:
-        return updates[0]
-    rates = [u.rates() for u in updates]
+def together(updates: Sequence[RowUpdates]) -> RowUpdates | None:
+    """Several as one; None for none."""
+    if len(updates) < 2:
+        return updates[0] if updates else None
     return RowUpdates(
         np.concatenate([u.facts for u in updates]),
         [code for u in updates for code in u.codes],
-        [lr for lrs, _ in rates for lr in lrs],
-        [wd for _, wds in rates for wd in wds],
+        [lr for u in updates for lr in each(u.lrs, len(u.facts))],
+        [wd for u in updates for wd in each(u.wds, len(u.facts))],
         [tensors for u in updates for tensors in u.tensors],
     )
 
@@ -150,8 +149,7 @@ def sort_ids(updates: RowUpdates, form: Form, which: Sequence[int], index: int, 
     ``index`` is that of the settings of the first of all updates.
     """
     first, facts = updates.tensors[which[0]], updates.facts
-    counts, heights = facts[:, ENTRIES].tolist(), facts[:, HEIGHT].tolist()
-    count, rows = sum(counts[i] for i in which), sum(heights[i] for i in which)
+    count, rows = (sum(int(facts[i, what]) for i in which) for what in (ENTRIES, HEIGHT))
     # 32-bit keys sort in two thirds of the time.
     keys = torch.empty(count, dtype=torch.int32 if rows < 2**31 else torch.int64, device=skip.device)
     records, are_aligned = None, False
