@@ -21,7 +21,6 @@ from adagrad.kernels.numba_jit import jit, let_go, max_workers, place, run, work
 from adagrad.kernels.row_groups import (
     ARE_DISTINCT,
     BASE,
-    ENDS,
     ENTRIES,
     FACTS,
     GRAD,
@@ -62,17 +61,26 @@ SMALL = 65_536
 ROW_COST = 50
 """What a row costs besides its elements, in elements, about."""
 
-AHEAD, AHEAD_BYTES = 4, 2048
-"""How many rows ahead memory is asked for; of wide rows, how many bytes of the weight."""
-
-SUMS_AHEAD = 8
-"""The same for occurrences that are only added up."""
+AHEAD, SUMS_AHEAD, AHEAD_BYTES = 8, 32, 2048
+"""How many rows ahead memory is asked for, and occurrences that are only added up; of wide ones, how many bytes."""
 
 BATCH = 1024
 """Positions that are written down at a time where no row occurs twice."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
+
+
+@jit(helper=True)
+def _four(facts: Any, at: int) -> Any:
+    """What is known of weight, gradient, history and master copy: numbers, which no store to memory can change."""
+    return facts[at + WEIGHT], facts[at + GRAD], facts[at + HISTORY], facts[at + MASTER]
+
+
+@jit(helper=True)
+def _ahead(most: int, length: int, token: Any) -> Any:
+    """How many rows ahead to ask for memory, ``most`` for short ones."""
+    return min(max(AHEAD_BYTES // max(length * token.itemsize, 1), 1), most)
 
 
 @jit(helper=True)
@@ -135,9 +143,9 @@ def _update_once(rows: Any, positions: Any, base: Any, stride: Any, tw: Any, tv:
 def _add_up(positions: Any, to: Any, memory: Any, missing: Any, second: Any, base: Any, stride: Any, tv: Any, th: Any,
             length: int) -> None:  # fmt: skip
     """Add the values at ``positions``, each to a sum."""
-    n = len(positions)
+    n, ahead = len(positions), _ahead(SUMS_AHEAD, length, tv)
     for j in range(n):
-        mine, then = np.uint64(to[j]), min(j + SUMS_AHEAD, n - 1)
+        mine, then = np.uint64(to[j]), min(j + ahead, n - 1)
         chunk, coming = sum_at(memory, np.int64(mine), length, th), sum_at(memory, np.int64(to[then]), length, th)
         coming_g = _values(base, stride, positions[then], tv)
         _add(chunk, _values(base, stride, positions[j], tv), length, coming, coming_g)
@@ -173,11 +181,11 @@ def kernel(is_high: bool, weight: str, values: str, history: str, master: str | 
     def update(arguments: Any, k: Any, count: Any) -> None:
         facts = numba.carray(place(arguments), FACTS, np.int64)
         n, length, distinct = facts[ENTRIES], facts[LENGTH], facts[ARE_DISTINCT]
-        ids, base, stride = numba.carray(place(facts[ROWS]), n, dtype), facts[BASE:ENDS], facts[STRIDE:ROWS]
+        ids, base, stride = numba.carray(place(facts[ROWS]), n, dtype), _four(facts, BASE), _four(facts, STRIDE)
         rates = numba.carray(place(facts[RATES]), 3, np.float64)
         scalars = numba.carray(place(facts[SCALARS]), 4, np.float64)
         fixed = constants(scalars, rates, th)
-        ahead = min(max(AHEAD_BYTES // max(length * tw.itemsize, 1), 1), AHEAD)
+        ahead = _ahead(AHEAD, length, tw)
         kept = numba.carray(place(facts[GROUPS]), (count, GROUPED, 3), np.int64)[k]
         numbers = numba.carray(place(facts[SCRATCH]), (count, BATCH), np.int32)[k]
         # Distinct rows are shared out by position, others by owner.

@@ -131,8 +131,8 @@ def _check_ids_and_carry_out(facts: Any, numbers: Any, known: Any, ids: Any, fou
                              small: int, count: int) -> Any:  # fmt: skip
     """What was done, see :func:`_update_plain`; all ids are copied to the address ``ids`` first."""
     for i in range(len(facts)):
-        elements = facts[i, ENTRIES] * facts[i, LENGTH]
-        bad, row = check_ids(facts[i], ids, found, known[numbers[i], CHECK], _crew(elements, small, count))
+        crew = _crew(facts[i, ENTRIES], small, count)
+        bad, row = check_ids(facts[i], ids, found, known[numbers[i], CHECK], crew)
         if bad >= 0:
             return OUT_OF_RANGE, i, bad, row
         ids += 8 * facts[i, ENTRIES]
