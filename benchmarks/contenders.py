@@ -157,6 +157,8 @@ class Fbgemm:
     def __init__(self, case: Case, data: Data, threads: int) -> None:
         if not isinstance(case, Rows) or case.dtype != "float32":
             raise NotImplementedError("for row-sparse float32 only")
+        if case.columns % 4:
+            raise NotImplementedError("for a multiple of 4 columns only")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import fbgemm_gpu.split_table_batched_embeddings_ops_training as tbe

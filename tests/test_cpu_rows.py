@@ -13,7 +13,7 @@ import pytest
 
 import oracle
 from adagrad import RowSparse
-from adagrad.kernels import call, quick, row_groups, row_lists
+from adagrad.kernels import call, cpu_rows, quick, row_groups, row_lists
 from adagrad.kernels.batch import Batch
 from adagrad.kernels.rows import rows as plain_rows
 from adagrad.rule import Rule
@@ -89,6 +89,25 @@ def test_runs_row_wise(run: int) -> None:
     rng = np.random.default_rng(run)
     indices = rng.permutation([3] * run + [0, 1, 1, 9])
     check(rows(rng, FLOAT32, (10, 18), indices, row_wise=True), replace(HYPERS["unclipped"], row_wise=True))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("row_wise", [False, True], ids=["each", "row-wise"])
+def test_rows_of_one_element(kind: Kind, row_wise: bool) -> None:
+    """They are packed: as many as fit in a tile, in a batch of positions, and around; NaN and infinity among them."""
+    rng, hyper = np.random.default_rng(21), replace(HYPERS["all"], row_wise=row_wise)
+    for count in (cpu_rows.TILE, cpu_rows.BATCH, cpu_rows.BATCH + cpu_rows.TILE):
+        for beside in (-1, 0, 1):
+            ascending = np.sort(rng.permutation(count + 50)[: count + beside])
+            for name, indices in {
+                "ascending": ascending,
+                "each once": rng.permutation(ascending),
+                "some twice": rng.permutation(np.append(ascending, ascending[::3])),
+            }.items():
+                o = rows(rng, kind, (count + 50, 1) if beside else (count + 50,), indices, row_wise=row_wise)
+                o.weight[ascending[::97]] = np.nan
+                o.grad.values[::101] = np.inf
+                check(o, hyper, what=f"{name} {count + beside}")
 
 
 @pytest.mark.usefixtures("always_parallel")

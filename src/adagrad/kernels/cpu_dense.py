@@ -53,13 +53,13 @@ def elements(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, constants: A
     """
     whole = stop - (stop - start) % LANES
     for i in range(start, whole, LANES):
-        _update_block(w, g, h, m, i, None, constants, coming)
+        update_block(w, g, h, m, i, None, constants, coming)
     if whole < stop:
-        _update_block(w, g, h, m, whole, stop - whole, constants, coming)
+        update_block(w, g, h, m, whole, stop - whole, constants, coming)
 
 
 @jit(helper=True)
-def _update_block(w: Any, g: Any, h: Any, m: Any, i: int, count: Any, constants: Any, coming: Any) -> None:
+def update_block(w: Any, g: Any, h: Any, m: Any, i: int, count: Any, constants: Any, coming: Any) -> None:
     rescale, clip, inside, outside, lr, decay, shrink = constants
     ask_for(coming, i)
     weight = load_block(master_or(w, m), i, count)

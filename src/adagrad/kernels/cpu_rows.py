@@ -14,9 +14,9 @@ import numba
 import numpy as np
 
 from adagrad.kernels.blocks import ask, load_block, store_block
-from adagrad.kernels.cpu_dense import elements, one_row
+from adagrad.kernels.cpu_dense import elements, one_row, update_block
 from adagrad.kernels.cpu_rule import constants
-from adagrad.kernels.formats import TOKENS, pointer
+from adagrad.kernels.formats import TOKENS, load, pointer, store
 from adagrad.kernels.numba_jit import jit, let_go, max_workers, place, run, worker, workers
 from adagrad.kernels.row_groups import (
     ARE_DISTINCT,
@@ -55,20 +55,35 @@ from adagrad.kernels.row_sums import (
 )
 from adagrad.rule import CHUNK, LANES
 
-SMALL = 65_536
-"""Elements below which starting the threads costs more than they save."""
-
 ROW_COST = 50
 """What a row costs besides its elements, in elements, about."""
+
+SMALL = 131_072
+"""Work, see :func:`work_of`, below which starting the threads costs more than they save."""
 
 AHEAD, SUMS_AHEAD, AHEAD_BYTES = 8, 32, 2048
 """How many rows ahead memory is asked for, and occurrences that are only added up; of wide ones, how many bytes."""
 
+ELEMENTS_AHEAD = 32
+"""The same for rows of one element."""
+
 BATCH = 1024
 """Positions that are written down at a time where no row occurs twice."""
 
+TILE = 256
+"""Rows of one element that are computed together."""
+
+SCRATCH_WORDS = BATCH // 2 + 4 * TILE
+"""Memory of a worker for both: positions have 4 bytes, elements of the four operands up to 8."""
+
 
 # ---------------------------------------------------------------------------------------------------------------- rows
+
+
+@jit()
+def work_of(facts: Any) -> Any:
+    """What an update costs, in elements."""
+    return facts[ENTRIES] * (facts[LENGTH] + ROW_COST)
 
 
 @jit(helper=True)
@@ -106,6 +121,11 @@ def _update_row(at: Any, g: Any, coming: Any, coming_g: Any, length: int, fixed:
 @jit(helper=True)
 def _add(total: Any, g: Any, length: int, coming: Any, coming_g: Any) -> None:
     """Add a row of values to a sum, and ask for the sum and the values to come."""
+    if length == 1:
+        ask(coming, 0)
+        ask(coming_g, 0)
+        store(total, 0, load(total, 0) + load(g, 0))
+        return
     whole = length - length % LANES
     for i in range(0, whole, LANES):
         ask(coming, i)
@@ -137,6 +157,41 @@ def _update_once(rows: Any, positions: Any, base: Any, stride: Any, tw: Any, tv:
         coming = _operands(base, stride, np.int64(rows[then]), tw, th, tm)
         g, coming_g = _values(base, stride, positions[j], tv), _values(base, stride, positions[then], tv)
         _update_row(at, g, coming, coming_g, length, fixed, row_wise)
+
+
+@jit(helper=True)
+def _copy(to: Any, i: int, elements: Any, j: int) -> None:
+    if to is not None:
+        store(to, i, load(elements, j))
+
+
+@jit(helper=True)
+def _update_elements(rows: Any, positions: Any, base: Any, stride: Any, tw: Any, tv: Any, th: Any, tm: Any, fixed: Any,
+                     tile: Any) -> None:  # fmt: skip
+    """:func:`_update_once` for rows of one element, which are packed: to compute one takes as long as a whole block."""
+    n, part = len(positions), 8 * TILE
+    packed_w, packed_g = pointer(tile, tw, "weight"), pointer(tile + part, tv, "grad")
+    packed_h, packed_m = pointer(tile + 2 * part, th, "history"), pointer(tile + 3 * part, tm, "master")
+    for start in range(0, n, TILE):
+        count = min(n - start, TILE)
+        for i in range(count):
+            w, h, m = _operands(base, stride, np.int64(rows[start + i]), tw, th, tm)
+            then = rows[min(start + i + ELEMENTS_AHEAD, n - 1)]
+            next_w, next_h, next_m = _operands(base, stride, np.int64(then), tw, th, tm)
+            ask(next_w, 0)
+            ask(next_h, 0)
+            ask(next_m, 0)
+            _copy(packed_w, i, w, 0)
+            _copy(packed_g, i, _values(base, stride, positions[start + i], tv), 0)
+            _copy(packed_h, i, h, 0)
+            _copy(packed_m, i, m, 0)
+        for i in range(0, count, LANES):  # what lies behind the last row in its block is nobody's
+            update_block(packed_w, packed_g, packed_h, packed_m, i, None, fixed, None)
+        for i in range(count):
+            w, h, m = _operands(base, stride, np.int64(rows[start + i]), tw, th, tm)
+            _copy(w, 0, packed_w, i)
+            _copy(h, 0, packed_h, i)
+            _copy(m, 0, packed_m, i)
 
 
 @jit(helper=True)
@@ -187,7 +242,8 @@ def kernel(is_high: bool, weight: str, values: str, history: str, master: str | 
         fixed = constants(scalars, rates, th)
         ahead = _ahead(AHEAD, length, tw)
         kept = numba.carray(place(facts[GROUPS]), (count, GROUPED, 3), np.int64)[k]
-        numbers = numba.carray(place(facts[SCRATCH]), (count, BATCH), np.int32)[k]
+        scratch = numba.carray(place(facts[SCRATCH]), (count, SCRATCH_WORDS), np.int64)[k]
+        numbers, tile = numba.carray(place(scratch.ctypes.data), BATCH, np.int32), scratch[BATCH // 2 :].ctypes.data
         # Distinct rows are shared out by position, others by owner.
         first, last = n * k // count, n * (k + 1) // count
         rows = ids[first:last] if distinct else grouped(kept, SINGLE, dtype)
@@ -200,7 +256,10 @@ def kernel(is_high: bool, weight: str, values: str, history: str, master: str | 
                 here = numbers[: stop - start]
             else:
                 here = positions[start:stop]
-            _update_once(rows[start:stop], here, base, stride, tw, tv, th, tm, length, fixed, by_row, ahead)
+            if length == 1:
+                _update_elements(rows[start:stop], here, base, stride, tw, tv, th, tm, fixed, tile)
+            else:
+                _update_once(rows[start:stop], here, base, stride, tw, tv, th, tm, length, fixed, by_row, ahead)
         memory = kept[SUMS, ADDRESS]
         missing, second = grouped(kept, MISSING, np.int32), grouped(kept, SECOND, np.int32)
         added, to = grouped(kept, ADDED, np.int32), grouped(kept, TO, np.uint32)
@@ -235,8 +294,8 @@ def carry_out(facts: Any, kept: Any, scratch: Any, group: int, update: int, coun
 
 @jit()
 def room(count: int) -> Any:
-    """What ``count`` workers write down what they have grouped in, and positions."""
-    return np.empty((count, GROUPED, 3), np.int64), np.empty((count, BATCH), np.int32)
+    """What ``count`` workers write down what they have grouped in, and positions; and a tile for each."""
+    return np.empty((count, GROUPED, 3), np.int64), np.empty((count, SCRATCH_WORDS), np.int64)
 
 
 def out_of_memory(at: str, entries: int) -> MemoryError:
@@ -255,12 +314,13 @@ def launch(at: str, facts: Any, rows: Any, formats: Any, row_wise: bool, rates: 
     MemoryError
         Where there is none for the sums of the rows that occur more than once; then nothing has changed.
     """
-    threads = 1 if facts[ENTRIES] * facts[LENGTH] < SMALL else threads or max_workers()
+    work = int(work_of(facts))
+    threads = 1 if work < SMALL else threads or max_workers()
     high = rows.itemsize == 8
     group = 0 if facts[ARE_DISTINCT] else grouping(high, formats[2])
     update = kernel(high, *formats, row_wise)
     facts[RATES], facts[SCALARS] = rates.ctypes.data, scalars.ctypes.data
-    with workers(threads, int(facts[ENTRIES] * (facts[LENGTH] + ROW_COST))) as count:
+    with workers(threads, work) as count:
         kept, scratch = room(count)
         if not carry_out(facts, kept, scratch, group, update, count):
             raise out_of_memory(at, len(rows))

@@ -46,7 +46,7 @@ _AHEAD = 16
 # What is known of a row-sparse update, an int64 each: the number of row ids, the elements of a row, the weight's rows,
 # whether the ids have 64 bits; where each operand begins and ends; the bytes from a row to the next of all operands but
 # the ids; where the checked copy of the ids is, whether they increase; where the rates and the rule's scalars are;
-# where workers write down what they found of the ids, and what they grouped; room for positions.
+# where workers write down what they found of the ids, and what they grouped; memory to work with.
 WEIGHT, GRAD, HISTORY, MASTER, IDS = range(5)
 ENTRIES, LENGTH, HEIGHT, ARE_LONG = range(4)
 BASE, ENDS, STRIDE = 4, 9, 14

@@ -11,7 +11,7 @@ import numpy as np
 from adagrad.kernels import cpu_rows
 from adagrad.kernels.checked import refuse_row
 from adagrad.kernels.counts import advance_counts, find_counts
-from adagrad.kernels.cpu_rows import ROW_COST, carry_out, kernel, room
+from adagrad.kernels.cpu_rows import carry_out, kernel, room, work_of
 from adagrad.kernels.cpu_rule import hyper
 from adagrad.kernels.dense_beside import (
     ELEMENTS,
@@ -89,7 +89,7 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, steps
             return LEFT, i, 0, 0
         numbers[i] = 2 * code + (1 if facts[i, HEIGHT] > HIGH else 0)
         entries += facts[i, ENTRIES]
-        work += facts[i, ENTRIES] * (facts[i, LENGTH] + ROW_COST)
+        work += work_of(facts[i])
         facts[i, RATES], facts[i, SCALARS] = rates[i if len(rates) > 1 else 0].ctypes.data, scalars.ctypes.data
         for k in range(5 if masters else 4):
             what = _SPANS_WITH_MASTERS[k] if masters else _SPANS[k]
@@ -137,17 +137,17 @@ def _check_ids_and_carry_out(facts: Any, numbers: Any, known: Any, ids: Any, fou
             return OUT_OF_RANGE, i, bad, row
         ids += 8 * facts[i, ENTRIES]
     for i in range(len(facts)):
-        elements = facts[i, ENTRIES] * facts[i, LENGTH]
         group, update = known[numbers[i], GROUP], known[numbers[i], UPDATE]
-        if elements and not carry_out(facts[i], kept, scratch, group, update, _crew(elements, small, count)):
+        crew = _crew(work_of(facts[i]), small, count)
+        if facts[i, ENTRIES] * facts[i, LENGTH] and not carry_out(facts[i], kept, scratch, group, update, crew):
             return SHORT, i, np.int64(0), np.int64(0)
     return DONE, 0, np.int64(0), np.int64(0)
 
 
 @jit(helper=True)
-def _crew(elements: Any, small: int, count: int) -> Any:
-    """How many of ``count`` workers an update gets."""
-    return count if elements >= small and count > 1 else 1
+def _crew(work: Any, small: int, count: int) -> Any:
+    """How many of ``count`` workers get some work."""
+    return count if work >= small and count > 1 else 1
 
 
 def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], steps: list[Any],
