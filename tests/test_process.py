@@ -298,7 +298,8 @@ def test_formats_that_were_compiled_by_different_processes(tmp_path: Path) -> No
     formats = ["np.float32", "np.float64", "np.float16"]
     alone = [code.replace("dtype=dtype", f"dtype={dtype}") for dtype in formats]
     folders = [tmp_path / dtype for dtype in formats]
-    expected = [run(one, ADAGRAD_CACHE_DIR=str(folder)) for one, folder in zip(alone, folders, strict=True)]
+    processes = [start(one, ADAGRAD_CACHE_DIR=str(folder)) for one, folder in zip(alone, folders, strict=True)]
+    expected = list(map(finish, processes))
     for folder in folders:
         shutil.copytree(folder, tmp_path / "all", dirs_exist_ok=True)
     for order in (formats, formats[::-1]):
