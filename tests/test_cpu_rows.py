@@ -91,6 +91,7 @@ def test_runs_row_wise(run: int) -> None:
     check(rows(rng, FLOAT32, (10, 18), indices, row_wise=True), replace(HYPERS["unclipped"], row_wise=True))
 
 
+@pytest.mark.usefixtures("always_parallel")
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("row_wise", [False, True], ids=["each", "row-wise"])
 def test_rows_of_one_element(kind: Kind, row_wise: bool) -> None:
@@ -107,7 +108,7 @@ def test_rows_of_one_element(kind: Kind, row_wise: bool) -> None:
                 o = rows(rng, kind, (count + 50, 1) if beside else (count + 50,), indices, row_wise=row_wise)
                 o.weight[ascending[::97]] = np.nan
                 o.grad.values[::101] = np.inf
-                check(o, hyper, what=f"{name} {count + beside}")
+                check(o, hyper, threads=2 + beside, what=f"{name} {count + beside}")
 
 
 @pytest.mark.usefixtures("always_parallel")
