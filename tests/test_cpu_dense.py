@@ -247,6 +247,30 @@ def test_plain_lists_take_the_quick_way(kind: Kind, row_wise: bool, count: int) 
         assert_same(o, w)
 
 
+@pytest.mark.usefixtures("always_parallel")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("row_wise", [False, True], ids=["each", "row-wise"])
+def test_lists_of_several_formats_take_the_quick_way(row_wise: bool, threads: int) -> None:
+    """As a model has whose norms are float32 and whose other weights are bfloat16; here all formats, mixed."""
+    rng = np.random.default_rng(30)
+    given = [operands(rng, kind, (5, 3 + i), row_wise=row_wise) for i in range(3) for kind in KINDS]
+    given[4:4] = [operands(rng, kind, (0, 3), row_wise=row_wise) for kind in KINDS[::-1]]
+    hypers = [replace(HYPERS["all"], lr=0.1 * (i + 1), wd=0.01 * i, row_wise=row_wise) for i in range(len(given))]
+    want = [expected(o, h) for o, h in zip(given, hypers, strict=True)]
+    assert update_plain(given, hypers, threads)
+    for i, (o, w) in enumerate(zip(given, want, strict=True)):
+        assert_same(o, w, f"weight {i}")
+    want = [expected(o, hypers[0]) for o in given]
+    assert update_plain(given, hypers[:1], threads)  # rates that all share
+    for i, (o, w) in enumerate(zip(given, want, strict=True)):
+        assert_same(o, w, f"weight {i}")
+    before = [o.copy() for o in given]
+    given[-1].grad = given[-1].grad[:2]
+    assert not update_plain(given, hypers, threads)
+    for o, w in zip(given, before, strict=True):
+        assert_same(o, w)
+
+
 def test_without_the_quick_way_to_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where NumPy's objects are not laid out as expected, the ordinary way gives the same."""
     assert layouts.layout() is not None, "here they are"

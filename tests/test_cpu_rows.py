@@ -418,6 +418,8 @@ def test_gradients_of_both_kinds_take_the_quick_way(
         operands(rng, kind, (3,), row_wise=row_wise),
         rows(rng, kind, (5,), some(rng, 0, 5), row_wise=row_wise),
         operands(rng, kind, (0, 4), row_wise=row_wise),
+        operands(rng, HALF, (4, 3), row_wise=row_wise),
+        operands(rng, kind, (2, 2), row_wise=row_wise),
         rows(rng, FLOAT64, (5, 2, 2), [4], row_wise=row_wise),
     ][:: 1 if dense_first else -1]
     hypers = [replace(HYPERS["unclipped"], lr=0.1 * (i + 1), wd=0.01 * i, row_wise=row_wise) for i in range(len(given))]

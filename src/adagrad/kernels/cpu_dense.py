@@ -228,10 +228,17 @@ def _given(arguments: Any) -> Any:
 def arguments(table: Any, hyper: Any, scalars: Any, total: int) -> Any:
     """What the workers are given, as one block; the arrays must outlive it."""
     block = np.empty(GIVEN, np.int64)
-    block[0], block[1] = table.ctypes.data, table.shape[0]
-    block[2], block[3] = hyper.ctypes.data, hyper.shape[0]
-    block[4], block[5] = scalars.ctypes.data, total
+    put_arguments(block, table, 0, len(table), hyper, scalars, total)
     return block
+
+
+@jit(helper=True)
+def put_arguments(block: Any, table: Any, first: int, count: int, hyper: Any, scalars: Any, total: int) -> None:
+    """The same for ``count`` weights of a table, which have ``total`` elements."""
+    are_all_alike = len(hyper) == 1
+    block[0], block[1] = table[first:].ctypes.data, count
+    block[2], block[3] = hyper[0 if are_all_alike else first :].ctypes.data, 1 if are_all_alike else count
+    block[4], block[5] = scalars.ctypes.data, total
 
 
 SMALL = 32_768

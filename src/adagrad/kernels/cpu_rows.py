@@ -168,7 +168,10 @@ def _copy(to: Any, i: int, elements: Any, j: int) -> None:
 @jit(helper=True)
 def _update_elements(rows: Any, positions: Any, base: Any, stride: Any, tw: Any, tv: Any, th: Any, tm: Any, fixed: Any,
                      tile: Any) -> None:  # fmt: skip
-    """:func:`_update_once` for rows of one element, which are packed: to compute one takes as long as a whole block."""
+    """:func:`_update_once` for rows of one element, which are packed: to compute one takes as long as a whole block.
+
+    Row-wise history is the same as any there.
+    """
     n, part = len(positions), 8 * TILE
     packed_w, packed_g = pointer(tile, tw, "weight"), pointer(tile + part, tv, "grad")
     packed_h, packed_m = pointer(tile + 2 * part, th, "history"), pointer(tile + 3 * part, tm, "master")

@@ -1,8 +1,9 @@
 """A list of dense updates that is carried out beside row-sparse ones, by one call of compiled code.
 
-The call gets it as one block of words: the worker, the address of the worker's arguments, how many weights and elements
-there are, from how many elements on it is worth several threads and how many spans of memory are written to; then all
-starts and all ends of spans. Zeros stand for no list.
+The call gets it as one block of words: how many launches there are (one for each combination of formats), how many
+weights and elements, from how many elements on a launch is worth several threads, and how many spans of memory are
+written to; for each launch the worker, the address of its arguments and its elements; then all starts and all ends of
+spans. Zeros stand for no list.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from adagrad.kernels.numba_jit import jit, place, run
 from adagrad.kernels.table import PLACES, formats, table
 from adagrad.rule import Rule
 
-WORKER, ARGUMENTS, WEIGHTS, ELEMENTS, SMALL, WRITTEN, SPANS = range(7)
+LAUNCHES, WEIGHTS, ELEMENTS, SMALL, WRITTEN, ABOUT = range(6)
+WORKER, ARGUMENTS, WORK, LAUNCH = range(4)
 
 
 class Beside(NamedTuple):
@@ -26,47 +28,58 @@ class Beside(NamedTuple):
 
     words: np.ndarray
     span_count: int
-    pointed_at: tuple[np.ndarray, ...]
+    pointed_at: tuple[Any, ...]
     """What the words have the addresses of."""
 
 
-NOTHING = Beside(np.zeros(SPANS, np.int64), 0, ())
+NOTHING = Beside(np.zeros(ABOUT, np.int64), 0, ())
 
 
 def dense_beside(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], rates: np.ndarray,
                  rule: Rule) -> Beside | None:  # fmt: skip
-    """The block for a list; None unless all of it is plain, on the CPU and of the same formats.
+    """The block for a list; None unless all of it is plain and on the CPU.
 
     ``rates`` has a row for each weight, or one for all. The compiled call compares the spans.
     """
     found = table(weights, grads, histories, masters, rule.row_wise)
-    if not 0 <= found.common < PLACES:
-        return None
-    work = kernel(*formats(found.common)[1], rule.row_wise)
-    block = arguments(found.rows, rates, rule.scalars, found.total)
-    about = work, block.ctypes.data, len(weights), found.total, cpu_dense.SMALL, found.written
-    words = np.concatenate([about, found.spans.ravel()])
-    return Beside(words, found.spans.shape[1], (block, found.rows, rates, rule.scalars))
+    kinds = [found.common] if found.common >= 0 else sorted(set(found.codes.tolist()))
+    launches: list[int] = []
+    pointed_at: list[Any] = [rule.scalars]
+    for code in kinds:
+        if not 0 <= code < PLACES:
+            return None
+        which = range(len(weights)) if len(kinds) == 1 else np.flatnonzero(found.codes == code).tolist()
+        rows, _, elements = found.part(which)
+        some = rates if len(kinds) == 1 or len(rates) == 1 else rates[which]
+        block = arguments(rows, some, rule.scalars, elements)
+        launches += [kernel(*formats(code)[1], rule.row_wise), block.ctypes.data, elements]
+        pointed_at += [block, rows, some]
+    about = [len(kinds), len(weights), found.total, cpu_dense.SMALL, found.written]
+    words = np.concatenate([about + launches, found.spans.ravel()])
+    return Beside(words, found.spans.shape[1], tuple(pointed_at))
 
 
 @jit(helper=True)
 def put_spans(words: Any, spans: Any, first: int, gap: int) -> None:
     """Put its spans into the columns of ``spans`` from ``first`` on, those of what is read another ``gap`` later."""
-    count = (len(words) - SPANS) // 2
+    begin = ABOUT + LAUNCH * words[LAUNCHES]
+    count = (len(words) - begin) // 2
     for j in range(count):
         at = first + j if j < words[WRITTEN] else first + j + gap
-        spans[0, at], spans[1, at] = words[SPANS + j], words[SPANS + count + j]
+        spans[0, at], spans[1, at] = words[begin + j], words[begin + count + j]
 
 
 @jit(helper=True)
 def is_large(words: Any) -> Any:
-    """Whether it is worth several threads."""
+    """Whether a launch with all of it would be worth several threads."""
     return words[ELEMENTS] >= words[SMALL] and words[ELEMENTS] > 0
 
 
 @jit(helper=True)
 def carry_out_beside(words: Any, count: int) -> None:
-    """Update the weights, by ``count`` threads if that is more than one and they are worth it."""
-    if words[ELEMENTS] > 0:
-        count = count if count > 1 and is_large(words) else 1
-        run(words[WORKER], numba.carray(place(words[ARGUMENTS]), GIVEN, np.int64), count)
+    """Update the weights, by ``count`` threads where that is more than one and a launch is worth them."""
+    for j in range(words[LAUNCHES]):
+        launch = words[ABOUT + LAUNCH * j :]
+        crew = count if count > 1 and launch[WORK] >= words[SMALL] else 1
+        if launch[WORK] > 0:
+            run(launch[WORKER], numba.carray(place(launch[ARGUMENTS]), GIVEN, np.int64), crew)

@@ -15,7 +15,7 @@ from adagrad.rule import Rule
 
 def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], steps: list[Any],
                  lrs: Any, wds: Any, rule: Rule, threads: int | None) -> bool:  # fmt: skip
-    """Check and update a list, if all of it is plain and on the CPU, and its dense updates are of the same formats.
+    """Check and update a list, if all of it is plain and on the CPU.
 
     ``steps``, counts of the weights' updates, go up by 1 with them: tensors of one number, or an empty list. False if
     all is left as it was, to :func:`adagrad.kernels.call.prepare`.

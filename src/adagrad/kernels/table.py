@@ -13,7 +13,7 @@ import numpy as np
 
 from adagrad.kernels import cpu_dense
 from adagrad.kernels.counts import advance_counts, find_counts
-from adagrad.kernels.cpu_dense import COLUMNS, GRAD, HISTORY, MASTER, ROW, SIZE, WEIGHT, arguments, kernel
+from adagrad.kernels.cpu_dense import COLUMNS, GIVEN, GRAD, HISTORY, MASTER, ROW, SIZE, WEIGHT, kernel, put_arguments
 from adagrad.kernels.layout import (
     CONTIGUOUS,
     COUNT,
@@ -243,25 +243,48 @@ def _update_plain(weights: int, grads: int, histories: int, masters: int, steps:
                   hyper: Any, scalars: Any, known: Any, order: Any, small: int, is_trial: bool, count: int
                   ) -> Any:  # fmt: skip
     table, codes, spans = np.empty((n, COLUMNS), np.int64), np.empty(n, np.int64), np.empty((2, len(order)), np.int64)
-    step_at = np.empty(n if steps else 0, np.int64)
-    code, total = fill(weights, grads, histories, masters, how, row_wise, table, codes, spans)
-    if code < 0 or code >= PLACES:
-        return LEFT
+    step_at, blocks = np.empty(n if steps else 0, np.int64), np.empty((PLACES, GIVEN), np.int64)
+    counts, elements = np.zeros(PLACES, np.int64), np.zeros(PLACES, np.int64)
+    _, total = fill(weights, grads, histories, masters, how, row_wise, table, codes, spans)
+    for i in range(n):
+        if codes[i] < 0 or codes[i] >= PLACES:
+            return LEFT
+        counts[codes[i]] += 1
+        elements[codes[i]] += table[i, SIZE]
     known[WAS_LARGE] = total if total >= small else 0
     if is_trial and total >= small:
         return LARGE
     if not disjoint(spans[0], spans[1], len(order) - n, order) or (steps and not find_counts(steps, how, step_at)):
         return LEFT
-    work, block = known[code], arguments(table, hyper, scalars, total)
-    if work == 0:
-        return code
-    state = np.int64(0) if is_trial else release_gil()
-    run(work, block, count if total >= small else 1)
+    for code in range(PLACES):
+        if counts[code] and known[code] == 0:
+            return code
+    rows, rates = (table, hyper) if counts[codes[0]] == n else _by_code(table, codes, hyper)
+    state, first = np.int64(0) if is_trial else release_gil(), 0
+    for code in range(PLACES):
+        if counts[code]:
+            put_arguments(blocks[code], rows, first, counts[code], rates, scalars, elements[code])
+            run(known[code], blocks[code], count if elements[code] >= small else 1)
+            first += counts[code]
     if not is_trial:
         acquire_gil(state)
     advance_counts(step_at)
-    table[:0], block[:0] = 0, 0  # they are used by address above: this keeps them alive until here
+    rows[:0], rates[:0], blocks[:0] = 0, 0, 0  # they are used by address above: this keeps them alive until here
     return DONE
+
+
+@jit(helper=True)
+def _by_code(table: Any, codes: Any, hyper: Any) -> Any:
+    """The rows and their rates, or those of all, in the order of their codes."""
+    rows, rates, j = np.empty_like(table), hyper.copy(), 0
+    for code in range(PLACES):
+        for i in range(len(codes)):
+            if codes[i] == code:
+                rows[j] = table[i]
+                if len(hyper) > 1:
+                    rates[j] = hyper[i]
+                j += 1
+    return rows, rates
 
 
 def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], steps: list[Any],
