@@ -12,7 +12,7 @@ import pytest
 
 import oracle
 from adagrad import AdaGrad, GroupAdaGrad
-from adagrad.kernels import formats, strided, table
+from adagrad.kernels import cpu_dense, formats, strided, table
 from adagrad.kernels import layout as layouts
 from support import (
     BFLOAT16,
@@ -247,13 +247,16 @@ def test_plain_lists_take_the_quick_way(kind: Kind, row_wise: bool, count: int) 
         assert_same(o, w)
 
 
-@pytest.mark.usefixtures("always_parallel")
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("how", ["small", "one is not small", "parallel"])
 @pytest.mark.parametrize("row_wise", [False, True], ids=["each", "row-wise"])
-def test_lists_of_several_formats_take_the_quick_way(row_wise: bool, threads: int) -> None:
+def test_lists_of_several_formats_take_the_quick_way(row_wise: bool, how: str, request: pytest.FixtureRequest) -> None:
     """As a model has whose norms are float32 and whose other weights are bfloat16; here all formats, mixed."""
-    rng = np.random.default_rng(30)
-    given = [operands(rng, kind, (5, 3 + i), row_wise=row_wise) for i in range(3) for kind in KINDS]
+    if how == "parallel":
+        request.getfixturevalue("always_parallel")
+    rng, threads = np.random.default_rng(30), 2
+    given = [operands(rng, kind, (5, 3 + i), row_wise=row_wise) for i in range(2) for kind in KINDS]
+    if how == "one is not small":
+        given.insert(2, operands(rng, KINDS[0], (cpu_dense.SMALL // 50, 51), row_wise=row_wise))
     given[4:4] = [operands(rng, kind, (0, 3), row_wise=row_wise) for kind in KINDS[::-1]]
     hypers = [replace(HYPERS["all"], lr=0.1 * (i + 1), wd=0.01 * i, row_wise=row_wise) for i in range(len(given))]
     want = [expected(o, h) for o, h in zip(given, hypers, strict=True)]

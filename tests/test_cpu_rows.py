@@ -97,18 +97,22 @@ def test_runs_row_wise(run: int) -> None:
 def test_rows_of_one_element(kind: Kind, row_wise: bool) -> None:
     """They are packed: as many as fit in a tile, in a batch of positions, and around; NaN and infinity among them."""
     rng, hyper = np.random.default_rng(21), replace(HYPERS["all"], row_wise=row_wise)
-    for count in (cpu_rows.TILE, cpu_rows.BATCH, cpu_rows.BATCH + cpu_rows.TILE):
-        for beside in (-1, 0, 1):
-            ascending = np.sort(rng.permutation(count + 50)[: count + beside])
-            for name, indices in {
-                "ascending": ascending,
-                "each once": rng.permutation(ascending),
-                "some twice": rng.permutation(np.append(ascending, ascending[::3])),
-            }.items():
-                o = rows(rng, kind, (count + 50, 1) if beside else (count + 50,), indices, row_wise=row_wise)
-                o.weight[ascending[::97]] = np.nan
-                o.grad.values[::101] = np.inf
-                check(o, hyper, threads=2 + beside, what=f"{name} {count + beside}")
+    borders = (cpu_rows.TILE, cpu_rows.BATCH, cpu_rows.BATCH + cpu_rows.TILE)
+    for n in (border + beside for border in borders for beside in (-1, 0, 1)):
+        ascending = np.sort(rng.permutation(n + 50)[:n])
+        often = np.concatenate([ascending, ascending[::3], [ascending[0]] * 300, [ascending[-1]] * 127])
+        for name, indices, threads in (
+            ("ascending", ascending, 1),
+            ("ascending", ascending, 3),
+            ("each once", rng.permutation(ascending), 1),
+            ("each once", rng.permutation(ascending), 2),
+            ("some twice, some often", rng.permutation(often), 1),
+            ("some twice, some often", rng.permutation(often), 3),
+        ):
+            o = rows(rng, kind, (n + 50, 1) if threads > 1 else (n + 50,), indices, row_wise=row_wise)
+            o.weight[ascending[::97]] = np.nan
+            o.grad.values[::101] = np.inf
+            check(o, hyper, threads=threads, what=f"{name} {n}, {threads} threads")
 
 
 @pytest.mark.usefixtures("always_parallel")
@@ -403,14 +407,15 @@ def test_a_list_of_all_kinds_takes_the_quick_way() -> None:
         assert_same(o, w, f"weight {i}")
 
 
-@pytest.mark.usefixtures("always_parallel")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dense_first", [False, True])
 @pytest.mark.parametrize("row_wise", [False, True], ids=["each", "row-wise"])
 @pytest.mark.parametrize("kind", [FLOAT32, MASTER], ids=str)
 def test_gradients_of_both_kinds_take_the_quick_way(
-    kind: Kind, row_wise: bool, dense_first: bool, threads: int
+    kind: Kind, row_wise: bool, dense_first: bool, threads: int, request: pytest.FixtureRequest
 ) -> None:
+    if threads > 1:
+        request.getfixturevalue("always_parallel")
     rng = np.random.default_rng(28)
     given = [
         operands(rng, kind, (5, 4), row_wise=row_wise),

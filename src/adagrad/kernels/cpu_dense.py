@@ -234,7 +234,10 @@ def arguments(table: Any, hyper: Any, scalars: Any, total: int) -> Any:
 
 @jit(helper=True)
 def put_arguments(block: Any, table: Any, first: int, count: int, hyper: Any, scalars: Any, total: int) -> None:
-    """The same for ``count`` weights of a table, which have ``total`` elements."""
+    """Fill such a block for ``count`` rows of the table from ``first`` on, of ``total`` elements; nothing is allocated.
+
+    ``hyper`` has a row for each row of the table, or one for all.
+    """
     are_all_alike = len(hyper) == 1
     block[0], block[1] = table[first:].ctypes.data, count
     block[2], block[3] = hyper[0 if are_all_alike else first :].ctypes.data, 1 if are_all_alike else count

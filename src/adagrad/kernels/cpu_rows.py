@@ -71,10 +71,10 @@ BATCH = 1024
 """Positions that are written down at a time where no row occurs twice."""
 
 TILE = 256
-"""Rows of one element that are computed together."""
+"""Rows of one element that are computed together, a multiple of LANES."""
 
 SCRATCH_WORDS = BATCH // 2 + 4 * TILE
-"""Memory of a worker for both: positions have 4 bytes, elements of the four operands up to 8."""
+"""What a worker has for a batch of positions, of 4 bytes, and a tile of four operands, of up to 8."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -297,7 +297,7 @@ def carry_out(facts: Any, kept: Any, scratch: Any, group: int, update: int, coun
 
 @jit()
 def room(count: int) -> Any:
-    """What ``count`` workers write down what they have grouped in, and positions; and a tile for each."""
+    """Memory for ``count`` workers: for what they have grouped, and for positions and a tile."""
     return np.empty((count, GROUPED, 3), np.int64), np.empty((count, SCRATCH_WORDS), np.int64)
 
 

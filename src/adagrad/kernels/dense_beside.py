@@ -19,8 +19,13 @@ from adagrad.kernels.numba_jit import jit, place, run
 from adagrad.kernels.table import PLACES, formats, table
 from adagrad.rule import Rule
 
-LAUNCHES, WEIGHTS, ELEMENTS, SMALL, WRITTEN, ABOUT = range(6)
-WORKER, ARGUMENTS, WORK, LAUNCH = range(4)
+LAUNCHES, WEIGHTS, ELEMENTS, SMALL, WRITTEN = range(5)
+ABOUT = 5
+"""Words before those of the launches."""
+
+WORKER, ARGUMENTS, WORK = range(3)
+LAUNCH = 3
+"""Words of a launch."""
 
 
 class Beside(NamedTuple):
@@ -28,7 +33,7 @@ class Beside(NamedTuple):
 
     words: np.ndarray
     span_count: int
-    pointed_at: tuple[Any, ...]
+    pointed_at: tuple[np.ndarray, ...]
     """What the words have the addresses of."""
 
 
@@ -43,11 +48,10 @@ def dense_beside(weights: list[Any], grads: list[Any], histories: list[Any], mas
     """
     found = table(weights, grads, histories, masters, rule.row_wise)
     kinds = [found.common] if found.common >= 0 else sorted(set(found.codes.tolist()))
-    launches: list[int] = []
-    pointed_at: list[Any] = [rule.scalars]
+    if not 0 <= kinds[0] <= kinds[-1] < PLACES:
+        return None
+    launches, pointed_at = [], [rule.scalars]
     for code in kinds:
-        if not 0 <= code < PLACES:
-            return None
         which = range(len(weights)) if len(kinds) == 1 else np.flatnonzero(found.codes == code).tolist()
         rows, _, elements = found.part(which)
         some = rates if len(kinds) == 1 or len(rates) == 1 else rates[which]

@@ -131,7 +131,7 @@ def _check_ids_and_carry_out(facts: Any, numbers: Any, known: Any, ids: Any, fou
                              small: int, count: int) -> Any:  # fmt: skip
     """What was done, see :func:`_update_plain`; all ids are copied to the address ``ids`` first."""
     for i in range(len(facts)):
-        crew = _crew(facts[i, ENTRIES], small, count)
+        crew = _crew(facts[i, ENTRIES], small, count)  # to look at an id is as much work as an element
         bad, row = check_ids(facts[i], ids, found, known[numbers[i], CHECK], crew)
         if bad >= 0:
             return OUT_OF_RANGE, i, bad, row
@@ -146,7 +146,7 @@ def _check_ids_and_carry_out(facts: Any, numbers: Any, known: Any, ids: Any, fou
 
 @jit(helper=True)
 def _crew(work: Any, small: int, count: int) -> Any:
-    """How many of ``count`` workers get some work."""
+    """How many of ``count`` workers so much work is worth."""
     return count if work >= small and count > 1 else 1
 
 

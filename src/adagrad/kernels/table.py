@@ -259,7 +259,9 @@ def _update_plain(weights: int, grads: int, histories: int, masters: int, steps:
     for code in range(PLACES):
         if counts[code] and known[code] == 0:
             return code
-    rows, rates = (table, hyper) if counts[codes[0]] == n else _by_code(table, codes, hyper)
+    rows, rates = (table, hyper) if counts[codes[0]] == n else _by_code(table, codes, hyper, counts)
+    # No exception may come from here, nor is memory asked for: it would find no GIL, and a part of the list updated.
+    # The GIL is let go for the work in all; threads are for those launches that are worth them.
     state, first = np.int64(0) if is_trial else release_gil(), 0
     for code in range(PLACES):
         if counts[code]:
@@ -274,16 +276,17 @@ def _update_plain(weights: int, grads: int, histories: int, masters: int, steps:
 
 
 @jit(helper=True)
-def _by_code(table: Any, codes: Any, hyper: Any) -> Any:
-    """The rows and their rates, or those of all, in the order of their codes."""
-    rows, rates, j = np.empty_like(table), hyper.copy(), 0
-    for code in range(PLACES):
-        for i in range(len(codes)):
-            if codes[i] == code:
-                rows[j] = table[i]
-                if len(hyper) > 1:
-                    rates[j] = hyper[i]
-                j += 1
+def _by_code(table: Any, codes: Any, hyper: Any, counts: Any) -> Any:
+    """The rows and their rates, or those of all, in the order of their codes, each of which there are ``counts`` of."""
+    rows, rates, places = np.empty_like(table), hyper.copy(), np.zeros(PLACES, np.int64)
+    for code in range(1, PLACES):
+        places[code] = places[code - 1] + counts[code - 1]
+    for i in range(len(codes)):
+        j = places[codes[i]]
+        places[codes[i]] += 1
+        rows[j] = table[i]
+        if len(hyper) > 1:
+            rates[j] = hyper[i]
     return rows, rates
 
 
