@@ -278,15 +278,17 @@ def _update_plain(weights: int, grads: int, histories: int, masters: int, steps:
 @jit(helper=True)
 def _by_code(table: Any, codes: Any, hyper: Any, counts: Any) -> Any:
     """The rows and their rates, or those of all, in the order of their codes, each of which there are ``counts`` of."""
-    rows, rates, places = np.empty_like(table), hyper.copy(), np.zeros(PLACES, np.int64)
+    rows, rates, places = np.empty(table.shape, np.int64), np.empty(hyper.shape), np.zeros(PLACES, np.int64)
     for code in range(1, PLACES):
         places[code] = places[code - 1] + counts[code - 1]
     for i in range(len(codes)):
         j = places[codes[i]]
         places[codes[i]] += 1
-        rows[j] = table[i]
-        if len(hyper) > 1:
-            rates[j] = hyper[i]
+        # Number by number: NumPy's assignment of a row takes seconds to compile.
+        for column in range(COLUMNS):
+            rows[j, column] = table[i, column]
+        for rate in range(3):
+            rates[j if len(hyper) > 1 else 0, rate] = hyper[i if len(hyper) > 1 else 0, rate]
     return rows, rates
 
 
