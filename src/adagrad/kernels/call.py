@@ -128,13 +128,10 @@ class _Call:
             rest = self._look_at_rows([*rest])
         else:
             found = table.table(batch.weights, batch.grads, batch.histories, batch.masters, batch.rule.row_wise)
-            self.table, codes = found, found.codes
-            if found.common >= 0:
-                self.groups, rest = [(found.common, rest)], ()
-            else:
-                kinds = np.unique(codes[codes >= 0]).tolist()
-                self.groups = [(code, np.flatnonzero(codes == code).tolist()) for code in kinds]
-                rest = np.flatnonzero(codes < 0).tolist()
+            self.table = found
+            self.groups, rest = found.groups(), ()
+            if found.common < 0:
+                rest = np.flatnonzero(found.codes < 0).tolist()
                 sparse = [i for i in rest if is_row_sparse(batch.grads[i])]
                 rest = sorted({*rest}.difference(sparse).union(self._look_at_rows(sparse)))
         for i in rest:

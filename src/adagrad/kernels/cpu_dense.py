@@ -238,9 +238,9 @@ def put_arguments(block: Any, table: Any, first: int, count: int, hyper: Any, sc
 
     ``hyper`` has a row for each row of the table, or one for all.
     """
-    are_all_alike = len(hyper) == 1
-    block[0], block[1] = table.ctypes.data + 8 * COLUMNS * first, count
-    block[2], block[3] = hyper.ctypes.data + (0 if are_all_alike else 8 * 3 * first), 1 if are_all_alike else count
+    skipped, rates = (0, 1) if len(hyper) == 1 else (first, count)
+    block[0], block[1] = table.ctypes.data + table.strides[0] * first, count
+    block[2], block[3] = hyper.ctypes.data + hyper.strides[0] * skipped, rates
     block[4], block[5] = scalars.ctypes.data, total
 
 

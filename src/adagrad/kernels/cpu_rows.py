@@ -14,7 +14,7 @@ import numba
 import numpy as np
 
 from adagrad.kernels.blocks import ask, load_block, store_block
-from adagrad.kernels.cpu_dense import elements, one_row, update_block
+from adagrad.kernels.cpu_dense import ask_for, elements, one_row, update_block
 from adagrad.kernels.cpu_rule import constants
 from adagrad.kernels.formats import TOKENS, load, pointer, store
 from adagrad.kernels.numba_jit import jit, let_go, max_workers, place, run, worker, workers
@@ -181,9 +181,7 @@ def _update_elements(rows: Any, positions: Any, base: Any, stride: Any, tw: Any,
             w, h, m = _operands(base, stride, np.int64(rows[start + i]), tw, th, tm)
             then = rows[min(start + i + ELEMENTS_AHEAD, n - 1)]
             next_w, next_h, next_m = _operands(base, stride, np.int64(then), tw, th, tm)
-            ask(next_w, 0)
-            ask(next_h, 0)
-            ask(next_m, 0)
+            ask_for((next_w, None, next_h, next_m), 0)
             _copy(packed_w, i, w, 0)
             _copy(packed_g, i, _values(base, stride, positions[start + i], tv), 0)
             _copy(packed_h, i, h, 0)

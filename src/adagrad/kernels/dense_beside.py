@@ -15,7 +15,7 @@ import numpy as np
 
 from adagrad.kernels import cpu_dense
 from adagrad.kernels.cpu_dense import GIVEN, arguments, kernel
-from adagrad.kernels.numba_jit import jit, place, run
+from adagrad.kernels.numba_jit import crew, jit, place, run
 from adagrad.kernels.table import PLACES, formats, table
 from adagrad.rule import Rule
 
@@ -47,18 +47,17 @@ def dense_beside(weights: list[Any], grads: list[Any], histories: list[Any], mas
     ``rates`` has a row for each weight, or one for all. The compiled call compares the spans.
     """
     found = table(weights, grads, histories, masters, rule.row_wise)
-    kinds = [found.common] if found.common >= 0 else sorted(set(found.codes.tolist()))
-    if not 0 <= kinds[0] <= kinds[-1] < PLACES:
+    groups, n = found.groups(), len(weights)
+    if sum(len(which) for _, which in groups) < n or groups[-1][0] >= PLACES:
         return None
     launches, pointed_at = [], [rule.scalars]
-    for code in kinds:
-        which = range(len(weights)) if len(kinds) == 1 else np.flatnonzero(found.codes == code).tolist()
+    for code, which in groups:
         rows, _, elements = found.part(which)
-        some = rates if len(kinds) == 1 or len(rates) == 1 else rates[which]
+        some = rates if len(groups) == 1 or len(rates) == 1 else rates[which]
         block = arguments(rows, some, rule.scalars, elements)
         launches += [kernel(*formats(code)[1], rule.row_wise), block.ctypes.data, elements]
         pointed_at += [block, rows, some]
-    about = [len(kinds), len(weights), found.total, cpu_dense.SMALL, found.written]
+    about = [len(groups), n, found.total, cpu_dense.SMALL, found.written]
     words = np.concatenate([about + launches, found.spans.ravel()])
     return Beside(words, found.spans.shape[1], tuple(pointed_at))
 
@@ -84,6 +83,6 @@ def carry_out_beside(words: Any, count: int) -> None:
     """Update the weights, by ``count`` threads where that is more than one and a launch is worth them."""
     for j in range(words[LAUNCHES]):
         launch = words[ABOUT + LAUNCH * j :]
-        crew = count if count > 1 and launch[WORK] >= words[SMALL] else 1
         if launch[WORK] > 0:
-            run(launch[WORKER], numba.carray(place(launch[ARGUMENTS]), GIVEN, np.int64), crew)
+            block = numba.carray(place(launch[ARGUMENTS]), GIVEN, np.int64)
+            run(launch[WORKER], block, crew(launch[WORK], words[SMALL], count))

@@ -173,6 +173,12 @@ def run(work: int, arguments: Any, count: int) -> None:
         call(work, np.int64(arguments.ctypes.data), 0, 1)
 
 
+@jit(helper=True)
+def crew(work: Any, small: int, count: int) -> Any:
+    """How many of ``count`` workers so much work is worth: one, where it is less than ``small``."""
+    return count if work >= small and count > 1 else 1
+
+
 # ------------------------------------------------------------------------------------------------------------ threads
 
 STALL, SLOW = 2e-3, 5e-9

@@ -24,7 +24,7 @@ from adagrad.kernels.dense_beside import (
     put_spans,
 )
 from adagrad.kernels.layout import NONE, hold_parts, item, layout, let_go_of_parts, sparse_body
-from adagrad.kernels.numba_jit import acquire_gil, borrowed, jit, max_workers, release_gil, workers
+from adagrad.kernels.numba_jit import acquire_gil, borrowed, crew, jit, max_workers, release_gil, workers
 from adagrad.kernels.row_groups import (
     BASE,
     ENDS,
@@ -131,23 +131,17 @@ def _check_ids_and_carry_out(facts: Any, numbers: Any, known: Any, ids: Any, fou
                              small: int, count: int) -> Any:  # fmt: skip
     """What was done, see :func:`_update_plain`; all ids are copied to the address ``ids`` first."""
     for i in range(len(facts)):
-        crew = _crew(facts[i, ENTRIES], small, count)  # to look at an id is as much work as an element
-        bad, row = check_ids(facts[i], ids, found, known[numbers[i], CHECK], crew)
+        threads = crew(facts[i, ENTRIES], small, count)  # to look at an id is as much work as an element
+        bad, row = check_ids(facts[i], ids, found, known[numbers[i], CHECK], threads)
         if bad >= 0:
             return OUT_OF_RANGE, i, bad, row
         ids += 8 * facts[i, ENTRIES]
     for i in range(len(facts)):
         group, update = known[numbers[i], GROUP], known[numbers[i], UPDATE]
-        crew = _crew(work_of(facts[i]), small, count)
-        if facts[i, ENTRIES] * facts[i, LENGTH] and not carry_out(facts[i], kept, scratch, group, update, crew):
+        threads = crew(work_of(facts[i]), small, count)
+        if facts[i, ENTRIES] * facts[i, LENGTH] and not carry_out(facts[i], kept, scratch, group, update, threads):
             return SHORT, i, np.int64(0), np.int64(0)
     return DONE, 0, np.int64(0), np.int64(0)
-
-
-@jit(helper=True)
-def _crew(work: Any, small: int, count: int) -> Any:
-    """How many of ``count`` workers so much work is worth."""
-    return count if work >= small and count > 1 else 1
 
 
 def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], steps: list[Any],
@@ -193,10 +187,10 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
         if is_trial:
             done, i, bad, row = _update_plain(*given, 0)
         else:
-            crew = workers(threads or max_workers(), int(known[WAS_LARGE, 0]))
-            with crew as count:
+            held = workers(threads or max_workers(), int(known[WAS_LARGE, 0]))
+            with held as count:
                 done, i, bad, row = _update_plain(*given, count)
-                crew.work = int(known[WAS_LARGE, 0])
+                held.work = int(known[WAS_LARGE, 0])
         if done >= 0:
             code, high = divmod(done, 2)
             form = formats(code)[1]

@@ -37,7 +37,7 @@ from adagrad.kernels.layout import (
     look,
     word,
 )
-from adagrad.kernels.numba_jit import acquire_gil, borrowed, jit, max_workers, release_gil, run, workers
+from adagrad.kernels.numba_jit import acquire_gil, borrowed, crew, jit, max_workers, release_gil, run, workers
 from adagrad.kernels.spans import disjoint, guess
 from adagrad.rule import Rule
 
@@ -196,6 +196,13 @@ class Table(NamedTuple):
     written: int
     """How many of the spans are written to."""
 
+    def groups(self) -> list[tuple[int, Sequence[int]]]:
+        """Each code but -1, in order, and which rows have it."""
+        if self.common >= 0:
+            return [(self.common, range(len(self.rows)))]
+        kinds = np.unique(self.codes[self.codes >= 0]).tolist()
+        return [(code, np.flatnonzero(self.codes == code).tolist()) for code in kinds]
+
     def part(self, which: Sequence[int]) -> tuple[np.ndarray, np.ndarray, int]:
         """Some of the rows, or all, their codes and their elements."""
         if len(which) == len(self.rows):
@@ -266,7 +273,7 @@ def _update_plain(weights: int, grads: int, histories: int, masters: int, steps:
     for code in range(PLACES):
         if counts[code]:
             put_arguments(blocks[code], rows, first, counts[code], rates, scalars, elements[code])
-            run(known[code], blocks[code], count if elements[code] >= small else 1)
+            run(known[code], blocks[code], crew(elements[code], small, count))
             first += counts[code]
     if not is_trial:
         acquire_gil(state)
@@ -311,10 +318,10 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
         if is_trial:
             code = _update_plain(*given, True, 1)
         else:
-            crew = workers(threads or max_workers(), int(known[WAS_LARGE]))
-            with crew as count:
+            held = workers(threads or max_workers(), int(known[WAS_LARGE]))
+            with held as count:
                 code = _update_plain(*given, False, count)
-                crew.work = int(known[WAS_LARGE])
+                held.work = int(known[WAS_LARGE])
         if code >= 0:
             known[code] = kernel(*formats(code)[1], rule.row_wise)
         elif code != LARGE:
