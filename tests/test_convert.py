@@ -633,7 +633,9 @@ def test_arrays_there_and_back(dialect: str) -> None:
 
 def test_states_go_back_by_their_indices() -> None:
     optimizer = AdaGrad()
-    assert [each[0] for each in convert.to_arrays({2: f32(2), 0: f32(0), 1: f32(1)}, optimizer, "mxnet")] == [0, 1, 2]
+    for kind in (int, np.int64, np.uint8):
+        states = {kind(index): f32(index) for index in (2, 0, 1)}
+        assert [each[0] for each in convert.to_arrays(states, optimizer, "mxnet")] == [0, 1, 2]
     with pytest.raises(TypeError, match=r"states=.*: must be a dict of index to state"):
         convert.to_arrays([f32(1)], optimizer, "mxnet")  # type: ignore[arg-type]
 
@@ -655,6 +657,11 @@ def test_arrays_are_checked() -> None:
         convert.from_arrays([np.ones((3, 1, 1)), np.ones((3, 2))], GroupAdaGrad(), "mxnet")
     with pytest.raises(ValueError, match="dialect='x': must be one of"):
         convert.from_arrays([], AdaGrad(), "x")
+    with pytest.raises(ValueError, match="history 0: masked: must be an array"):
+        convert.from_arrays([np.ma.masked_less(f32(1, 2), 2)], AdaGrad(), "mxnet")
+    for pair in ((f32(1), f32(1)), [f32(1), f32(1)]):
+        with pytest.raises(ValueError, match=r"states\[0\]: a pair \(master copy, history\): must be one history"):
+            convert.to_arrays({0: pair}, AdaGrad(), "mxnet")
 
 
 def test_no_framework_is_imported() -> None:

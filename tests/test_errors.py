@@ -676,6 +676,16 @@ def test_row_sparse_refers_to_its_arrays() -> None:
     assert repr(grad) == "RowSparse(<2 rows of float32>, shape=(4, 3))"
 
 
+def test_a_row_sparse_gradient_that_was_changed_is_named() -> None:
+    weights = [np.ones((4, 3)), np.ones((4, 3))]
+    grad = RowSparse(np.ones((2, 3)), np.array([0, 1]), (4, 3))
+    grad.values = np.ones((1, 3))
+    states = [np.zeros((4, 3)), np.zeros((4, 3))]
+    with pytest.raises(ValueError, match=r"grads\[1\]: values: shape \(1, 3\): must be \(2, 3\)"):
+        AdaGrad().update([0, 1], weights, [np.ones((4, 3)), grad], states)
+    assert (weights[0] == 1).all()
+
+
 def test_states_of_foreign_arrays() -> None:
     for optimizer in (AdaGrad(), GroupAdaGrad(), AdaGrad(multi_precision=True)):
         for bad in ([1.0], None, np.ones(3, np.int32), "w"):

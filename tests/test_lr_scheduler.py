@@ -119,6 +119,11 @@ def test_pure(schedule: LRScheduler) -> None:
     assert [pickle.loads(pickle.dumps(schedule))(n) for n in range(100)] == forwards
 
 
+def test_counts_of_any_integer_type() -> None:
+    for schedule in SCHEDULES.values():
+        assert [schedule(np.uint8(n)) for n in range(100)] == [schedule(n) for n in range(100)]  # type: ignore[arg-type]
+
+
 def test_asking_before_the_first_update_changes_nothing() -> None:
     optimizer = AdaGrad(learning_rate=None, lr_scheduler=FactorScheduler(step=2, factor=0.5, base_lr=0.8))
     weight = np.zeros(1)

@@ -643,6 +643,61 @@ def test_register(registry: dict[str, type]) -> None:
         adagrad.register(3)  # type: ignore[type-var]
 
 
+class Fading(AdaGrad):
+    """Says lr and wd itself, as subclasses for MXNet do: by the counts, which have the update to come in them."""
+
+    def _get_lrs(self, indices: Any) -> list[float]:
+        return [1.0 / self._index_update_count[index] for index in indices]
+
+    def _get_wd(self, index: Any) -> float:
+        return 0.25 * self.num_update
+
+
+@pytest.mark.parametrize("multipliers", [{}, {"unrelated": 1.0}], ids=["none", "unrelated"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "expression"])
+def test_rates_of_ones_own(multipliers: Any, fused: bool) -> None:
+    optimizer = Fading(epsilon=0.0, use_fused_step=fused)
+    optimizer.set_lr_mult(multipliers)
+    weights, states = [np.ones(1), np.ones(1)], [np.zeros(1), np.zeros(1)]
+    optimizer.update(1, weights[1], np.ones(1), states[1])
+    assert (float(weights[1][0]), float(states[1][0])) == (0.0, 1.25**2)
+    weights[1][:] = 1
+    optimizer.update([0, 1], weights, [np.ones(1)] * 2, states)
+    # The first sees the largest count before the second was counted, as where each is counted before it is updated.
+    assert (float(weights[0][0]), float(states[0][0])) == (0.0, 1.25**2)
+    assert float(states[1][0]) == 1.25**2 + 1.5**2
+    assert float(weights[1][0]) == 1 - 0.5 * (1.5 / np.sqrt(1.25**2 + 1.5**2))
+    before = dict(optimizer._index_update_count), optimizer.num_update
+    with pytest.raises(ValueError, match=r"grads\[1\]"):
+        optimizer.update([0, 1], weights, [np.ones(1), np.ones(2)], states)
+    assert (optimizer._index_update_count, optimizer.num_update) == before == ({0: 1, 1: 2}, 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (object(), AttributeError, r"param_dict\[0\]=<object.*>: must have lr_mult and wd_mult"),
+        (type("P", (), {"lr_mult": "a"})(), TypeError, r"lr_mult of param_dict\[0\]='a': must be a number"),
+    ],
+    ids=["no attribute", "no number"],
+)
+def test_what_param_dict_holds_is_named(value: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        AdaGrad(param_dict={0: value}).update(0, np.ones(1), np.ones(1), np.zeros(1))
+
+
+def test_rescale_grad_of_minus_zero() -> None:
+    signs = []
+    for before in (0.0, -0.0):
+        optimizer = AdaGrad(rescale_grad=before)
+        for now in (before, -0.0):
+            optimizer.rescale_grad = now
+            weight = np.full(2, -0.0)
+            optimizer.update(0, weight, np.array([-1.0, 1.0]), np.zeros(2))
+        signs.append(np.signbit(weight).tolist())
+    assert signs[0] == signs[1]
+
+
 # ---------------------------------------------------------------------------------------------- optimizers of one's own
 
 
@@ -709,6 +764,29 @@ def test_multi_precision_of_an_optimizer_of_ones_own(dtype: Any, rows: bool) -> 
     state[0][...] = 3e38
     optimizer.update_multi_precision(0, weight, np.zeros((3, 2), dtype), state)
     assert (weight == (np.inf if dtype == np.float16 else np.float32(3e38).astype(BFLOAT16))).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weight, master: weight.setflags(write=False), r"weights\[0\]: read-only: must be writable"),
+        (lambda weight, master: master.resize((1, 2), refcheck=False),
+         r"master copy in states\[0\]: shape \(1, 2\): must be \(3, 2\)"),
+    ],
+    ids=["read-only", "another shape"],
+)  # fmt: skip
+def test_masters_of_an_optimizer_of_ones_own_are_checked_before_its_step(change: Any, message: str) -> None:
+    optimizer, weight = Momentum(multi_precision=True), np.ones((3, 2), np.float16)
+    master, state = optimizer.create_state_multi_precision(0, weight)
+    change(weight, master)
+    before = master.copy()
+    with pytest.raises(ValueError, match=message):
+        optimizer.update_multi_precision(0, weight, np.ones(master.shape, np.float16), (master, state))
+    assert_same_bits(master, before)
+    assert (weight == 1).all()
+    assert optimizer.num_update == 0
+    with pytest.raises(ValueError, match=r"states\[0\]: one history: must be a pair \(master copy, state\)"):
+        optimizer.update_multi_precision(0, np.ones(2, np.float16), np.ones(2, np.float16), np.zeros(2, np.float32))
 
 
 def test_subclasses_of_the_schedule_and_adagrad_work_together() -> None:

@@ -343,8 +343,35 @@ def test_a_schedule_of_ones_own_is_kept_and_never_saved() -> None:
     assert other.optimizer.lr_scheduler is kept
     assert other.optimizer.learning_rate == 2.0
     without = get_updater(AdaGrad(0.5))
-    without.set_states(data)
+    with pytest.warns(UserWarning, match=r"a scheduler of its own, which no file holds: learning_rate=0.5 stays"):
+        without.set_states(data)
     assert without.optimizer.lr_scheduler is None
+    assert without.optimizer.learning_rate == 0.5
+    ours = get_updater(AdaGrad(None, lr_scheduler=FactorScheduler(1, 0.5)))
+    other.set_states(ours.get_states(dump_optimizer=True))
+    assert other.optimizer.lr_scheduler is kept
+
+
+def lowered() -> CosineScheduler:
+    schedule = CosineScheduler(100, base_lr=0.1, warmup_steps=5, warmup_begin_lr=0.05)
+    schedule.base_lr = 0.01
+    return schedule
+
+
+def test_a_schedule_whose_rate_was_lowered_below_its_warm_up_goes_on() -> None:
+    updater = get_updater(AdaGrad(None, lr_scheduler=lowered()))
+    again = get_updater(AdaGrad())
+    again.set_states(updater.get_states(dump_optimizer=True))
+    assert [again.optimizer._lr_at(n) for n in range(120)] == [lowered()(n) for n in range(120)]
+
+
+def test_a_schedule_that_could_not_be_loaded_is_not_saved() -> None:
+    schedule = CosineScheduler(100, warmup_steps=5)
+    schedule.max_update = 2
+    updater = get_updater(AdaGrad(None, lr_scheduler=schedule))
+    with pytest.raises(ValueError, match=r"lr_scheduler: cannot be saved: warmup_steps=5: must be < max_update=2"):
+        updater.get_states(dump_optimizer=True)
+    updater.get_states()
 
 
 def test_what_is_not_saved() -> None:
@@ -508,6 +535,57 @@ def test_loaded_states_are_adopted_once() -> None:
     again(0, np.ones(3), weight)
     assert again.states[0] is state
     assert (state == 3).all()
+
+
+def test_a_loaded_state_that_was_taken_away_or_replaced() -> None:
+    """As without a load: an index without a state gets a new one, and a state of another shape is refused."""
+    updater, weight, grad = get_updater(AdaGrad(1.0)), np.ones((3, 2)), np.ones((3, 2))
+    updater(0, grad, weight)
+    data = updater.get_states()
+    for take_away in (lambda: updater.states.pop(0), lambda: setattr(updater, "states", {})):
+        updater.set_states(data)
+        take_away()
+        updater(0, grad, weight)
+        assert (updater.states[0] == 1).all()
+    updater.set_states(data, resize_rows=True)
+    updater.states = {0: np.ones((2, 2))}
+    with pytest.raises(ValueError, match=r"history in states\[0\]: shape \(2, 2\): must be \(3, 2\)"):
+        updater(0, grad, weight)
+
+
+@pytest.mark.parametrize("tensors", [False, True], ids=["NumPy", "torch"])
+def test_resize_rows_changes_no_dtype(tensors: bool) -> None:
+    updater = get_updater(AdaGrad())
+    updater.states = {0: np.ones((3, 2), np.float64)}
+    again, weight = get_updater(AdaGrad()), np.ones((4, 2), np.float32)
+    again.set_states(updater.get_states(), resize_rows=True)
+    given = [torch.from_numpy(weight)] * 2 if tensors else [weight] * 2
+    with pytest.raises((TypeError, ValueError), match=r"history in states\[0\]"):
+        again(0, given[0].clone() if tensors else weight.copy(), given[1])
+    assert (weight == 1).all()
+
+
+class WithMomentum(AdaGrad):
+    """A step and states of its own, which the rule's checks know nothing of."""
+
+    def create_state(self, index: Any, weight: Any) -> Any:
+        return np.zeros_like(weight), np.zeros_like(weight)
+
+    def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        for index, weight, grad, (history, momentum) in zip(indices, weights, grads, states, strict=True):
+            self._update_count(index)
+            history += grad * grad
+            momentum[...] = 0.5 * momentum + grad
+            weight -= self._get_lr(index) * momentum / (np.sqrt(history) + self.epsilon)
+
+
+@pytest.mark.parametrize("aggregate_num", [1, 2])
+def test_states_of_ones_own_in_lists(aggregate_num: int) -> None:
+    updater = get_updater(WithMomentum(0.5, epsilon=0.0, aggregate_num=aggregate_num))
+    weights, grads = [np.ones(2, np.float32) for _ in range(2)], [np.ones(2, np.float32)] * 2
+    for expected in (0.5, 0.5 - 0.5 * 1.5 / np.sqrt(2)):
+        updater([0, 1], grads, weights)
+        assert np.allclose(weights, expected, rtol=1e-6)
 
 
 class Adamish(Optimizer):

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from adagrad import checks, dialects, kernels
+from adagrad import checks, dialects, kernels, lr_scheduler
 from adagrad.arrays import computing_format, operand
 from adagrad.dialects import Default
-from adagrad.lr_scheduler import LRScheduler
 from adagrad.optimizer import Optimizer, as_lists, register
 from adagrad.rates import Index
 from adagrad.rule import Array, Rule, history_shape, is_torch
@@ -141,7 +140,8 @@ class AdaGrad(Optimizer):
             self._carry_out(weights, grads, states, lrs, wds, counts, fused=True)
             return
         # A step of a subclass is to see the dense part; the whole list is checked before anything changes.
-        kernels.prepare(weights, grads, states, lrs, wds, self.rule(), fused=True)
+        if not self._has_own_states():
+            kernels.prepare(weights, grads, states, lrs, wds, self.rule(), fused=True)
         is_sparse = [kernels.is_row_sparse(grad) for grad in grads]
         dense = [i for i, each in enumerate(is_sparse) if not each]
         sparse = [i for i, each in enumerate(is_sparse) if each]
@@ -178,13 +178,18 @@ class AdaGrad(Optimizer):
         kind: Any = type(self)
         scheduler = self.lr_scheduler
         is_ours = kind.__module__ in (__name__, f"{__package__}.group_adagrad") and _names(kind).isdisjoint(vars(self))
-        return is_ours and (scheduler is None or type(scheduler).__module__ == LRScheduler.__module__)
+        return is_ours and (scheduler is None or lr_scheduler.is_ours(scheduler))
+
+    def _has_own_states(self) -> bool:
+        """Whether a subclass makes states of its own for a step of its own, which alone knows what they must be."""
+        kind = type(self)
+        return kind.step is not AdaGrad.step and kind.create_state is not AdaGrad.create_state
 
     def rule(self) -> Rule:
         """The rule's options and scalars as they are now; checked, since attributes may have been set meanwhile."""
         values = (self.rescale_grad, self.clip_gradient, self.epsilon, self.epsilon_inside, self.decoupled_decay)
         given = (*values, *map(type, values))  # with their types: True equals 1.0, and is refused
-        if given != self._rule_given:
+        if given != self._rule_given or not self.rescale_grad:  # 0.0 equals -0.0
             self._rule = Rule(
                 rescale_grad=checks.finite("rescale_grad", self.rescale_grad),
                 clip_gradient=checks.positive_or_none("clip_gradient", self.clip_gradient),
@@ -197,6 +202,8 @@ class AdaGrad(Optimizer):
         return self._rule
 
     def check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        if self._has_own_states():
+            return
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
         lrs, wds, _ = self._resolve(indices)
         kernels.prepare(weights, grads, states, lrs, wds, self.rule(), fused=self.use_fused_step)

@@ -117,6 +117,15 @@ def overlaps_itself(memory: np.ndarray) -> bool:
     return bool((np.diff(np.sort(offsets)) < memory.itemsize).any())
 
 
+def refuse_unwritable(o: Operand) -> None:
+    """ValueError where an operand that a call writes to is read-only, or overlaps itself."""
+    if o.memory is not None:
+        if not o.memory.flags.writeable:
+            raise ValueError(f"{o.name}: read-only: must be writable")
+        if overlaps_itself(o.memory):
+            raise ValueError(f"{o.name}: strides {o.memory.strides}: overlaps itself")
+
+
 def refuse_shared_memory(written: list[Operand], read: list[Operand]) -> None:
     """ValueError where an array that the call writes to shares a byte with any other array of the call."""
     spans = [(*bounds(o.memory), True, o) for o in written if o.memory is not None]

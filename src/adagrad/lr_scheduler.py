@@ -117,7 +117,7 @@ class FactorScheduler(LRScheduler):
 
     def after_warmup(self, num_update: int) -> float:
         # Repeated multiplication, not a power: it rounds as MXNet's does. It goes on from the last result, if it can.
-        decays, given = max(num_update - 1, 0) // self.step, (self.base_lr, self.factor, self.stop_factor_lr)
+        decays, given = max(int(num_update) - 1, 0) // self.step, (self.base_lr, self.factor, self.stop_factor_lr)
         before, done, lr = self._last
         if before != given or done > decays:
             done, lr = 0, self.base_lr
@@ -277,20 +277,25 @@ def _factor(factor: Any) -> float:
     return value
 
 
+def is_ours(scheduler: Any) -> bool:
+    """Whether ``scheduler`` is of one of the classes here, not of a user's."""
+    return type(scheduler).__module__ == __name__
+
+
 def from_config(name: Any, config: Any) -> LRScheduler:
     """The schedule whose class name and :meth:`LRScheduler.config` these are; ValueError for what is neither."""
     classes = {c.__name__: c for c in (FactorScheduler, MultiFactorScheduler, PolyScheduler, CosineScheduler)}
     if name not in classes or not isinstance(config, dict):
         raise ValueError(f"lr_scheduler={name!r}: must be one of {', '.join(classes)}")
     arguments = dict(config)
-    # A warm-up that ends elsewhere: base_lr may then lie below where it begins, so it is set afterwards, as it was.
+    # base_lr may lie below where the warm-up begins, if it was set later, so it is set later here, too.
     final = arguments.pop("warmup_final_lr", None)
-    base = arguments.get("base_lr")
     try:
-        schedule = classes[name](**(arguments if final is None else arguments | {"base_lr": final}))
+        base, begin = (checks.non_negative(each, arguments.get(each)) for each in ("base_lr", "warmup_begin_lr"))
+        schedule = classes[name](**(arguments | {"base_lr": max(base, begin) if final is None else final}))
         if final is not None:
             schedule.warmup_final_lr = final
-            schedule.base_lr = checks.non_negative("base_lr", base)
+        schedule.base_lr = base
     except TypeError as error:
         raise ValueError(f"lr_scheduler {name}: {error}") from error
     return schedule

@@ -10,8 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from adagrad import checks, lr_scheduler
-from adagrad.arrays import LOW_PRECISION, operand
-from adagrad.lr_scheduler import LRScheduler
+from adagrad.arrays import LOW_PRECISION, operand, refuse_unwritable
 from adagrad.rates import Index, Rates
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Array, cast, is_torch
@@ -173,6 +172,9 @@ class Optimizer(Rates):
             self.multi_precision and operand(f"weights[{i}]", weight).format in LOW_PRECISION
             for i, weight in enumerate(weights)
         ]
+        for i, (is_low, weight, state) in enumerate(zip(low, weights, states, strict=True)):
+            if is_low:
+                _check_master(f"[{i}]", weight, state)
         masters = [state[0] if is_low else w for is_low, w, state in zip(low, weights, states, strict=True)]
         full = [_cast_gradient(g, m) if is_low else g for is_low, g, m in zip(low, grads, masters, strict=True)]
         inner = [state[1] if is_low else state for is_low, state in zip(low, states, strict=True)]
@@ -196,11 +198,21 @@ class Optimizer(Rates):
 
         A scheduler of one's own, ``param_dict`` and ``sym`` are not in it, nor what changes no result
         (``aggregate_num``, ``use_fused_step``).
+
+        Raises
+        ------
+        ValueError
+            For a scheduler of :mod:`adagrad.lr_scheduler` whose attributes were set to what its constructor refuses.
         """
         scheduler: Any = self.lr_scheduler
-        if scheduler is not None:
-            ours = type(scheduler).__module__ == LRScheduler.__module__
-            scheduler = [type(scheduler).__name__, scheduler.config()] if ours else "custom"
+        if scheduler is not None and not lr_scheduler.is_ours(scheduler):
+            scheduler = "custom"
+        elif scheduler is not None:
+            scheduler = [type(scheduler).__name__, scheduler.config()]
+            try:
+                lr_scheduler.from_config(*scheduler)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"lr_scheduler: cannot be saved: {error}") from error
         return {
             "class": type(self).__name__,
             "lr": self.lr,
@@ -224,7 +236,8 @@ class Optimizer(Rates):
     def set_config(self, config: Mapping[str, Any]) -> None:
         """Take over what :meth:`config` of an optimizer of the same class gave.
 
-        A scheduler of one's own stays. ValueError for what does not fit; then nothing has changed.
+        A scheduler of one's own stays, whatever was saved. Where one of the saved optimizer's own is missing here, the
+        learning rate stays, with a UserWarning. ValueError for what does not fit; then nothing has changed.
         """
         if config.get("class") != type(self).__name__:
             raise ValueError(f"optimizer {config.get('class')!r}: must be {type(self).__name__!r}, like the one here")
@@ -237,16 +250,35 @@ class Optimizer(Rates):
             for name in ("lr_mult", "wd_mult"):
                 new[name] = {k: checks.non_negative(f"{name}[{k!r}]", v) for k, v in config[name].items()}
             new["idx2name"] = dict(config["idx2name"])
-            schedule = config["lr_scheduler"]
-            own = self.lr_scheduler if type(self.lr_scheduler).__module__ != LRScheduler.__module__ else None
-            if schedule == "custom" or (schedule is None and own is not None):
-                new["lr_scheduler"] = self.lr_scheduler
-            else:
-                new["lr_scheduler"] = None if schedule is None else lr_scheduler.from_config(*schedule)
+            schedule, here = config["lr_scheduler"], self.lr_scheduler
+            if schedule != "custom":
+                loaded = None if schedule is None else lr_scheduler.from_config(*schedule)
+                new["lr_scheduler"] = loaded if here is None or lr_scheduler.is_ours(here) else here
+            elif here is None:
+                del new["lr"]  # that of an optimizer with a scheduler, which means nothing without
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"optimizer {type(self).__name__}: its saved hyper-parameters: {error!r}") from error
+        if "lr" not in new:
+            warnings.warn(
+                "the saved optimizer had a scheduler of its own, which no file holds: "
+                f"learning_rate={self.learning_rate!r} stays; give the optimizer one if it is to go on",
+                UserWarning,
+                stacklevel=4,
+            )
         for name, value in new.items():
             setattr(self, name, value)
+
+
+def _check_master(at: str, weight: Array, state: Any) -> None:
+    """What must be right before the master copy of a state is updated and rounded to the weight."""
+    if not isinstance(state, (tuple, list)) or len(state) != 2:
+        found = f"{len(state)} entries" if isinstance(state, (tuple, list)) else "one history"
+        raise ValueError(f"states{at}: {found}: must be a pair (master copy, state), for this weight")
+    w, master = operand(f"weights{at}", weight), operand(f"master copy in states{at}", state[0])
+    if master.shape != w.shape:
+        raise ValueError(f"{master.name}: shape {master.shape}: must be {w.shape}")
+    refuse_unwritable(w)
+    refuse_unwritable(master)
 
 
 def _cast_gradient(grad: Any, like: Array) -> Any:

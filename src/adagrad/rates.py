@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -124,7 +125,7 @@ class Rates:
     def _multiplier(self, index: Index, attribute: str, multipliers: Mapping[Index, float]) -> float:
         """MXNet's order: the parameter's own, else the index's, else its name's."""
         if index in self.param_dict:
-            return float(getattr(self.param_dict[index], attribute))
+            return _own_multiplier(index, self.param_dict[index], attribute)
         if index in multipliers:
             return multipliers[index]
         if index in self.idx2name:
@@ -132,20 +133,22 @@ class Rates:
         return 1.0
 
     def _get_lr(self, index: Index) -> float:
-        """The learning rate of the weight ``index`` now."""
-        if index in self._resolved:
-            return self._resolved[index][0]
-        return self.learning_rate * self._multiplier(index, "lr_mult", self.lr_mult)
+        """The learning rate of the weight ``index`` now; a subclass may decide on it here, or for a list below."""
+        return self._get_lrs([index])[0]
 
     def _get_wd(self, index: Index) -> float:
-        """The weight decay of the weight ``index``."""
-        return self.wd * self._multiplier(index, "wd_mult", self.wd_mult)
+        """The weight decay of the weight ``index``; likewise."""
+        return self._get_wds([index])[0]
 
     def _get_lrs(self, indices: Sequence[Index]) -> list[float]:
-        return [self._get_lr(index) for index in indices]
+        known = self._resolved
+        return [
+            known[index][0] if index in known else self.learning_rate * self._multiplier(index, "lr_mult", self.lr_mult)
+            for index in indices
+        ]
 
     def _get_wds(self, indices: Sequence[Index]) -> list[float]:
-        return [self._get_wd(index) for index in indices]
+        return [self.wd * self._multiplier(index, "wd_mult", self.wd_mult) for index in indices]
 
     # ----------------------------------------------------------------------------------------------------- the counts
 
@@ -166,6 +169,9 @@ class Rates:
         if not {int, str}.issuperset(map(type, indices)):
             for index in indices:
                 _check_index(index)
+        kind: Any = type(self)
+        if _decides(kind):
+            return self._ask(indices)
         if self.lr_scheduler is None and not (self.param_dict or self.lr_mult or self.wd_mult):
             lr, wd = checks.non_negative("lr", self.learning_rate), checks.non_negative("wd", self.wd)
             return [lr], [wd], {index: counts.get(index, begin) + 1 for index in indices}
@@ -183,6 +189,21 @@ class Rates:
         wds = [checks.non_negative(f"wd of index {index!r}", self._get_wd(index)) for index in indices]
         return lrs, wds, new
 
+    def _ask(self, indices: Sequence[Index]) -> tuple[list[float], list[float], dict[Index, int]]:
+        """:meth:`_resolve` where a subclass decides: each index is counted before it is asked about, as in MXNet."""
+        before = self._index_update_count, self.num_update
+        self._index_update_count = dict(self._index_update_count)
+        lrs: list[float] = []
+        wds: list[float] = []
+        try:
+            for index in indices:
+                self._update_count(index)
+                lrs.append(checks.non_negative(f"lr of index {index!r}", self._get_lr(index)))
+                wds.append(checks.non_negative(f"wd of index {index!r}", self._get_wd(index)))
+            return lrs, wds, {index: self._index_update_count[index] for index in indices}
+        finally:
+            self._index_update_count, self.num_update = before
+
     def _count(self, new: Mapping[Index, int]) -> None:
         """Take over the counts that :meth:`_resolve` gave."""
         if new:
@@ -198,6 +219,25 @@ class Rates:
             yield
         finally:
             self._resolved = {}
+
+
+@functools.cache
+def _decides(kind: type) -> bool:
+    """Whether a subclass has a say of its own in learning rates or weight decays."""
+    methods = ("_get_lr", "_get_lrs", "_get_wd", "_get_wds")
+    return any(getattr(kind, method) is not getattr(Rates, method) for method in methods)
+
+
+def _own_multiplier(index: Index, parameter: Any, attribute: str) -> float:
+    try:
+        value = getattr(parameter, attribute)
+    except AttributeError:
+        shown = checks.describe(parameter)
+        raise AttributeError(f"param_dict[{index!r}]={shown}: must have lr_mult and wd_mult") from None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{attribute} of param_dict[{index!r}]={checks.describe(value)}: must be a number") from None
 
 
 def _check_index(index: Any) -> None:

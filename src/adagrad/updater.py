@@ -42,7 +42,8 @@ class Updater:
             raise TypeError(f"optimizer={checks.describe(optimizer)}: must be an adagrad.Optimizer")
         self.optimizer = optimizer
         self.states: dict[Index, Any] = {}
-        self._loaded: dict[Index, bool] = {}  # states not used since they were loaded, and whether rows may be added
+        # States not used since they were loaded, and whether rows may be added; another in its place was not loaded.
+        self._loaded: dict[Index, tuple[Any, bool]] = {}
 
     def __call__(self, index: Any, grad: Any, weight: Any) -> None:
         """Update ``weight`` with ``grad``, or each of a list of weights; note MXNet's order of the arguments.
@@ -58,8 +59,10 @@ class Updater:
             if each not in self.states
         }
         for each, w in zip(indices, weights, strict=True):
-            if each in self._loaded:
-                new[each] = self._adopt(each, w)
+            loaded, resize = self._loaded.get(each, (None, False))
+            if loaded is not None and loaded is self.states.get(each):
+                fresh = self.optimizer.create_state_multi_precision(each, w)
+                new[each] = _adopted(f"states[{each!r}]", loaded, fresh, resize=resize)
         states = [new[each] if each in new else self.states[each] for each in indices]
         n, optimizer = len(indices), self.optimizer
         together = n if n == 1 or optimizer._may_take_all_at_once() else int(min(optimizer.aggregate_num, n))
@@ -78,12 +81,6 @@ class Updater:
         self.states.update(new)
         for each in new:
             self._loaded.pop(each, None)
-
-    def _adopt(self, index: Index, weight: Any) -> Any:
-        """The loaded state of ``index`` where ``weight`` is: on its device and, if that was asked for, of its rows."""
-        state = self.states[index]
-        fresh = self.optimizer.create_state_multi_precision(index, weight)
-        return _adopted(f"states[{index!r}]", state, fresh, resize=self._loaded[index])
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
@@ -134,7 +131,7 @@ class Updater:
         if config is not None:
             self.optimizer.set_config(config)
         self.states = dict(loaded)
-        self._loaded = dict.fromkeys(loaded, resize_rows)
+        self._loaded = {index: (state, resize_rows) for index, state in loaded.items()}
 
     def save_states(self, path: str | os.PathLike[str], dump_optimizer: bool = False) -> None:
         """Write :meth:`get_states` to a file: to a temporary one, renamed when it is complete."""
@@ -167,7 +164,7 @@ def _shapes(state: Any) -> Any:
 
 
 def _adopted(at: str, loaded: Any, fresh: Any, *, resize: bool) -> Any:
-    """``loaded`` in the structure of ``fresh``, each array :func:`_into` its counterpart."""
+    """A loaded state in the structure of a ``fresh`` one, each array :func:`_into` its counterpart."""
     entries = [len(each) if isinstance(each, (tuple, list)) else None for each in (loaded, fresh)]
     if entries[0] != entries[1]:
         raise ValueError(f"{at}: {_kind(loaded)}: must be {_kind(fresh)}, for this weight")
@@ -189,7 +186,7 @@ def _into(loaded: Any, fresh: Any, *, resize: bool) -> Any:
             loaded = loaded.view(torch.bfloat16) if is_bfloat16 else loaded
         loaded = loaded.to(fresh.device)
     before, now = tuple(loaded.shape), tuple(fresh.shape)
-    if not resize or before == now or before[1:] != now[1:] or not now:
+    if not resize or before == now or before[1:] != now[1:] or not now or loaded.dtype != fresh.dtype:
         return loaded  # what does not fit is refused by the update
     rows = min(before[0], now[0])
     fresh[:rows] = loaded[:rows]

@@ -72,6 +72,8 @@ def history(what: str, value: Any, optimizer: AdaGrad | None = None) -> History:
             f"{what}: {low[0]}: must be float32 or float64: in {low[0]} it is rounded at every step, until it stops "
             "growing; here it would be float32 and go on growing. If that is wanted, make it float32 before"
         )
+    if isinstance(value, np.ma.MaskedArray):
+        raise ValueError(f"{what}: masked: must be an array of float32 or float64")
     array = np.array(plain(value), order="C")
     native = array.dtype.newbyteorder("=")
     if native not in (np.dtype(np.float32), np.dtype(np.float64)):
@@ -86,7 +88,7 @@ def history(what: str, value: Any, optimizer: AdaGrad | None = None) -> History:
 
 def single(index: Index, state: Any) -> History:
     """A copy of a state that is one history."""
-    if isinstance(state, tuple):
+    if isinstance(state, (tuple, list)):
         raise ValueError(f"states[{index!r}]: a pair (master copy, history): must be one history")
     return history(f"states[{index!r}]", state)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -80,6 +81,6 @@ def ordered(states: Mapping[Index, Any]) -> dict[Index, Any]:
     """``states`` by their indices where these are integers; else as they are."""
     if not isinstance(states, Mapping):
         raise TypeError(f"states={checks.describe(states)}: must be a dict of index to state")
-    if all(isinstance(index, int) for index in states):
+    if all(isinstance(index, numbers.Integral) for index in states):
         return {index: states[index] for index in sorted(states)}
     return dict(states)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adagrad.arrays import LOW_PRECISION, Operand, computing_format, operand, overlaps_itself, refuse_shared_memory
+from adagrad.arrays import LOW_PRECISION, Operand, computing_format, operand, refuse_shared_memory, refuse_unwritable
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Array, Rule, history_shape, is_torch
 
@@ -88,11 +88,8 @@ def check_update(at: str, weight: Array, grad: Any, history: Any, master: Any, r
                 raise TypeError(f"{o.name}: {_kind(o.array)}: must be {_kind(w.array)}, like the weight")
             _require(o, "device", o.device, w.device)
     for o in (w, h, m):
-        if o is not None and o.memory is not None:
-            if not o.memory.flags.writeable:
-                raise ValueError(f"{o.name}: read-only: must be writable")
-            if overlaps_itself(o.memory):
-                raise ValueError(f"{o.name}: strides {o.memory.strides}: overlaps itself")
+        if o is not None:
+            refuse_unwritable(o)
     if is_torch(w.array):
         from adagrad.kernels import tensor_checks
 
@@ -140,7 +137,10 @@ def as_row_sparse(name: str, grad: Any) -> RowSparse | None:
         return None
     if isinstance(grad, RowSparse):
         # Checked again: the kernels trust the shapes, and its attributes and arrays may have changed meanwhile.
-        return RowSparse(grad.values, grad.indices, grad.shape)
+        try:
+            return RowSparse(grad.values, grad.indices, grad.shape)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
     if grad.sparse_dim() != 1:
         raise ValueError(f"{name}: {grad.sparse_dim()} sparse dimensions: must be 1, the rows")
     return RowSparse(grad._values(), grad._indices()[0], grad.shape)
