@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -452,6 +453,22 @@ def plain_state_into_shards(folder: Path) -> None:
         same(p, q, name)
 
 
+def sharded_grad_scaler(folder: Path) -> None:
+    """FSDP1's scaler: where one process finds infinities, all skip the step."""
+    shard = nn.Parameter(torch.ones(2))
+    optimizer = Adagrad([shard], lr=0.1)
+    scaler = ShardedGradScaler("cpu", init_scale=4.0)
+    scaler.scale(shard.sum()).backward()
+    assert shard.grad is not None
+    if dist.get_rank() == 1:
+        shard.grad[0] = float("inf")
+    scaler.step(optimizer)
+    scaler.update()
+    assert shard.tolist() == [1, 1]
+    assert optimizer.state[shard]["step"] == 0
+    assert scaler.get_scale() == 2
+
+
 # ----------------------------------------------------------------------------------------------------------------- ZeRO
 
 
@@ -489,7 +506,7 @@ def zero_redundancy(folder: Path) -> None:
 CHECKS: dict[str, list[Callable[[Path], None]]] = {
     "two": [
         ddp_dense, ddp_sparse, fsdp, fsdp_low_precision, tensor_parallel, placements, mixed_with_plain, save,
-        full_state_dicts, zero_redundancy, plain_state_into_shards, row_wise_placements,
+        full_state_dicts, zero_redundancy, plain_state_into_shards, row_wise_placements, sharded_grad_scaler,
     ],
     "four": [load_of_two, fsdp, hsdp, fsdp_and_tensor_parallel, save],
 }  # fmt: skip

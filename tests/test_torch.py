@@ -600,11 +600,20 @@ def test_share_memory() -> None:
     assert optimizer.state[p]["step"] == 2
 
 
-def test_autograd_notices_that_parameters_changed() -> None:
-    p = parameter((3,))
-    optimizer = Adagrad([p])
-    p.grad = torch.ones(3)
-    loss = (p * p).sum()
+def test_only_the_parameters_state_is_shared() -> None:
+    optimizer = Adagrad([parameter((3,))])
+    optimizer.state["global"] = 3  # type: ignore[index, assignment]
+    optimizer.share_memory()
+
+
+@pytest.mark.parametrize("what", ["parameter", "sum", "master"])
+def test_autograd_notices_what_has_changed(what: str) -> None:
+    p = parameter((3,), torch.bfloat16 if what == "master" else torch.float32)
+    optimizer = Adagrad([p], multi_precision=what == "master")
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    factor = torch.ones(3, requires_grad=True)
+    loss = (factor * (p if what == "parameter" else optimizer.state[p][what])).sum()
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -659,6 +668,44 @@ def test_grad_scaler_with_sparse_gradients() -> None:
     scaler.step(optimizer)
     other.step()
     assert_same_bits(first.weight, second.weight)
+
+
+class Clipping(Adagrad):
+    def step(self, closure: Any = None) -> Any:
+        nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1.0)
+        return super().step(closure)
+
+
+class AsItIs(Adagrad):
+    """Nothing of its own."""
+
+
+@pytest.mark.parametrize("how", ["subclass", "instance"])
+def test_a_step_of_ones_own_sees_unscaled_gradients(how: str) -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = Clipping([p], lr=0.1) if how == "subclass" else Adagrad([p], lr=0.1)
+    if how == "instance":
+        inner = optimizer.step
+
+        def step() -> None:
+            nn.utils.clip_grad_norm_([p], 1.0)
+            inner()
+
+        optimizer.step = step  # type: ignore[method-assign, assignment]
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    scaler.scale(p.sum() * 2).backward()
+    scaler.step(optimizer)
+    assert optimizer.state[p]["sum"].tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_who_unscales() -> None:
+    for klass in (AsItIs, Adagrad, AsItIs):  # PyTorch puts a wrapper of its own around step, once for a class
+        optimizer = klass([parameter((3,))])
+        assert optimizer._step_supports_amp_scaling
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)  # which wraps step
+        assert optimizer._step_supports_amp_scaling
+    assert not Clipping([parameter((3,))])._step_supports_amp_scaling
+    assert Clipping([parameter((3,))], fused=True)._step_supports_amp_scaling
 
 
 @pytest.mark.parametrize("fused", [None, False])

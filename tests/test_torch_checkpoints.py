@@ -202,6 +202,40 @@ def test_hooks_see_tensors() -> None:
     assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
 
 
+def test_state_of_no_parameter_is_copied_as_it_is() -> None:
+    p, optimizer = with_master()
+    optimizer.state["ema"] = {"loss": torch.tensor(3.0)}  # type: ignore[index]
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state["ema"] == {"loss": torch.tensor(3.0)}  # type: ignore[index]
+    assert optimizer.state[p]["sum"].dtype == torch.float32
+
+
+def test_options_that_a_checkpoint_lacks_stay() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = Adagrad([p], lr=0.3, lr_decay=0.5, eps=1e-3, weight_decay=0.1, initial_accumulator_value=0.2)
+    before = dict(optimizer.param_groups[0])
+    saved = optimizer.state_dict()
+    saved["param_groups"] = [{"params": [0]}]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0] == before
+
+
+@pytest.mark.parametrize("name", ["step", "sum"])
+def test_a_state_that_lacks_something_is_refused(name: str) -> None:
+    p, optimizer = with_master()
+    before = copy.deepcopy(optimizer.state[p])
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["state"][0][name]
+    with pytest.raises(ValueError, match=f"state of parameter 0 of group 0: no {name!r}: must have step and sum"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.state[p].keys() == before.keys()
+    adam = torch.optim.Adam([p])
+    adam.step()
+    with pytest.raises(ValueError, match="state of parameter 0 of group 0: no 'sum'"):
+        optimizer.load_state_dict(adam.state_dict())
+    assert_same_bits(optimizer.state[p]["sum"], before["sum"])
+
+
 @pytest.mark.parametrize("what", ["shape", "row-wise", "groups"])
 def test_a_refused_checkpoint_changes_nothing(what: str) -> None:
     p = nn.Parameter(torch.ones(3, 2))
@@ -266,13 +300,15 @@ def test_a_master_copy_that_torch_carried_along_is_made_anew() -> None:
     assert_same_bits(again.state[p]["master"], before.float())
 
 
-@pytest.mark.parametrize("change", ["in place", "without multi_precision"])
+@pytest.mark.parametrize("change", ["in place", "other memory", "without multi_precision"])
 def test_a_master_copy_follows_its_parameter(change: str) -> None:
     p, optimizer = with_master()
     kept = optimizer.state[p]["master"].clone()
     if change == "in place":
         with torch.no_grad():
             p.mul_(0.5)
+    elif change == "other memory":
+        p.data = p.data * 0.5
     else:
         optimizer.param_groups[0]["multi_precision"] = False
         for _ in range(20):
@@ -284,6 +320,17 @@ def test_a_master_copy_follows_its_parameter(change: str) -> None:
     optimizer.step()
     assert_same_bits(p, before)
     assert_same_bits(optimizer.state[p]["master"], before.float())
+
+
+def test_a_master_copy_follows_a_parameter_that_nobody_watches() -> None:
+    with torch.inference_mode():
+        p = torch.ones(3, dtype=torch.bfloat16)
+        optimizer = Adagrad([p], multi_precision=True)
+        for value in (1.0, 5.0):
+            p.fill_(value)
+            p.grad = torch.zeros_like(p)
+            optimizer.step()
+            assert (p == value).all()
 
 
 def test_a_master_copy_stays_where_a_change_was_none() -> None:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
+from adagrad import kernels
 from adagrad.kernels import layout, tensor_layout, tensor_views
+from adagrad.rule import Rule
 from adagrad.torch import Adagrad
 from support import assert_same_bits, set_layout
 
@@ -144,9 +146,9 @@ def test_a_refused_step_changes_nothing(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
 def test_gradient_of_another_layout() -> None:
     p = nn.Parameter(torch.ones(4, 4))
-    optimizer = Adagrad([p])
+    optimizer = Adagrad([p], row_wise=True)
     p.grad = torch.sparse_coo_tensor(torch.zeros(0, 1), torch.ones(1, 4, 4), (4, 4), check_invariants=False)
-    with pytest.raises(ValueError, match=re.escape("grads[0]: 0 sparse dimensions: must be 1")):
+    with pytest.raises(ValueError, match=re.escape("grads[0]: 0 sparse dimensions: must be 1 for row-wise history")):
         optimizer.step()
     assert optimizer.state[p]["step"] == 0
     with pytest.raises(TypeError, match=re.escape("grads[7]: layout torch.sparse_csr: must be strided or sparse_coo")):
@@ -161,6 +163,26 @@ def test_an_entry_outside_does_not_become_another_row(row: list[list[int]]) -> N
     with pytest.raises(IndexError, match="=-1: must be in"):
         optimizer.step()
     assert (p == 1).all()
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("entries", [0, 1, 300])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_no_sparse_dimension_is_one_row(shape: tuple[int, ...], entries: int, transposed: bool) -> None:
+    """The sum of the entries, in the order of a row's occurrences."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(entries, *shape, generator=generator)
+    p, q = (nn.Parameter(torch.ones(shape)) for _ in range(2))
+    if transposed:
+        p = nn.Parameter(torch.ones(shape[::-1]).permute(tuple(reversed(range(len(shape))))))
+    p.grad = torch.sparse_coo_tensor(torch.zeros(0, entries, dtype=torch.long), values, shape, check_invariants=False)
+    row = nn.Parameter(q.detach().clone()[None])
+    index = torch.zeros(1, entries, dtype=torch.long)
+    row.grad = torch.sparse_coo_tensor(index, values, (1, *shape), check_invariants=False)
+    for each in (p, row):
+        optimizer = Adagrad([each], lr=0.1, weight_decay=0.1)
+        optimizer.step()
+    assert_same_bits(p, row[0])
 
 
 def test_several_sparse_dimensions_refused() -> None:
@@ -249,6 +271,47 @@ def test_subclasses(options: dict[str, Any]) -> None:
         assert_same_bits(history.a if isinstance(history, TwoTensor) else history.as_subclass(Tensor), want_sum)
     assert_same_bits(wrapped.b, want)
     assert "sqrt" in Logged.seen  # its own operations did it, not a kernel behind its back
+
+
+def test_a_subclass_that_overlaps_itself_changes_nothing_else() -> None:
+    first = nn.Parameter(torch.ones(2))
+    Logged.seen = []
+    second = torch.ones(1).expand(2).as_subclass(Logged).requires_grad_()
+    optimizer = Adagrad([first, second])
+    for p in (first, second):
+        p.grad = torch.ones(2)
+    with pytest.raises(ValueError, match=r"weights\[1\]: strides \(0,\): overlaps itself"):
+        optimizer.step()
+    assert first.tolist() == [1, 1]
+    assert optimizer.state[first]["sum"].tolist() == [0, 0]
+    with pytest.raises(ValueError, match=r"master copy in states\[0\]: shape \(3,\): must be \(2,\)"):
+        kernels.update(
+            [torch.ones(2, dtype=torch.float16).as_subclass(Logged)], [torch.ones(2)],
+            [(torch.ones(3), torch.ones(2))], [0.1], [0.0], Rule(), fused=True,
+        )  # fmt: skip
+
+
+class Fixed(Tensor):
+    """A tensor that refuses to be written to, in a way that no check foresees."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.__setitem__, Tensor.copy_):
+            raise NotImplementedError("not to be written to")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_subclass_that_cannot_be_written_to_changes_nothing() -> None:
+    first = nn.Parameter(torch.ones(2))
+    second = torch.ones(2).as_subclass(Fixed).requires_grad_()
+    optimizer = Adagrad([first, second])
+    for p in (first, second):
+        p.grad = torch.ones(2)
+    optimizer.state[second]["sum"] = torch.zeros(2)
+    with pytest.raises(NotImplementedError, match="not to be written to"):
+        optimizer.step()
+    assert first.tolist() == [1, 1]
+    assert optimizer.state[first]["sum"].tolist() == optimizer.state[second]["sum"].tolist() == [0, 0]
 
 
 def test_meta_device() -> None:
@@ -430,6 +493,11 @@ DIFFERENTIABLE: dict[str, tuple[Any, type[Exception], str]] = {
         lambda p, o: o.state[p].update(sum=torch.zeros(4, 2, dtype=torch.float16)),
         TypeError,
         r"dtype torch.float16",
+    ),
+    "history that overlaps itself": (
+        lambda p, o: o.state[p].update(sum=torch.zeros(4, 1).expand(4, 2)),
+        ValueError,
+        r"history in states\[1\]: strides \(1, 0\): overlaps itself",
     ),
 }
 

@@ -159,10 +159,10 @@ def step(weight: Array, grad: Array, history: Array, master: Array | None, lr: A
     with np.errstate(all="ignore"):
         current = cast(weight if master is None else master, history)
         new, accumulated = update(current, cast(grad, history), cast(history, history), lr, wd, rule)
-        history[...] = accumulated
+        weight[...] = cast(new, weight)
         if master is not None:
             master[...] = new
-        weight[...] = cast(new, weight)
+        history[...] = accumulated
 
 
 def step_rows(
@@ -173,10 +173,10 @@ def step_rows(
         rows, grad = sum_duplicates(indices, cast(values, history))
         current = cast((weight if master is None else master)[rows], history)
         new, accumulated = update(current, grad, cast(history[rows], history), lr, wd, rule)
-        history[rows] = accumulated
+        weight[rows] = cast(new, weight)
         if master is not None:
             master[rows] = new
-        weight[rows] = cast(new, weight)
+        history[rows] = accumulated
 
 
 def cast(array: Array, like: Array) -> Array:

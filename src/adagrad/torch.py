@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import _profiler_enabled, profiler  # type: ignore[attr-defined]
 from torch.compiler import is_dynamo_compiling
@@ -17,7 +19,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hoo
 from adagrad import dialects
 from adagrad.dialects import Default
 from adagrad.torch_compiler import apart_from_compiler
-from adagrad.torch_options import OURS, RULE, check_options
+from adagrad.torch_options import RULE, check_options
 from adagrad.torch_state import as_saved, fitted, new_state
 from adagrad.torch_step import Part, update, update_differentiably
 
@@ -56,8 +58,9 @@ class Adagrad(Optimizer):
     foreach, fused : bool, optional
         Accepted for compatibility: the results and the kernels are the same. With ``torch.amp.GradScaler`` and
         ``fused=True`` the kernels unscale, and skip steps without a wait for the device; by default they do, too, but
-        leave it to GradScaler where hooks of the step may look at gradients; with ``fused=False`` it is GradScaler that
-        unscales. As in PyTorch, ``fused=True`` keeps the counts on the parameters' device.
+        leave it to GradScaler where others have a say in the step: hooks, a ``step`` put around this one, several
+        processes. With ``fused=False`` it is GradScaler that unscales. As in PyTorch, ``fused=True`` keeps the counts
+        on the parameters' device.
     maximize : bool, default False
     differentiable : bool, default False
         Whether autograd records the step: for parameters that are not leaves. Slow.
@@ -69,7 +72,8 @@ class Adagrad(Optimizer):
     multi_precision : bool, default False
         Whether float16 and bfloat16 parameters get a float32 copy, ``master`` in the state, made at the first step,
         that the rule acts on; the parameter is its rounding. Where something else has changed the parameter in place,
-        the next step makes a new copy.
+        the next step makes a new copy. Changes through ``p.data``, of a DTensor's local part or by another process are
+        not counted by PyTorch: delete ``master`` from the state after those.
     dialect : str, default "torch"
         Whose AdaGrad to follow: one of :data:`adagrad.dialects.DIALECTS`. Its defaults replace those of PyTorch, above
         and below, for all that is not given.
@@ -153,10 +157,21 @@ class Adagrad(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """GradScaler reads it: whether `step` takes the attributes grad_scale and found_inf into account.
 
-        Unless it was asked for, hooks find gradients that GradScaler has unscaled, as with torch.optim.Adagrad.
+        Unless it was asked for, hooks and a step of a user's find gradients that GradScaler has unscaled, as with
+        torch.optim.Adagrad, and processes may agree on what they found, as ``ShardedGradScaler`` makes them.
         """
         fused, differentiable = self.defaults["fused"], self.defaults["differentiable"]
-        return bool(fused) or (fused is None and not differentiable and not self._has_step_hooks())
+        if fused is not None or differentiable:
+            return bool(fused)
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return not (several or self._has_step_hooks() or self._has_own_step())
+
+    def _has_own_step(self) -> bool:
+        """Whether a user has put another step around ours, in a subclass or on this object; a schedule's is no such."""
+        own = vars(self).get("step")
+        if own is not None and not getattr(own, "_wrapped_by_lr_sched", False):
+            return True
+        return inspect.unwrap(type(self).step) is not inspect.unwrap(Adagrad.step)
 
     def _has_step_hooks(self) -> bool:
         own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
@@ -177,10 +192,11 @@ class Adagrad(Optimizer):
 
     def share_memory(self) -> None:
         """Move the histories, and master copies, to shared memory."""
-        for state in self.state.values():
-            for name in ("sum", "master"):
-                if name in state:
-                    state[name].share_memory_()
+        for group in self.param_groups:
+            for p in group["params"]:
+                for name in ("sum", "master"):
+                    if name in self.state[p]:
+                        self.state[p][name].share_memory_()
 
     # ------------------------------------------------------------------------------------------------------- the step
 
@@ -273,7 +289,7 @@ class Adagrad(Optimizer):
         Raises
         ------
         ValueError
-            For other groups than these, or a state of another shape; then nothing has changed.
+            For other groups than these, or a state of another kind or shape; then nothing has changed.
         """
         # Registered last, it sees what all other hooks made of the dict.
         handle = self.register_load_state_dict_pre_hook(as_saved)
@@ -285,18 +301,13 @@ class Adagrad(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = self.__dict__.get("param_groups")
         for i, group in enumerate(state.get("param_groups", [])):
-            for name, default in (("foreach", None), ("maximize", False), ("differentiable", False), ("fused", None)):
-                group.setdefault(name, default)
             for name in RULE:
                 group.setdefault(name, False)
-            for name in OURS:
-                group.setdefault(name, before[i][name] if before else state["defaults"].get(name))
+            for name, value in (self.defaults if before else state["defaults"]).items():
+                group.setdefault(name, before[i][name] if before else value)
             for k, p in enumerate(group["params"]):
                 loaded = state.get("state", {}).get(p)
                 if loaded:
-                    state["state"][p] = {
-                        name: fitted(f"state of parameter {k} of group {i}", p, name, value, group)
-                        for name, value in loaded.items()
-                    }
+                    state["state"][p] = fitted(f"state of parameter {k} of group {i}", p, loaded, group)
         super().__setstate__(state)
         self._versions = {}

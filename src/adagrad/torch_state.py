@@ -130,21 +130,29 @@ class _Saved:
 
 
 def as_saved(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A hook before loading: ``state_dict`` with its tensors hidden from casts, to be seen by :func:`fitted`."""
+    """A hook before loading: ``state_dict`` with its parameters' tensors hidden from casts, for :func:`fitted`."""
+    of_parameters = {key for group in state_dict["param_groups"] for key in group["params"]}
     hidden = {
         key: {name: _Saved(value) if isinstance(value, Tensor) else value for name, value in state.items()}
-        if isinstance(state, dict)
+        if key in of_parameters and isinstance(state, dict)
         else state
         for key, state in state_dict["state"].items()
     }
     return {**state_dict, "state": hidden}
 
 
-def fitted(where: str, p: Tensor, name: str, value: Any, group: dict[str, Any]) -> Any:
-    """The loaded ``value`` on the parameter's device, in the dtype that this state has.
+def fitted(where: str, p: Tensor, loaded: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    """The ``loaded`` state of a parameter, on its device and in the dtypes that this state has.
 
-    Raises ValueError, beginning with ``where``, for a history or master copy of another shape.
+    Raises ValueError, beginning with ``where``, where something is missing or of another shape.
     """
+    for name in ("step", "sum"):
+        if name not in loaded:
+            raise ValueError(f"{where}: no {name!r}: must have step and sum, as AdaGrad's states do")
+    return {name: _fitted(where, p, name, value, group) for name, value in loaded.items()}
+
+
+def _fitted(where: str, p: Tensor, name: str, value: Any, group: dict[str, Any]) -> Any:
     if name == "step":
         return _count(p, value.tensor if isinstance(value, _Saved) else value, group)
     if not isinstance(value, _Saved):

@@ -20,6 +20,7 @@ from adagrad.rule import Rule
 from adagrad.torch_options import rule_and_decays
 from adagrad.torch_state import Counts, master
 
+_is_tensor = functools.partial(operator.is_not, None)
 _grad_of, _sum_of, _step_of = operator.attrgetter("grad"), operator.itemgetter("sum"), operator.itemgetter("step")
 
 
@@ -27,7 +28,7 @@ class Part(Batch):
     """The updates of a group: of those of its parameters that have gradients."""
 
     def __init__(
-        self, defaults: dict[str, Any], group: dict[str, Any], states: list[dict[str, Any]], versions: dict[int, int]
+        self, defaults: dict[str, Any], group: dict[str, Any], states: list[dict[str, Any]], versions: dict[int, Any]
     ) -> None:
         """``versions``: of the parameters with master copies, by id, as the last step left them."""
         params: list[Any] = list(group["params"])
@@ -39,7 +40,7 @@ class Part(Batch):
         super().__init__(rule, params, grads, list(map(_sum_of, states)), [], [], [wd])
         if group["multi_precision"]:
             self.masters = [
-                master(p, state, is_ours=versions.get(id(p), -1) == _version(p))
+                master(p, state, is_ours=(found := _version(p)) is not None and versions.get(id(p)) == found)
                 for p, state in zip(params, states, strict=True)
             ]
         self.states, self._versions = states, versions
@@ -108,9 +109,14 @@ def _on(rate: Any, lr: Any) -> Any:
     return lr.to(rate.device, non_blocking=True) if isinstance(rate, Tensor) and isinstance(lr, Tensor) else lr
 
 
-def _version(p: Tensor) -> int:
-    """How often a tensor has been changed in place; -2 where nobody counts."""
-    return -2 if p.is_inference() else p._version
+def _version(p: Tensor) -> tuple[int, int] | None:
+    """How often a tensor has been changed in place, and where it lies; None where nobody counts."""
+    if p.is_inference():
+        return None
+    try:
+        return p._version, p.data_ptr()
+    except RuntimeError:  # a fake tensor, which lies nowhere
+        return p._version, 0
 
 
 def _batches(parts: list[Part]) -> list[Batch]:
@@ -173,7 +179,7 @@ def _finish(parts: list[Part], owed: list[Counts], found_inf: Tensor | None, ski
     for part in parts:
         if owed:
             part.advance(found_inf, skips)
-        mark_changed(part.weights)
+        mark_changed([*part.weights, *part.histories, *filter(_is_tensor, part.masters)])
         if part.masters:
             part.keep_masters()
 

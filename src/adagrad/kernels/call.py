@@ -61,13 +61,15 @@ def prepare(
         if found_inf is not None and bool(found_inf):
             return Prepared([])
         scale = 1.0 if grad_scale is None else float(grad_scale)
+    first: list[Job] = []
     jobs: list[Job] = []
     launches: dict[Any, _CudaLaunch] = {}
     for call in calls:
-        call.add_jobs(jobs, launches, scale, threads)
+        call.add_jobs(first, jobs, launches, scale, threads)
     for device in launches:
         _cuda().raise_reported(device)
-    return Prepared([functools.partial(launch.run, grad_scale, found_inf) for launch in launches.values()] + jobs)
+    launched = [functools.partial(launch.run, grad_scale, found_inf) for launch in launches.values()]
+    return Prepared([*first, *launched, *jobs])
 
 
 class _CudaLaunch:
@@ -162,12 +164,16 @@ class _Call:
 
     def add_jobs(
         self,
+        first: list[Job],
         jobs: list[Job],
         launches: dict[Any, _CudaLaunch],
         scale: float,
         threads: int | None,
     ) -> None:
-        """Add what updates the batch; row ids on the CPU are checked here."""
+        """Add what updates the batch; row ids on the CPU are checked here.
+
+        What a user's class may refuse in a way that no check foresees goes ``first``, before anything has changed.
+        """
         batch, rule = self.batch, self.batch.rule
         scaled = rule if scale == 1 else replace(rule, rescale_grad=rule.rescale_grad / scale)
 
@@ -213,7 +219,7 @@ class _Call:
             updates = [self.others[i] for i in which]
             jobs.append(ordinary.plain(updates, *batch.some_rates(which), scaled, threads))
         for i, given in self.wrapped.items():
-            jobs.append(by_expression(f"[{i}]", given, *batch.rates(i), scaled))
+            first.append(by_expression(f"[{i}]", given, *batch.rates(i), scaled))
 
     def _dense_on_cuda(self, which: Sequence[int]) -> Any:
         found: Any = self.table

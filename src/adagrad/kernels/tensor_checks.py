@@ -52,9 +52,14 @@ def check_wrapped(i: int, weight: Tensor, grad: Any, history: Tensor, master: Te
             raise TypeError(f"{name}[{i}]: dtype {tensor.dtype}: must be {computing}, for a weight of {weight.dtype}")
     values = grad.values if isinstance(grad, RowSparse) else grad
     wanted = history_shape(tuple(weight.shape), row_wise=rule.row_wise)
-    for name, tensor, shape in (("grads", grad, weight.shape), ("history in states", history, wanted)):
-        if tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f"{name}[{i}]: shape {tuple(tensor.shape)}: must be {tuple(shape)}")
+    shapes = (("grads", grad), ("history in states", history), ("master copy in states", master))
+    for name, tensor in shapes:
+        shape = wanted if tensor is history else tuple(weight.shape)
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}[{i}]: shape {tuple(tensor.shape)}: must be {shape}")
+    for name, tensor in (("weights", weight), ("history in states", history), ("master copy in states", master)):
+        if tensor is not None and torch._debug_has_internal_overlap(tensor) == 1:
+            raise ValueError(f"{name}[{i}]: strides {tuple(tensor.stride())}: overlaps itself")
     for name, tensor in (("grads", values), ("history in states", history), ("master copy in states", master)):
         if tensor is not None and tensor.device != weight.device:
             raise ValueError(f"{name}[{i}]: device {tensor.device}: must be {weight.device}")

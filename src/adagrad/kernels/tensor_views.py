@@ -62,36 +62,39 @@ def _as_real(tensor: Tensor) -> Tensor:
 
 def _rows(i: int, weight: Tensor, grad: Tensor, history: Tensor, master: Tensor | None, *,
           row_wise: bool) -> Operands:  # fmt: skip
-    """A sparse COO gradient by rows. Several sparse dimensions become one, of which each entry is a row."""
+    """A sparse COO gradient by rows. Several sparse dimensions become one, each entry a row; without any there is one.
+    """
     indices, values = grad._indices(), grad._values().resolve_conj().resolve_neg()
     count = grad.sparse_dim()
     if count == 1:
         return weight, RowSparse(values, indices[0], grad.shape), history, master
     written = [t for t in (weight, history, master) if t is not None]
-    if count == 0 or row_wise or not all(t.is_contiguous() for t in written):
+    if row_wise or (count and not all(t.is_contiguous() for t in written)):
         need = "1 for row-wise history" if row_wise else "1, or the weight and its state contiguous"
         raise ValueError(f"grads[{i}]: {count} sparse dimensions: must be {need}")
     if grad.shape != weight.shape:
         raise ValueError(f"grads[{i}]: shape {tuple(grad.shape)}: must be {tuple(weight.shape)}, the weight's")
     sizes, rest = weight.shape[:count], weight.shape[count:]
     limits = torch.tensor(sizes, device=indices.device)[:, None]
-    row = torch.zeros_like(indices[0])
+    row = indices.new_zeros(indices.shape[1])
     for d, size in enumerate(sizes):
         row = row * size + indices[d]
     # An entry outside the weight must not become another row: -1 is refused like any row id out of range.
     row = torch.where(((indices >= 0) & (indices < limits)).all(0), row, -1)
     shape = (math.prod(sizes), *rest)
     flat = RowSparse(values, row, shape)
+    if count == 0:
+        return weight[None], flat, history[None], None if master is None else master[None]
     return weight.view(shape), flat, history.view(shape), None if master is None else master.view(shape)
 
 
-def mark_changed(weights: list[Tensor]) -> None:
-    """Tell autograd that what it saved of the weights is stale: kernels do not say so by themselves."""
+def mark_changed(tensors: list[Tensor]) -> None:
+    """Tell autograd that what it saved of the tensors is stale: kernels do not say so by themselves."""
     try:
-        increment_version(weights)
+        increment_version(tensors)
     except TypeError:  # an older PyTorch, which takes them one by one
-        for weight in weights:
-            increment_version(weight)
+        for tensor in tensors:
+            increment_version(tensor)
 
 
 # ------------------------------------------------------------------------------------------------------------ DTensors
