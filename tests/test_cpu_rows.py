@@ -376,7 +376,7 @@ def test_a_long_list_of_small_gradients_is_not_small() -> None:
     for count, is_large in ((2, False), (200, True), (3, False)):
         given = [rows(rng, FLOAT32, (9, 16), some(rng, 30, 9)) for _ in range(count)]
         assert update_plain(given, [HYPERS["plain"]])
-        assert bool(row_lists._workers(False)[row_lists.WAS_LARGE, 0]) == is_large
+        assert bool(row_lists._workers(False)[1][0]) == is_large
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "rows"])

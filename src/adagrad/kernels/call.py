@@ -7,7 +7,7 @@ What the host can know is checked before the first element changes, over all bat
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -61,15 +61,13 @@ def prepare(
         if found_inf is not None and bool(found_inf):
             return Prepared([])
         scale = 1.0 if grad_scale is None else float(grad_scale)
-    first: list[Job] = []
-    jobs: list[Job] = []
-    launches: dict[Any, _CudaLaunch] = {}
+    plan = _Plan()
     for call in calls:
-        call.add_jobs(first, jobs, launches, scale, threads)
-    for device in launches:
+        call.add_to(plan, scale, threads)
+    for device in plan.launches:
         _cuda().raise_reported(device)
-    launched = [functools.partial(launch.run, grad_scale, found_inf) for launch in launches.values()]
-    return Prepared([*first, *launched, *jobs])
+    launches = [functools.partial(launch.run, grad_scale, found_inf) for launch in plan.launches.values()]
+    return Prepared([*plan.wrapped, *launches, *plan.jobs])
 
 
 class _CudaLaunch:
@@ -103,6 +101,20 @@ class _CudaLaunch:
             for rule, (dense, rows) in self._groups.items()
         ]
         return cuda.update(groups, self.device, grad_scale=scale, found_inf=found)
+
+
+class _Plan:
+    """What carries out a call, in this order."""
+
+    def __init__(self) -> None:
+        self.wrapped: list[Job] = []
+        """What a user's class may refuse in a way that no check foresees: first, when nothing has changed."""
+        self.launches: dict[Any, _CudaLaunch] = {}
+        """By device."""
+        self.jobs: list[Job] = []
+
+    def launch_on(self, device: Any) -> _CudaLaunch:
+        return self.launches.setdefault(device, _CudaLaunch(device))
 
 
 @functools.cache
@@ -162,64 +174,53 @@ class _Call:
         on_cuda = all(table.formats(code)[0] > 0 for code in codes)
         return on_cuda and not self.wrapped and all(map(_is_on_cuda, self.others.values()))
 
-    def add_jobs(
-        self,
-        first: list[Job],
-        jobs: list[Job],
-        launches: dict[Any, _CudaLaunch],
-        scale: float,
-        threads: int | None,
-    ) -> None:
-        """Add what updates the batch; row ids on the CPU are checked here.
-
-        What a user's class may refuse in a way that no check foresees goes ``first``, before anything has changed.
-        """
-        batch, rule = self.batch, self.batch.rule
+    def add_to(self, plan: _Plan, scale: float, threads: int | None) -> None:
+        """Add what updates the batch; row ids on the CPU are checked here."""
+        rule = self.batch.rule
         scaled = rule if scale == 1 else replace(rule, rescale_grad=rule.rescale_grad / scale)
+        self._add_table(plan, scaled, threads)
+        self._add_rows(plan, scaled, threads)
+        self._add_others(plan, scaled, threads)
+        for i, given in self.wrapped.items():
+            plan.wrapped.append(by_expression(f"[{i}]", given, *self.batch.rates(i), scaled))
 
-        def launch_on(device: Any) -> _CudaLaunch:
-            return launches.setdefault(device, _CudaLaunch(device))
-
+    def _add_table(self, plan: _Plan, scaled: Rule, threads: int | None) -> None:
         for code, which in self.groups:
             place, formats = table.formats(code)
             if place == 0:
-                jobs.append(self._launch(which, formats, scaled, threads))
+                plan.jobs.append(self._launch(which, formats, scaled, threads))
             else:
-                launch_on(batch.weights[which[0]].device).add_dense(rule, self._dense_on_cuda(which))
+                device = self.batch.weights[which[0]].device
+                plan.launch_on(device).add_dense(self.batch.rule, self._dense_on_cuda(which))
+
+    def _add_rows(self, plan: _Plan, scaled: Rule, threads: int | None) -> None:
         on_device: dict[int, list[int]] = {}
         for k, code in enumerate(self.rows.codes):
             place, _ = table.formats(code)
             if place:
                 on_device.setdefault(place, []).append(k)
             else:
-                rates = hyper(*batch.some_rates([self.sparse[k]]), scaled)[0]
-                jobs.append(self.rows.plan(k, f"[{self.sparse[k]}]", rates, scaled, threads))
+                rates = hyper(*self.batch.some_rates([self.sparse[k]]), scaled)[0]
+                plan.jobs.append(self.rows.plan(k, f"[{self.sparse[k]}]", rates, scaled, threads))
         for members in on_device.values():
-            device = batch.weights[self.sparse[members[0]]].device
-            launch_on(device).add_rows(rule, self._rows_on_cuda(members))
+            device = self.batch.weights[self.sparse[members[0]]].device
+            plan.launch_on(device).add_rows(self.batch.rule, self._rows_on_cuda(members))
+
+    def _add_others(self, plan: _Plan, scaled: Rule, threads: int | None) -> None:
         dense: dict[table.Formats, list[int]] = {}
         for i, u in self.others.items():
+            at, rates = f"[{i}]", self.batch.rates(i)
             if _is_on_cuda(u):
-                weight, grad, history = u.weight.array, u.grad.array, u.history.array
-                master = None if u.master is None else u.master.array
-                launch, rates = launch_on(weight.device), batch.rates(i)
-                if u.indices is None:
-                    only = _cuda().cuda_dense.of_tensors(weight, grad, history, master, *rates, rule)
-                    launch.add_dense(rule, only)
-                else:
-                    tensors = weight, u.indices.contiguous(), grad, history, master
-                    launch.add_rows(rule, _cuda().cuda_row_lists.of_tensors(*tensors, *rates, rule))
+                _add_to_launch(plan.launch_on(u.weight.array.device), u, *rates, self.batch.rule)
             elif u.weight.device != "cpu":
-                jobs.append(by_expression(f"[{i}]", u, *batch.rates(i), scaled))
+                plan.jobs.append(by_expression(at, u, *rates, scaled))
             elif u.indices is None and ordinary.is_plain(u):
                 dense.setdefault(ordinary.formats(u), []).append(i)
-            else:
-                _add(jobs, ordinary.other(f"[{i}]", u, *batch.rates(i), scaled, threads))
+            elif (job := ordinary.other(at, u, *rates, scaled, threads)) is not None:
+                plan.jobs.append(job)
         for which in dense.values():
             updates = [self.others[i] for i in which]
-            jobs.append(ordinary.plain(updates, *batch.some_rates(which), scaled, threads))
-        for i, given in self.wrapped.items():
-            first.append(by_expression(f"[{i}]", given, *batch.rates(i), scaled))
+            plan.jobs.append(ordinary.plain(updates, *self.batch.some_rates(which), scaled, threads))
 
     def _dense_on_cuda(self, which: Sequence[int]) -> Any:
         found: Any = self.table
@@ -243,9 +244,14 @@ class _Call:
         )
 
 
-def _add(jobs: list[Job], job: Callable[[], None] | None) -> None:
-    if job is not None:
-        jobs.append(job)
+def _add_to_launch(launch: _CudaLaunch, u: Update, lr: Any, wd: float, rule: Rule) -> None:
+    weight, grad, history = u.weight.array, u.grad.array, u.history.array
+    master = None if u.master is None else u.master.array
+    if u.indices is None:
+        launch.add_dense(rule, _cuda().cuda_dense.of_tensors(weight, grad, history, master, lr, wd, rule))
+    else:
+        tensors = weight, u.indices.contiguous(), grad, history, master
+        launch.add_rows(rule, _cuda().cuda_row_lists.of_tensors(*tensors, lr, wd, rule))
 
 
 def _is_on_cuda(u: Update) -> bool:

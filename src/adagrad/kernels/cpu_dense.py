@@ -32,7 +32,6 @@ GIVEN = 6
 ALIGN = 16
 """Elements: where workers part. No two write to one cache line of a float32 array that begins with one."""
 
-
 AHEAD = 2048
 """Bytes: how far ahead memory is asked for. The processor's own guesses end with each page."""
 
@@ -46,21 +45,21 @@ def table_row(memories: Sequence[np.ndarray | None], rule: Rule) -> list[int]:
 
 
 @jit(helper=True)
-def elements(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, constants: Any, coming: Any) -> None:
+def elements(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, fixed: Any, coming: Any) -> None:
     """Element-wise: every element from ``start`` to ``stop`` has its own history value.
 
     ``coming``: the operands of what is needed soon, from their ``start`` on; their memory is asked for block by block.
     """
     whole = stop - (stop - start) % LANES
     for i in range(start, whole, LANES):
-        update_block(w, g, h, m, i, None, constants, coming)
+        update_block(w, g, h, m, i, None, fixed, coming)
     if whole < stop:
-        update_block(w, g, h, m, whole, stop - whole, constants, coming)
+        update_block(w, g, h, m, whole, stop - whole, fixed, coming)
 
 
 @jit(helper=True)
-def update_block(w: Any, g: Any, h: Any, m: Any, i: int, count: Any, constants: Any, coming: Any) -> None:
-    rescale, clip, inside, outside, lr, decay, shrink = constants
+def update_block(w: Any, g: Any, h: Any, m: Any, i: int, count: Any, fixed: Any, coming: Any) -> None:
+    rescale, clip, inside, outside, lr, decay, shrink = fixed
     ask_for(coming, i)
     weight = load_block(master_or(w, m), i, count)
     grad = effective_gradient(load_block(g, i, count), weight, decay, rescale, clip)
@@ -89,50 +88,50 @@ def ask_for(coming: Any, i: int) -> None:
 
 
 @jit(helper=True)
-def one_row(w: Any, g: Any, h: Any, m: Any, start: int, length: int, r: int, constants: Any, coming: Any) -> None:
+def one_row(w: Any, g: Any, h: Any, m: Any, start: int, length: int, r: int, fixed: Any, coming: Any) -> None:
     """Row-wise: the ``length`` elements from ``start`` on share the history value ``h[r]``; ``coming`` as above."""
     source, stop = master_or(w, m), start + length
-    lanes = add_squares(filled(number(h, 0)), source, g, start, stop, constants, coming)
+    lanes = add_squares(filled(number(h, 0)), source, g, start, stop, fixed, coming)
     history = load(h, r) + fold(lanes) / number(h, length)
-    descend_row(w, g, m, start, stop, history, constants)
+    descend_row(w, g, m, start, stop, history, fixed)
     store(h, r, history)
 
 
 @jit(helper=True)
-def add_squares(lanes: Any, source: Any, g: Any, start: int, stop: int, constants: Any, coming: Any) -> Any:
+def add_squares(lanes: Any, source: Any, g: Any, start: int, stop: int, fixed: Any, coming: Any) -> Any:
     """The block of ``lanes`` plus the squared effective gradients from ``start`` to ``stop``, the first in lane 0.
 
     The order is that of :func:`adagrad.rule.mean_square`.
     """
     whole = stop - (stop - start) % LANES
     for i in range(start, whole, LANES):
-        lanes = lanes + _squares(source, g, i, None, constants, coming)
+        lanes = lanes + _squares(source, g, i, None, fixed, coming)
     if whole < stop:
-        lanes = lanes + _squares(source, g, whole, stop - whole, constants, coming)
+        lanes = lanes + _squares(source, g, whole, stop - whole, fixed, coming)
     return lanes
 
 
 @jit(helper=True)
-def _squares(source: Any, g: Any, i: int, count: Any, constants: Any, coming: Any) -> Any:
-    rescale, clip, _, _, _, decay, _ = constants
+def _squares(source: Any, g: Any, i: int, count: Any, fixed: Any, coming: Any) -> Any:
+    rescale, clip, _, _, _, decay, _ = fixed
     ask_for(coming, i)
     grad = effective_gradient(load_block(g, i, count), load_block(source, i, count), decay, rescale, clip)
     return first(grad * grad, count)  # adding 0 changes no bit of a sum of squares
 
 
 @jit(helper=True)
-def descend_row(w: Any, g: Any, m: Any, start: int, stop: int, history: Any, constants: Any) -> None:
+def descend_row(w: Any, g: Any, m: Any, start: int, stop: int, history: Any, fixed: Any) -> None:
     """The elements from ``start`` to ``stop`` descend, given the new history value of their row."""
     whole = stop - (stop - start) % LANES
     for i in range(start, whole, LANES):
-        _descend_block(w, g, m, i, None, history, constants)
+        _descend_block(w, g, m, i, None, history, fixed)
     if whole < stop:
-        _descend_block(w, g, m, whole, stop - whole, history, constants)
+        _descend_block(w, g, m, whole, stop - whole, history, fixed)
 
 
 @jit(helper=True)
-def _descend_block(w: Any, g: Any, m: Any, i: int, count: Any, history: Any, constants: Any) -> None:
-    rescale, clip, inside, outside, lr, decay, shrink = constants
+def _descend_block(w: Any, g: Any, m: Any, i: int, count: Any, history: Any, fixed: Any) -> None:
+    rescale, clip, inside, outside, lr, decay, shrink = fixed
     weight = load_block(master_or(w, m), i, count)
     grad = effective_gradient(load_block(g, i, count), weight, decay, rescale, clip)
     _store_weight(w, m, i, descend(weight, grad, history, lr, shrink, inside, outside), count)

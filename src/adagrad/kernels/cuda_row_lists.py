@@ -188,9 +188,9 @@ class Kernels(NamedTuple):
 
     first: Kernel
     tile: int
-    """Positions of a program of the first."""
+    """Sorted positions that a program of ``first`` takes."""
     columns: int
-    """Columns of it; a program does all, so many at a time, where the history has one value a row."""
+    """Columns that it takes; all, so many at a time, where the history has one value a row."""
     later: Kernel
     later_columns: int
 

@@ -19,7 +19,7 @@ from adagrad.kernels.numba_jit import crew, jit, place, run
 from adagrad.kernels.table import PLACES, formats, table
 from adagrad.rule import Rule
 
-LAUNCHES, WEIGHTS, ELEMENTS, SMALL, WRITTEN = range(5)
+LAUNCHES, WEIGHTS, ELEMENTS, THRESHOLD, WRITTEN = range(5)
 ABOUT = 5
 """Words before those of the launches."""
 
@@ -75,7 +75,7 @@ def put_spans(words: Any, spans: Any, first: int, gap: int) -> None:
 @jit(helper=True)
 def is_large(words: Any) -> Any:
     """Whether a launch with all of it would be worth several threads."""
-    return words[ELEMENTS] >= words[SMALL] and words[ELEMENTS] > 0
+    return words[ELEMENTS] >= words[THRESHOLD] and words[ELEMENTS] > 0
 
 
 @jit(helper=True)
@@ -85,4 +85,4 @@ def carry_out_beside(words: Any, count: int) -> None:
         launch = words[ABOUT + LAUNCH * j :]
         if launch[WORK] > 0:
             block = numba.carray(place(launch[ARGUMENTS]), GIVEN, np.int64)
-            run(launch[WORKER], block, crew(launch[WORK], words[SMALL], count))
+            run(launch[WORKER], block, crew(launch[WORK], words[THRESHOLD], count))

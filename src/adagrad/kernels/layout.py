@@ -23,15 +23,15 @@ from numba.extending import intrinsic
 
 from adagrad.kernels.numba_jit import jit
 
-FORMATS = ("float16", "bfloat16", "float32", "float64", "int32", "int64")
+ELEMENT_FORMATS = ("float16", "bfloat16", "float32", "float64", "int32", "int64")
 FLOAT32, FLOAT64, INT32 = 2, 3, 4
-"""Positions in FORMATS; the low-precision ones stand before FLOAT32."""
+"""Positions in ELEMENT_FORMATS; the low-precision ones stand before FLOAT32."""
 
-# The words of a layout. Of NumPy: the array type, the dtypes of FORMATS. Of torch: the addresses of two C functions;
-# where a tensor object keeps its C++ tensor; where that keeps its dispatch keys, its number of dimensions (sizes and
-# strides follow, with room for INLINE of each) and its dtype; the keys of plain memory on the CPU and on CUDA devices
-# (0: there are none); the types of plain tensors; the keys of sparse COO tensors on the CPU (0: they are unknown) and
-# where those keep their values and indices; two more C functions; the codes of FORMATS. And None.
+# The words of a layout. Of NumPy: the array type, the dtypes of ELEMENT_FORMATS. Of torch: the addresses of two C
+# functions; where a tensor object keeps its C++ tensor; where that keeps its dispatch keys, its number of dimensions
+# (sizes and strides follow, with room for INLINE of each) and its dtype; the keys of plain memory on the CPU and on
+# CUDA devices (0: there are none); the types of plain tensors; the keys of sparse COO tensors on the CPU (0: they are
+# unknown) and where those keep their values and indices; two more C functions; the codes of ELEMENT_FORMATS. And None.
 ARRAY, DTYPES = 0, 1
 GET_ADDRESS, GET_INDEX, HOLDER, KEYS_AT, RANK_AT, DTYPE_AT, ON_CPU, ON_CUDA, TENSOR, PARAMETER = range(7, 17)
 SPARSE, VALUES_AT, INDICES_AT, NEW_HANDLE, DELETE_HANDLE = range(17, 22)
@@ -39,8 +39,8 @@ CODES, NONE, WORDS = 22, 28, 29
 INLINE = 5
 
 # What `look` finds out: 0 for an array and 1 for a tensor; 0 for the CPU and 1 + index for a CUDA device; the position
-# in FORMATS; the number of dimensions; the addresses of sizes and strides; what a stride of one element is; whether it
-# is C-contiguous; whether it may be written to; the address of the first element; the number of elements.
+# in ELEMENT_FORMATS; the number of dimensions; the addresses of sizes and strides; what a stride of one element is;
+# whether it is C-contiguous; whether it may be written to; the address of the first element; the number of elements.
 KIND, PLACE, FORMAT, RANK, SIZES, STRIDES, UNIT, CONTIGUOUS, WRITEABLE, START, COUNT, SEEN = range(12)
 
 # Byte offsets in PyListObject, PyObject and PyArrayObject on 64-bit CPython with reference counts; NumPy's flags.
@@ -72,7 +72,7 @@ def item(list_id: int, i: int) -> Any:
 
 @jit(helper=True)
 def item_size(position: int) -> int:
-    """Bytes of an element of the format at a position in FORMATS."""
+    """Bytes of an element of the format at a position in ELEMENT_FORMATS."""
     return 2 if position < FLOAT32 else 4 if position in (FLOAT32, INT32) else 8
 
 
@@ -105,7 +105,7 @@ def _ask(function: int, tensor: int, out: Any) -> Any:
 def _look_at_array(array: int, how: Any, seen: Any) -> bool:
     flags, dtype = _int(array, FLAGS), word(array, DESCR)
     seen[KIND], seen[PLACE], seen[FORMAT] = 0, 0, -1
-    for i in range(len(FORMATS)):
+    for i in range(len(ELEMENT_FORMATS)):
         if how[DTYPES + i] == dtype:
             seen[FORMAT] = i
     if seen[FORMAT] < 0 or not flags & FLAG_ALIGNED:
@@ -134,7 +134,7 @@ def _look_at_tensor(tensor: int, how: Any, out: Any, seen: Any) -> bool:
         return False
     dtype = word(body, how[DTYPE_AT]) & 0xFFFF
     seen[KIND], seen[UNIT], seen[WRITEABLE], seen[FORMAT] = 1, 1, 1, -1
-    for i in range(len(FORMATS)):
+    for i in range(len(ELEMENT_FORMATS)):
         if how[CODES + i] == dtype:
             seen[FORMAT] = i
     rank = word(body, how[RANK_AT])

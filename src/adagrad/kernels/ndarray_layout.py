@@ -13,8 +13,8 @@ from adagrad.kernels.layout import (
     CONTIGUOUS,
     COUNT,
     DTYPES,
+    ELEMENT_FORMATS,
     FORMAT,
-    FORMATS,
     KIND,
     NONE,
     PLACE,
@@ -55,7 +55,7 @@ def find() -> np.ndarray | None:
         return None
     how = np.zeros(WORDS, np.int64)
     how[ARRAY], how[NONE] = id(np.ndarray), id(None)
-    how[DTYPES : DTYPES + len(FORMATS)] = [_dtype_id(name) for name in FORMATS]
+    how[DTYPES : DTYPES + len(ELEMENT_FORMATS)] = [_dtype_id(name) for name in ELEMENT_FORMATS]
     frozen = np.arange(6.0)
     frozen.flags.writeable = False
     probes = [
@@ -87,7 +87,7 @@ def _agrees(how: np.ndarray, array: np.ndarray) -> bool:
     expected = {
         KIND: 0,
         PLACE: 0,
-        FORMAT: FORMATS.index(array.dtype.name),
+        FORMAT: ELEMENT_FORMATS.index(array.dtype.name),
         RANK: array.ndim,
         UNIT: array.itemsize,
         CONTIGUOUS: array.flags.c_contiguous,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from adagrad.kernels import row_lists, table
+from adagrad.kernels import dense_lists, row_lists, table
 from adagrad.kernels.batch import some
 from adagrad.kernels.checked import is_row_sparse, seems_row_sparse
 from adagrad.kernels.cpu_rule import hyper
@@ -23,16 +23,16 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
     Raises
     ------
     IndexError, MemoryError
-        As :func:`adagrad.kernels.row_lists.update_plain`.
+        As :func:`adagrad.kernels.row_lists.update`.
     """
     if not (table.fit(weights, grads, histories, masters) and _are_plain(lrs, wds, len(weights))):
         return False
     is_sparse, n = seems_row_sparse(grads[0]), len(grads)
     if n == 1 or seems_row_sparse(grads[-1]) == is_sparse:
         if is_sparse:
-            done = row_lists.update_plain(weights, grads, histories, masters, steps, lrs, wds, rule, threads)
+            done = row_lists.update(weights, grads, histories, masters, steps, lrs, wds, rule, threads)
         else:
-            done = table.update_plain(weights, grads, histories, masters, steps, hyper(lrs, wds, rule), rule, threads)
+            done = dense_lists.update(weights, grads, histories, masters, steps, hyper(lrs, wds, rule), rule, threads)
         if done or n < 3:
             return done
     return _update_mixed(weights, grads, histories, masters, steps, lrs, wds, rule, threads)
@@ -61,4 +61,4 @@ def _update_mixed(weights: list[Any], grads: list[Any], histories: list[Any], ma
     if beside is None:
         return False
     w, g, h, m, lr, wd = (some(values, sparse) for values in lists)
-    return row_lists.update_plain(w, g, h, m, steps, lr, wd, rule, threads, beside, sparse)
+    return row_lists.update(w, g, h, m, steps, lr, wd, rule, threads, beside, sparse)

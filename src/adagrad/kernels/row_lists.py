@@ -25,6 +25,7 @@ from adagrad.kernels.dense_beside import (
 )
 from adagrad.kernels.layout import NONE, hold_parts, item, layout, let_go_of_parts, sparse_body
 from adagrad.kernels.numba_jit import acquire_gil, borrowed, crew, jit, max_workers, release_gil, workers
+from adagrad.kernels.outcomes import DONE, LARGE, LEFT, NO_MEMORY, OUT_OF_RANGE
 from adagrad.kernels.row_groups import (
     BASE,
     ENDS,
@@ -45,7 +46,7 @@ from adagrad.kernels.row_groups import (
     checking,
 )
 from adagrad.kernels.row_sums import grouping
-from adagrad.kernels.rows import look_at
+from adagrad.kernels.rows import look_at_rows
 from adagrad.kernels.spans import disjoint, guess
 from adagrad.kernels.table import PLACES, formats
 from adagrad.row_sparse import RowSparse
@@ -57,23 +58,15 @@ _SPANS, _SPANS_WITH_MASTERS = (WEIGHT, HISTORY, GRAD, IDS), (WEIGHT, HISTORY, MA
 CHECK, GROUP, UPDATE = range(3)
 """The workers of an update, see :func:`_workers`."""
 
-WAS_LARGE = 2 * PLACES
-"""Where it is remembered, behind the workers, how much work the last list was, if it was not small; else 0."""
-
-DONE, LARGE, LEFT, OUT_OF_RANGE, SHORT = -5, -4, -3, -2, -1
-"""What was done of a list: all; nothing, because it is not so small; nothing, because it is not plain or not on the
-CPU; nothing, because a row id is outside its weight; not all, because memory is short. Any other number is that of the
-workers that are wanted."""
-
-
 @jit(holds_gil=True)
-def _update_plain(weights: int, values: int, histories: int, masters: int, steps: int, indices: int, how: Any,
-                  row_wise: bool, facts: Any, rates: Any, scalars: Any, known: Any, order: Any, dense: Any, small: int,
-                  count: int) -> Any:  # fmt: skip
-    """What was done, and of which update; the position of a row id that is outside its weight, and the id.
+def _update(weights: int, values: int, histories: int, masters: int, steps: int, indices: int, how: Any,
+            row_wise: bool, facts: Any, rates: Any, scalars: Any, known: Any, last: Any, order: Any, dense: Any,
+            small: int, count: int) -> Any:  # fmt: skip
+    """What was done, see :mod:`adagrad.kernels.outcomes`, or the number of the workers that are wanted, and of which
+    update; the position of a row id that is outside its weight, and the id.
 
-    ``dense`` is for a list beside, see :mod:`adagrad.kernels.dense_beside`; ``count`` is 0 for a call that is tried as
-    if it were little work.
+    ``last[0]`` becomes the work if it is much, else 0. ``dense`` is for a list beside, see
+    :mod:`adagrad.kernels.dense_beside`; ``count`` is 0 for a call that is tried as if it were little work.
     """
     n, entries, facts, how, dense = len(facts), 0, borrowed(facts), borrowed(how), borrowed(dense)
     work, numbers, spans = 0, np.empty(n, np.int64), np.empty((2, len(order)), np.int64)
@@ -83,8 +76,8 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, steps
     put_spans(dense, spans, ours, 2 * n)
     for i in range(n):
         master = item(masters, i) if masters else how[NONE]
-        code = look_at(item(weights, i), item(values, i), item(histories, i), master, item(indices, i), how, row_wise,
-                       facts[i])  # fmt: skip
+        code = look_at_rows(item(weights, i), item(values, i), item(histories, i), master, item(indices, i), how,
+                            row_wise, facts[i])  # fmt: skip
         if code < 0 or code >= PLACES:
             return LEFT, i, 0, 0
         numbers[i] = 2 * code + (1 if facts[i, HEIGHT] > HIGH else 0)
@@ -96,7 +89,7 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, steps
             at = k * n + i if k * n < ours else k * n + i + theirs
             spans[0, at], spans[1, at] = facts[i, BASE + what], facts[i, ENDS + what]
     is_small = work < small and not is_large(dense)
-    known[WAS_LARGE, 0] = 0 if is_small else work + dense[ELEMENTS]
+    last[0] = 0 if is_small else work + dense[ELEMENTS]
     if count == 0 and not is_small:
         return LARGE, 0, 0, 0
     if not disjoint(spans[0], spans[1], ours + theirs, order) or (steps and not find_counts(steps, how, step_at)):
@@ -129,7 +122,7 @@ def _update_plain(weights: int, values: int, histories: int, masters: int, steps
 @jit()
 def _check_ids_and_carry_out(facts: Any, numbers: Any, known: Any, ids: Any, found: Any, kept: Any, scratch: Any,
                              small: int, count: int) -> Any:  # fmt: skip
-    """What was done, see :func:`_update_plain`; all ids are copied to the address ``ids`` first."""
+    """What was done, see :func:`_update`; all ids are copied to the address ``ids`` first."""
     for i in range(len(facts)):
         threads = crew(facts[i, ENTRIES], small, count)  # to look at an id is as much work as an element
         bad, row = check_ids(facts[i], ids, found, known[numbers[i], CHECK], threads)
@@ -140,13 +133,13 @@ def _check_ids_and_carry_out(facts: Any, numbers: Any, known: Any, ids: Any, fou
         group, update = known[numbers[i], GROUP], known[numbers[i], UPDATE]
         threads = crew(work_of(facts[i]), small, count)
         if facts[i, ENTRIES] * facts[i, LENGTH] and not carry_out(facts[i], kept, scratch, group, update, threads):
-            return SHORT, i, np.int64(0), np.int64(0)
+            return NO_MEMORY, i, np.int64(0), np.int64(0)
     return DONE, 0, np.int64(0), np.int64(0)
 
 
-def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], steps: list[Any],
-                 lrs: Any, wds: Any, rule: Rule, threads: int | None, dense: Beside = NOTHING,
-                 places: Sequence[int] = ()) -> bool:  # fmt: skip
+def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], steps: list[Any],
+           lrs: Any, wds: Any, rule: Rule, threads: int | None, dense: Beside = NOTHING,
+           places: Sequence[int] = ()) -> bool:  # fmt: skip
     """Check and update a list of row-sparse gradients by one call of compiled code; False if it is left as it was.
 
     The lists :func:`adagrad.kernels.table.fit`. Those of a list beside are updated, too, if all of both can be; then
@@ -178,26 +171,26 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
     named = places or range(n)
     masters_id, steps_id = id(masters) if masters else 0, id(steps) if steps else 0
     lists = id(weights), id(values), id(histories), masters_id, steps_id, id(indices)
-    facts, known = np.empty((n, FACTS), np.int64), _workers(rule.row_wise)
+    facts, (known, last) = np.empty((n, FACTS), np.int64), _workers(rule.row_wise)
     order = guess((5 if masters else 4) * n + dense.span_count)
     rates, small = hyper(lrs, wds, rule), cpu_rows.SMALL
-    given = *lists, how, rule.row_wise, facts, rates, rule.scalars, known, order, dense.words, small
-    is_trial = not known[WAS_LARGE, 0]
+    given = *lists, how, rule.row_wise, facts, rates, rule.scalars, known, last, order, dense.words, small
+    is_trial = not last[0]
     while True:
         if is_trial:
-            done, i, bad, row = _update_plain(*given, 0)
+            done, i, bad, row = _update(*given, 0)
         else:
-            held = workers(threads or max_workers(), int(known[WAS_LARGE, 0]))
+            held = workers(threads or max_workers(), int(last[0]))
             with held as count:
-                done, i, bad, row = _update_plain(*given, count)
-                held.work = int(known[WAS_LARGE, 0])
+                done, i, bad, row = _update(*given, count)
+                held.work = int(last[0])
         if done >= 0:
             code, high = divmod(done, 2)
             form = formats(code)[1]
             known[done] = checking(bool(high)), grouping(bool(high), form[2]), kernel(bool(high), *form, rule.row_wise)
         elif done == OUT_OF_RANGE:
             refuse_row(f"[{named[i]}]", bad, row, weights[i].shape[0])
-        elif done == SHORT:
+        elif done == NO_MEMORY:
             raise cpu_rows.out_of_memory(f"[{named[i]}]", int(facts[i, ENTRIES]))
         elif done != LARGE:
             return bool(done == DONE)
@@ -206,6 +199,7 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
 
 
 @functools.cache
-def _workers(row_wise: bool) -> np.ndarray:
-    """The workers that have been compiled, by twice the code and 1 more for a high weight; and ``WAS_LARGE``."""
-    return np.zeros((WAS_LARGE + 1, 3), np.int64)
+def _workers(row_wise: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The workers that have been compiled, by twice the code and 1 more for a high weight; and how much work the last
+    list was, if much, else 0."""
+    return np.zeros((2 * PLACES, 3), np.int64), np.zeros(1, np.int64)

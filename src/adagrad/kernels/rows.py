@@ -62,8 +62,8 @@ from adagrad.rule import Rule
 
 
 @jit(holds_gil=True)
-def look_at(weight: int, values: int, history: int, master: int, indices: int, how: Any, row_wise: bool, facts: Any
-            ) -> Any:  # fmt: skip
+def look_at_rows(weight: int, values: int, history: int, master: int, indices: int, how: Any, row_wise: bool,
+                 facts: Any) -> Any:  # fmt: skip
     """The code of an update (-1 where it is not plain); fills its ``facts``.
 
     ``values`` and ``indices`` may be one and the same sparse COO tensor, which has both; its shape is looked at then.
@@ -118,8 +118,8 @@ def _look_at_all(weights: int, values: int, histories: int, masters: int, indice
     facts, how = borrowed(facts), borrowed(how)
     for i in range(len(codes)):
         master = item(masters, i) if masters else how[NONE]
-        codes[i] = look_at(item(weights, i), item(values, i), item(histories, i), master, item(indices, i), how,
-                           row_wise, facts[i])  # fmt: skip
+        codes[i] = look_at_rows(item(weights, i), item(values, i), item(histories, i), master, item(indices, i), how,
+                                row_wise, facts[i])  # fmt: skip
 
 
 _SPANS = np.add.outer([BASE, ENDS], [WEIGHT, HISTORY, MASTER, GRAD, IDS]).ravel()

@@ -12,7 +12,7 @@ from adagrad.kernels.numba_jit import jit
 
 @jit(helper=True)
 def _sort(starts: Any, order: Any) -> None:
-    """Shell's sort of the positions by ``starts``: quick to compile, and needed when the order is new alone."""
+    """Shell's sort of the positions by ``starts``: quick to compile, and only needed where the order has changed."""
     n = len(starts)
     for i in range(n):
         order[i] = i

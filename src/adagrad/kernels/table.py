@@ -1,4 +1,4 @@
-"""The address table of a list of updates, built and checked by compiled code; plain lists are updated there and then.
+"""The address table of a list of dense updates, built and checked by compiled code.
 
 Whatever is not plain, and every error, is left to the ordinary way: a row of the table then has the code -1.
 """
@@ -11,16 +11,14 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from adagrad.kernels import cpu_dense
-from adagrad.kernels.counts import advance_counts, find_counts
-from adagrad.kernels.cpu_dense import COLUMNS, GIVEN, GRAD, HISTORY, MASTER, ROW, SIZE, WEIGHT, kernel, put_arguments
+from adagrad.kernels.cpu_dense import COLUMNS, GRAD, HISTORY, MASTER, ROW, SIZE, WEIGHT
 from adagrad.kernels.layout import (
     CONTIGUOUS,
     COUNT,
+    ELEMENT_FORMATS,
     FLOAT32,
     FLOAT64,
     FORMAT,
-    FORMATS,
     KIND,
     NONE,
     PLACE,
@@ -37,9 +35,7 @@ from adagrad.kernels.layout import (
     look,
     word,
 )
-from adagrad.kernels.numba_jit import acquire_gil, borrowed, crew, jit, max_workers, release_gil, run, workers
-from adagrad.kernels.spans import disjoint, guess
-from adagrad.rule import Rule
+from adagrad.kernels.numba_jit import borrowed, jit
 
 Formats: TypeAlias = "tuple[str, str, str, str | None]"
 """The element formats of weight, gradient, history and master copy (None for none)."""
@@ -121,7 +117,7 @@ def code_of(seen: Any, has_master: bool, row_wise: bool) -> Any:
 def formats(code: int) -> tuple[int, Formats]:
     """What a code says: the place (0 for the CPU, 1 + index of a CUDA device) and the formats."""
     place, digits = divmod(code, PLACES)
-    weight = FORMATS[digits % WITH_MASTER]
+    weight = ELEMENT_FORMATS[digits % WITH_MASTER]
     computing = "float64" if weight == "float64" else "float32"
     grad = "float32" if digits & WIDE_GRAD else weight
     return place, (weight, grad, computing, "float32" if digits & WITH_MASTER else None)
@@ -129,7 +125,7 @@ def formats(code: int) -> tuple[int, Formats]:
 
 def code_of_formats(weight: str, grad: str, *, has_master: bool) -> int:
     """The code on the CPU of an update with these formats."""
-    return FORMATS.index(weight) + (WITH_MASTER if has_master else 0) + (WIDE_GRAD if grad != weight else 0)
+    return ELEMENT_FORMATS.index(weight) + (WITH_MASTER if has_master else 0) + (WIDE_GRAD if grad != weight else 0)
 
 
 # ------------------------------------------------------------------------------------------------------------- the list
@@ -230,107 +226,3 @@ def table(weights: list[Any], grads: list[Any], histories: list[Any], masters: l
         id(weights), id(grads), id(histories), id(masters) if masters else 0, how, row_wise, rows, codes, spans
     )
     return Table(rows, codes, common, total, spans, (columns - 1) * n)
-
-
-# ---------------------------------------------------------------------------------------------------------- all at once
-
-SHORT = 32
-"""Weights in a list that is tried first as if it had few elements, if the last one had; then no thread is asked for."""
-
-WAS_LARGE = PLACES
-"""Where this is remembered, behind the workers: the number of elements if there were many, else 0."""
-
-DONE, LARGE, LEFT = -3, -2, -1
-"""What was done of a list: all; nothing, because it is not so small; nothing, because it is not plain, dense or on the
-CPU. Any other number is a code, whose worker is wanted."""
-
-
-@jit(holds_gil=True)
-def _update_plain(weights: int, grads: int, histories: int, masters: int, steps: int, n: int, how: Any, row_wise: bool,
-                  hyper: Any, scalars: Any, known: Any, order: Any, small: int, is_trial: bool, count: int
-                  ) -> Any:  # fmt: skip
-    table, codes, spans = np.empty((n, COLUMNS), np.int64), np.empty(n, np.int64), np.empty((2, len(order)), np.int64)
-    step_at, blocks = np.empty(n if steps else 0, np.int64), np.empty((PLACES, GIVEN), np.int64)
-    counts, elements = np.zeros(PLACES, np.int64), np.zeros(PLACES, np.int64)
-    _, total = fill(weights, grads, histories, masters, how, row_wise, table, codes, spans)
-    for i in range(n):
-        if codes[i] < 0 or codes[i] >= PLACES:
-            return LEFT
-        counts[codes[i]] += 1
-        elements[codes[i]] += table[i, SIZE]
-    known[WAS_LARGE] = total if total >= small else 0
-    if is_trial and total >= small:
-        return LARGE
-    if not disjoint(spans[0], spans[1], len(order) - n, order) or (steps and not find_counts(steps, how, step_at)):
-        return LEFT
-    for code in range(PLACES):
-        if counts[code] and known[code] == 0:
-            return code
-    rows, rates = (table, hyper) if counts[codes[0]] == n else _by_code(table, codes, hyper, counts)
-    # No exception may come from here, nor is memory asked for: it would find no GIL, and a part of the list updated.
-    # The GIL is let go for the work in all; threads are for those launches that are worth them.
-    state, first = np.int64(0) if is_trial else release_gil(), 0
-    for code in range(PLACES):
-        if counts[code]:
-            put_arguments(blocks[code], rows, first, counts[code], rates, scalars, elements[code])
-            run(known[code], blocks[code], crew(elements[code], small, count))
-            first += counts[code]
-    if not is_trial:
-        acquire_gil(state)
-    advance_counts(step_at)
-    rows[:0], rates[:0], blocks[:0] = 0, 0, 0  # they are used by address above: this keeps them alive until here
-    return DONE
-
-
-@jit(helper=True)
-def _by_code(table: Any, codes: Any, hyper: Any, counts: Any) -> Any:
-    """The rows and their rates, or those of all, in the order of their codes, each of which there are ``counts`` of."""
-    rows, rates, places = np.empty(table.shape, np.int64), np.empty(hyper.shape), np.zeros(PLACES, np.int64)
-    for code in range(1, PLACES):
-        places[code] = places[code - 1] + counts[code - 1]
-    for i in range(len(codes)):
-        j = places[codes[i]]
-        places[codes[i]] += 1
-        # Number by number: NumPy's assignment of a row takes seconds to compile.
-        for column in range(COLUMNS):
-            rows[j, column] = table[i, column]
-        for rate in range(3):
-            rates[j if len(hyper) > 1 else 0, rate] = hyper[i if len(hyper) > 1 else 0, rate]
-    return rows, rates
-
-
-def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], steps: list[Any],
-                 hyper: np.ndarray, rule: Rule, threads: int | None) -> bool:  # fmt: skip
-    """Check and update a list by one call of compiled code; False if it is left as it was.
-
-    The lists :func:`fit`; ``hyper`` has a row for each weight, or one for all.
-    """
-    n, how = len(weights), layout()
-    if how is None:
-        return False
-    known, order, row_wise = _workers(rule.row_wise), guess(4 * n if masters else 3 * n), rule.row_wise
-    given = (
-        id(weights), id(grads), id(histories), id(masters) if masters else 0, id(steps) if steps else 0, n,
-        how, row_wise, hyper, rule.scalars, known, order, cpu_dense.SMALL,
-    )  # fmt: skip
-    is_trial = n <= SHORT and not known[WAS_LARGE]
-    while True:
-        if is_trial:
-            code = _update_plain(*given, True, 1)
-        else:
-            held = workers(threads or max_workers(), int(known[WAS_LARGE]))
-            with held as count:
-                code = _update_plain(*given, False, count)
-                held.work = int(known[WAS_LARGE])
-        if code >= 0:
-            known[code] = kernel(*formats(code)[1], rule.row_wise)
-        elif code != LARGE:
-            return bool(code == DONE)
-        else:
-            is_trial = False
-
-
-@functools.cache
-def _workers(row_wise: bool) -> np.ndarray:
-    """The workers that have been compiled, by code; and ``WAS_LARGE``."""
-    return np.zeros(PLACES + 1, np.int64)

@@ -18,8 +18,8 @@ from adagrad.kernels.layout import (
     COUNT,
     DELETE_HANDLE,
     DTYPE_AT,
+    ELEMENT_FORMATS,
     FORMAT,
-    FORMATS,
     GET_ADDRESS,
     GET_INDEX,
     HOLDER,
@@ -77,7 +77,7 @@ def _find(how: np.ndarray, with_cuda: bool) -> bool:
         base.long(),
     ]
     probes = [*plain, torch._neg_view(base), base.to("meta"), base.view(4, 6).to_sparse()]
-    codes = {name: getattr(library, f"aoti_torch_dtype_{name}")() for name in FORMATS}
+    codes = {name: getattr(library, f"aoti_torch_dtype_{name}")() for name in ELEMENT_FORMATS}
     for what, name in ((GET_ADDRESS, "get_data_ptr"), (GET_INDEX, "get_device_index")):
         how[what] = _address_of(name)
     how[HOLDER] = _offset([(id(t), object.__sizeof__(t), t._cdata) for t in probes])
@@ -151,7 +151,7 @@ def _agrees(how: np.ndarray, tensor: torch.Tensor) -> bool:
     expected = {
         KIND: 1,
         PLACE: 0,
-        FORMAT: FORMATS.index(tensor_format(tensor)),
+        FORMAT: ELEMENT_FORMATS.index(tensor_format(tensor)),
         RANK: tensor.ndim,
         UNIT: 1,
         CONTIGUOUS: tensor.is_contiguous(),
