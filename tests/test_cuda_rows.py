@@ -21,6 +21,7 @@ tl = pytest.importorskip("triton.language")
 from adagrad.kernels import cuda, cuda_row_lists, cuda_rows  # noqa: E402
 from adagrad.kernels.cuda_launch import Kernel  # noqa: E402
 from adagrad.rule import Rule  # noqa: E402
+from adagrad.torch import check_row_ids  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -365,8 +366,8 @@ def test_a_row_out_of_range_makes_the_call_a_no_op(index_dtype: str, bad: int, r
     run(rule, dense, [good[0], wrong, good[1]])
     assert all(torch.equal(a, b) for a, b in zip(before, copies(everything), strict=True))
     with pytest.raises(IndexError, match=rf"indices: row {bad}: must be in \[0, 7\)"):
-        cuda.check(DEVICE)
-    cuda.check()
+        check_row_ids(DEVICE)
+    check_row_ids()
     check_rows(good, rule)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from adagrad import torch_state
 from adagrad.torch import Adagrad
 from support import assert_same_bits
 
@@ -320,6 +321,16 @@ def test_a_master_copy_follows_its_parameter(change: str) -> None:
     optimizer.step()
     assert_same_bits(p, before)
     assert_same_bits(optimizer.state[p]["master"], before.float())
+
+
+def test_parameters_that_nobody_changed_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(3)]
+    optimizer = Adagrad(params, multi_precision=True)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    monkeypatch.setattr(torch_state, "_is_rounding", None)
+    optimizer.step()
 
 
 def test_a_master_copy_follows_a_parameter_that_nobody_watches() -> None:

@@ -347,9 +347,23 @@ def test_a_schedule_of_ones_own_is_kept_and_never_saved() -> None:
         without.set_states(data)
     assert without.optimizer.lr_scheduler is None
     assert without.optimizer.learning_rate == 0.5
-    ours = get_updater(AdaGrad(None, lr_scheduler=FactorScheduler(1, 0.5)))
-    other.set_states(ours.get_states(dump_optimizer=True))
-    assert other.optimizer.lr_scheduler is kept
+    for saved in (AdaGrad(None, lr_scheduler=FactorScheduler(1, 0.5)), AdaGrad(0.3)):
+        other.set_states(get_updater(saved).get_states(dump_optimizer=True))
+        assert other.optimizer.lr_scheduler is kept
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_update", -1), ("num_update", 1.5), ("index_update_count", {0: -1}), ("lr", -1.0), ("lr_mult", {0: -1.0}),
+     ("wd", math.inf), ("epsilon", "x"), ("multi_precision", 1), ("lr_scheduler", ["FactorScheduler", {"step": 0}])],
+    ids=str,
+)  # fmt: skip
+def test_hyper_parameters_of_a_file_are_checked(name: str, value: Any) -> None:
+    optimizer, here = AdaGrad(0.5), AdaGrad(0.1)
+    before = here.config()
+    with pytest.raises(ValueError, match=name.replace("index_update_", "").replace("lr_scheduler", "step|base_lr")):
+        here.set_config({**optimizer.config(), name: value})
+    assert here.config() == before
 
 
 def lowered() -> CosineScheduler:

@@ -1,5 +1,7 @@
 """The AdaGrad optimizer, exact and as fast as memory, for NumPy arrays and PyTorch tensors, dense and row-sparse."""
 
+from typing import TYPE_CHECKING
+
 from adagrad import lr_scheduler
 from adagrad.adagrad import AdaGrad
 from adagrad.group_adagrad import GroupAdaGrad
@@ -18,3 +20,14 @@ __all__ = [
     "lr_scheduler",
     "register",
 ]
+
+if TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        if name == "__version__":  # looked up when it is asked for: it takes longer than the whole import
+            from importlib.metadata import version
+
+            return version("adagrad")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

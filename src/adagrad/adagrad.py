@@ -5,27 +5,30 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from adagrad import checks, dialects, kernels, lr_scheduler
 from adagrad.arrays import computing_format, operand
 from adagrad.dialects import Default
-from adagrad.optimizer import Optimizer, as_lists, register
+from adagrad.optimizer import Optimizer, Options, as_lists, register
 from adagrad.rates import Index
 from adagrad.rule import Array, Rule, history_shape, is_torch
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @register
 class AdaGrad(Optimizer):
-    r"""AdaGrad: a step size for each element, that falls with the gradients seen there.
+    r"""AdaGrad: one step size per element, which shrinks as the squares of its gradients add up.
 
     .. math::
 
         g &= \mathrm{clip}(\mathtt{rescale\_grad} \cdot g,\ \pm\mathtt{clip\_gradient}) + \mathtt{wd} \cdot w \\
         h &= h + g^2 \\
-        w &= w - \mathtt{lr} \cdot g / (\sqrt{h} + \epsilon)
+        w &= w - \mathtt{lr} \cdot \frac{g}{\sqrt{h} + \epsilon}
 
     with weight :math:`w`, gradient :math:`g` and history :math:`h`. The operations are rounded one by one, in this
     order, in float64 for float64 weights and in float32 for all others; the history is kept in that precision.
@@ -51,6 +54,11 @@ class AdaGrad(Optimizer):
     **kwargs
         rescale_grad, param_idx2name, wd, clip_gradient, lr_scheduler, sym, begin_num_update, multi_precision,
         param_dict, aggregate_num: see :class:`~adagrad.Optimizer`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of a wrong kind or value; the message names it, its value and the rule it broke.
 
     References
     ----------
@@ -82,7 +90,7 @@ class AdaGrad(Optimizer):
         dialect: str = "mxnet",
         epsilon_inside: bool | None = None,
         decoupled_decay: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[Options],
     ) -> None:
         preset = dialects.find(dialect)
         learning_rate, epsilon, initial_accumulator_value = preset.numbers(
@@ -96,9 +104,10 @@ class AdaGrad(Optimizer):
         self._rule_given: tuple[Any, ...] = ()
 
     def create_state(self, index: Index, weight: Array) -> Array:
-        """The history at its start: ``initial_accumulator_value`` everywhere, in the shape of the weight.
+        """The history at its start: ``initial_accumulator_value`` everywhere.
 
-        float64 for a float64 weight, else float32; a torch tensor on its device for a torch weight, else NumPy.
+        In the shape of the weight, or ``(n, 1, ...)`` where it is row-wise; float64 for a float64 weight, else float32;
+        a torch tensor on its device for a torch weight, else NumPy. ValueError for a 0-d weight where it is row-wise.
         """
         w = operand("weight", weight)
         if self.row_wise and not w.shape:
@@ -113,10 +122,10 @@ class AdaGrad(Optimizer):
         return np.full_like(w.array, value, dtype=dtype)
 
     def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
-        """Update each weight once: dense gradients in one launch of a kernel, or by array expressions.
+        """Update each weight once: by the kernels when ``use_fused_step`` is on, by array expressions when it is off.
 
-        The kernel is used when ``use_fused_step`` is on, the expressions of :mod:`adagrad.rule` when it is off; the
-        results are the same, bit for bit. Parameters and errors as in :meth:`~adagrad.Optimizer.update`.
+        The expressions are those of :mod:`adagrad.rule`; the results are the same, bit for bit. Parameters and errors
+        as in :meth:`~adagrad.Optimizer.update`.
         """
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
         lrs, wds, counts = self._resolve(indices)

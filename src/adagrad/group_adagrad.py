@@ -14,7 +14,7 @@ class GroupAdaGrad(AdaGrad):
 
         g &= \mathrm{clip}(\mathtt{rescale\_grad} \cdot g,\ \pm\mathtt{clip\_gradient}) + \mathtt{wd} \cdot w \\
         h_r &= h_r + \mathrm{mean}_j\, g_{rj}^2 \\
-        w_{rj} &= w_{rj} - \mathtt{lr} \cdot g_{rj} / (\sqrt{h_r} + \epsilon)
+        w_{rj} &= w_{rj} - \mathtt{lr} \cdot \frac{g_{rj}}{\sqrt{h_r} + \epsilon}
 
     The history has shape ``(n, 1, ...)`` for a weight of shape ``(n, ...)``: for embeddings of 64 columns a 64th of
     the memory. A 1-d weight has rows of one element; a 0-d weight is refused. The mean has a fixed order of additions,
@@ -23,6 +23,25 @@ class GroupAdaGrad(AdaGrad):
     Parameters, errors and methods are those of :class:`~adagrad.AdaGrad`. Unlike MXNet's, which refuses it, weight
     decay is part of the gradient here, in the history as in the step. Of the dialects ``"mxnet"``, ``"mxnet1"`` and
     ``"fbgemm"`` have a row-wise AdaGrad; others lend their defaults and the places of epsilon and decay.
+
+    References
+    ----------
+    Duchi, Hazan, Singer: Adaptive Subgradient Methods for Online Learning and Stochastic Optimization.
+    JMLR 12, 2011. Lerer et al.: PyTorch-BigGraph: A Large-scale Graph Embedding System. SysML 2019 (one accumulated
+    value for each embedding). ``mxnet.optimizer.GroupAdaGrad`` and FBGEMM's ``EXACT_ROWWISE_ADAGRAD`` take the mean
+    over a row, as here.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from adagrad import GroupAdaGrad
+    >>> weight, gradient = np.ones((2, 2), np.float32), np.array([[3.0, 4.0], [0.0, 0.0]], np.float32)
+    >>> optimizer = GroupAdaGrad(learning_rate=0.5, epsilon=0.0, wd=1.0)
+    >>> state = optimizer.create_state(0, weight)
+    >>> optimizer.update(0, weight, gradient, state)
+    >>> state
+    array([[20.5],
+           [ 1. ]], dtype=float32)
     """
 
     row_wise = True

@@ -28,6 +28,11 @@ class LRScheduler:
         The learning rate that the warm-up starts from, at most ``base_lr``.
     warmup_mode : {'linear', 'constant'}, default 'linear'
         Whether the warm-up rises in a line to ``base_lr`` or stays at ``warmup_begin_lr``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a wrong kind of argument or a negative one, and where ``warmup_begin_lr`` is above ``base_lr``.
     """
 
     def __init__(
@@ -97,6 +102,11 @@ class FactorScheduler(LRScheduler):
         The learning rate does not fall below this.
     base_lr, warmup_steps, warmup_begin_lr, warmup_mode
         See :class:`LRScheduler`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As there, and for a ``step`` or ``factor`` out of range.
     """
 
     def __init__(
@@ -145,6 +155,11 @@ class MultiFactorScheduler(LRScheduler):
         In (0, 1].
     base_lr, warmup_steps, warmup_begin_lr, warmup_mode
         See :class:`LRScheduler`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As there, and for steps that do not increase or a ``factor`` out of range.
     """
 
     def __init__(
@@ -220,6 +235,11 @@ class PolyScheduler(_ToFinal):
     final_lr : float, default 0
     warmup_steps, warmup_begin_lr, warmup_mode
         See :class:`LRScheduler`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As there, and where ``warmup_steps`` is not below ``max_update``.
     """
 
     def __init__(
@@ -253,6 +273,11 @@ class CosineScheduler(_ToFinal):
     final_lr : float, default 0
     warmup_steps, warmup_begin_lr, warmup_mode
         See :class:`LRScheduler`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As there, and where ``warmup_steps`` is not below ``max_update``.
     """
 
     def __init__(

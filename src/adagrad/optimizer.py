@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypedDict, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,21 @@ from adagrad.row_sparse import RowSparse
 from adagrad.rule import Array, cast, is_torch
 
 O = TypeVar("O", bound="type[Optimizer]")  # noqa: E741
+
+
+class Options(TypedDict, total=False):
+    """The arguments that :class:`Optimizer` has in common with all subclasses."""
+
+    rescale_grad: float
+    param_idx2name: Mapping[int, str] | None
+    wd: float
+    clip_gradient: float | None
+    lr_scheduler: Callable[[int], float] | None
+    sym: Any
+    begin_num_update: int
+    multi_precision: bool
+    param_dict: Mapping[Index, Any] | None
+    aggregate_num: float | None
 
 
 class Optimizer(Rates):
@@ -52,6 +67,11 @@ class Optimizer(Rates):
         then asked for before any weight changes.
     use_fused_step : bool, optional
         Whether :meth:`update` calls :meth:`fused_step`, else :meth:`step`; by default False here.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument of a wrong kind or value; the message names it, its value and the rule it broke.
 
     Attributes
     ----------
@@ -129,11 +149,11 @@ class Optimizer(Rates):
         return master, self.create_state(index, master)
 
     def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
-        """One update of each weight by array expressions."""
+        """One update of each weight by array expressions, which a subclass defines."""
         raise NotImplementedError(f"{type(self).__name__} must define step")
 
     def fused_step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
-        """One update of each weight by kernels."""
+        """One update of each weight by kernels, which a subclass defines."""
         raise NotImplementedError(f"{type(self).__name__} must define fused_step")
 
     def update(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
@@ -144,16 +164,18 @@ class Optimizer(Rates):
         indices : int or str, or a list of them
             What tells the weights apart for counts and multipliers; each at most once in a call.
         weights : array, or a list of arrays
-            Updated in place.
-        grads : array or RowSparse, or a list of them
-            Never written to.
-        states : what :meth:`create_state` returned, or a list of it
+            NumPy arrays or torch tensors of any shape and strides; float16, bfloat16, float32 or float64. Updated in
+            place.
+        grads : array, RowSparse or sparse COO tensor, or a list of them
+            Each of its weight's shape; of its dtype, or float32 for a float16 or bfloat16 weight. Never written to.
+        states : what :meth:`create_state_multi_precision` returned, or a list of it
             Updated in place.
 
         Raises
         ------
         TypeError, ValueError, IndexError
-            Naming the argument, its value and the rule it broke; then nothing has changed.
+            Naming the argument, its value and the rule it broke; then nothing has changed. On CUDA a row id outside
+            its weight turns the call into nothing; a later call, or :func:`adagrad.torch.check_row_ids`, raises.
         """
         if not isinstance(indices, (list, tuple)):
             indices, weights, grads, states = [indices], [weights], [grads], [states]

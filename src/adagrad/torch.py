@@ -6,6 +6,7 @@ import functools
 import inspect
 import itertools
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,23 @@ from adagrad.torch_options import RULE, check_options
 from adagrad.torch_state import as_saved, fitted, new_state
 from adagrad.torch_step import Part, update, update_differentiably
 
-__all__ = ["Adagrad"]
+__all__ = ["Adagrad", "check_row_ids"]
+
+
+def check_row_ids(device: torch.device | str | int | None = None) -> None:
+    """Wait for a CUDA device, or for all, and raise what updates there have met: after the last step, say.
+
+    An update does not wait to know whether its row ids are in range. It changes nothing where one is not, and a later
+    update raises; so does this. It is for the optimizers of :mod:`adagrad`, too.
+
+    Raises
+    ------
+    IndexError
+        An update met a row id outside its weight.
+    """
+    used = sys.modules.get("adagrad.kernels.cuda")
+    if used is not None:
+        used.check(device)
 
 
 class Adagrad(Optimizer):
@@ -233,7 +250,7 @@ class Adagrad(Optimizer):
         ------
         TypeError, ValueError, IndexError
             What cannot be updated; then nothing has changed. On CUDA a row id outside its parameter turns the step
-            into nothing, and a later step raises.
+            into nothing, and a later step, or :func:`check_row_ids`, raises.
         """
         loss = None
         if closure is not None:

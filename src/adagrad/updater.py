@@ -50,6 +50,7 @@ class Updater:
 
         ``optimizer.aggregate_num`` weights go into one step, or all where it makes no difference. Errors as in
         :meth:`Optimizer.update`; then no weight, state or count has changed, whatever the position of the bad one.
+        (Not so on CUDA for row ids, see there, and where a step of a subclass's own raises.)
         """
         indices, weights, grads, _ = as_lists(index, weight, grad, [None] * len(index) if _is_list(index) else None)
         indices = [each.decode() if isinstance(each, bytes) else each for each in indices]
