@@ -11,6 +11,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +54,7 @@ class RowUpdate(NamedTuple):
 
 def run(rule: Rule, dense: Sequence[DenseUpdate], rows: Sequence[RowUpdate] = (), **options: Any) -> Any:
     """One call."""
+    cuda.raise_reported(HERE)  # as the dispatcher does, for all devices of a call
     elements = [cuda_dense.of_tensors(*u, rule) for u in dense]
     runs = [cuda_row_lists.of_tensors(*u, rule) for u in rows]
     return cuda.update(
@@ -327,6 +329,45 @@ def test_many_tables_push_out_the_oldest() -> None:
     for k in range(3 * cuda.KEPT):
         check_update([u._replace(lr=0.1 + k)], Rule())
     assert len(cuda._tables_of(HERE)._settings) == cuda.KEPT
+
+
+class OnAnyDevice(cuda._Tables):
+    """Tables that take the CPU for a CUDA device which captures when it is told to."""
+
+    is_capturing = False
+
+    def _capturing(self) -> bool:
+        return self.is_capturing
+
+
+def test_a_capture_finds_pinned_memory_after_another_took_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    tables = OnAnyDevice(SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
+
+    def pinned(size: int) -> torch.Tensor:
+        asked.append(tables.is_capturing)
+        return empty(size, dtype=torch.int64)
+
+    empty = torch.empty
+    monkeypatch.setattr(cuda, "_pinned", pinned)
+    monkeypatch.setattr(cuda, "_reserve", {})
+    monkeypatch.setattr(cuda, "_owed", [])
+    monkeypatch.setattr(cuda, "_captured", [])
+    monkeypatch.setattr(torch, "empty", lambda *size, dtype, device: empty(*size, dtype=dtype))
+    for _ in range(3):  # graphs, each after a warm-up which finds its tables
+        for tables.is_capturing in (False, False, True):
+            tables.settings([0.1] * 9, [0.0] * 9, Rule())
+            tables.settings([0.2] * 9, [0.0] * 9, Rule())
+    assert True not in asked
+    assert len(cuda._captured) == 6
+
+
+def test_another_default_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_reports", {})
+    with torch.device("meta"):
+        check_update([make((5,), "float32")], Rule())
+        if GPU:
+            assert cuda._pinned(3).device.type == "cpu"
 
 
 def test_a_tensor_without_an_address_is_refused() -> None:

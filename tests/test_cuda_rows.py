@@ -20,7 +20,7 @@ tl = pytest.importorskip("triton.language")
 
 from adagrad.kernels import cuda, cuda_row_lists, cuda_rows  # noqa: E402
 from adagrad.kernels.cuda_launch import Kernel  # noqa: E402
-from adagrad.rule import Rule  # noqa: E402
+from adagrad.rule import CHUNK, Rule  # noqa: E402
 from adagrad.torch import check_row_ids  # noqa: E402
 
 
@@ -381,6 +381,23 @@ def test_the_next_call_raises_and_changes_nothing() -> None:
         run(Rule(), [], [good])
     assert all(torch.equal(a, b) for a, b in zip(before, copies([good]), strict=True))
     check_rows([good], Rule())
+
+
+@pytest.mark.parametrize("tables", [1, 3])
+def test_a_call_without_memory_for_its_sums_changes_nothing(tables: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    updates, dense = [make_rows([0] * 300, (4, 3), seed=i) for i in range(tables)], [make((5, 2), "float32")]
+    before = copies([*updates, *dense])
+    empty, large = torch.Tensor.new_empty, 2 * -(-300 * tables // CHUNK)
+
+    def none_left(self: torch.Tensor, size: Any, **options: Any) -> torch.Tensor:
+        if size == (large, 3):
+            raise torch.OutOfMemoryError
+        return empty(self, size, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", none_left)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(Rule(), dense, updates)
+    assert all(torch.equal(a, b) for a, b in zip(before, copies([*updates, *dense]), strict=True))
 
 
 def test_ids_of_an_empty_weight_are_out_of_range() -> None:

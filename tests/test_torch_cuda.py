@@ -202,6 +202,7 @@ def test_mixed_devices_and_layouts() -> None:
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("lr_decay", [0.0, 0.5])
 @pytest.mark.parametrize("fused", [None, True])
 def test_nothing_waits_for_the_device(fused: bool | None, lr_decay: float) -> None:

@@ -10,7 +10,8 @@ are the graph's own: it copies them from pinned memory at each replay, so that l
 Hyper-parameters that are Python numbers are then frozen into the graph; an lr that is a tensor is read by each replay.
 
 An id outside the weight turns the whole call into a no-op, on the device. The kernel that meets one writes it into
-pinned host memory; the next call raises IndexError if that has arrived, and :func:`check` waits for it.
+pinned host memory; the next call raises IndexError if that has arrived, and :func:`check` waits for it. Of two such
+calls that are under way at the same time, what is said of the second may be mixed with the first.
 """
 
 from __future__ import annotations
@@ -75,13 +76,10 @@ def update(
 
     Raises
     ------
-    IndexError
-        An earlier call on this device met a row id outside its weight, and changed nothing.
     TypeError
         An lr on the device is neither float32 nor float64.
     """
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        raise_reported(device)
         tables, report, skip = _tables_of(device), _report_of(device), None
         launches: list[Callable[..., None]] = []
         for rule, dense, rows in groups:
@@ -93,7 +91,7 @@ def update(
                 launches += [partial(cuda_dense.run, launch, addresses, settings) for launch in found]
             if rows:
                 for form, which in cuda_row_lists.by_form(rows, rule).items():
-                    # Every id of the call is checked before the first element changes.
+                    # Every id of the call is checked, and all memory taken, before the first element changes.
                     skip = torch.zeros(1, dtype=torch.int32, device=device) if skip is None else skip
                     launch = cuda_row_lists.sort_ids(rows, form, which, len(lrs), skip, report, tables.rows)
                     launches.append(partial(cuda_row_lists.run, launch, settings))
@@ -131,13 +129,13 @@ def _with_index(device: torch.device) -> torch.device:
 def _report_of(device: torch.device) -> Tensor:
     report = _reports.get(device)
     if report is None:
-        report = torch.tensor([NO_ROW, 0], dtype=torch.int64)
+        report = torch.tensor([NO_ROW, 0], dtype=torch.int64, device="cpu")
         report = _reports.setdefault(device, report.pin_memory() if device.type == "cuda" else report)
     return report
 
 
 def raise_reported(device: torch.device) -> None:
-    """Raise what earlier calls met on a device, if that has arrived."""
+    """Raise what earlier calls met on a device, if that has arrived: for all devices of a call, before it begins."""
     _raise_reported(_report_of(device), arrived=False)
 
 
@@ -156,7 +154,10 @@ def _raise_reported(report: Tensor, *, arrived: bool) -> None:
 
 _local = threading.local()
 _reserve: dict[int, list[Tensor]] = {}
-"""Pinned memory by its words, for captures."""
+"""Pinned memory by its words, for captures, which may be unable to get any."""
+
+_owed: list[int] = []
+"""What captures have taken out of the reserve, to be put back by the next call that is not captured."""
 
 _captured: list[Tensor] = []
 """Pinned memory that captured graphs read at each replay; nothing tells when a graph is gone, so it stays."""
@@ -219,6 +220,9 @@ class _Tables:
         """What ``make`` made for ``key`` lately; a graph under capture gets its own."""
         if self._capturing():
             return make()
+        while _owed:
+            size = _owed.pop()
+            _reserve[size].append(_pinned(size))
         for i, (known, made) in enumerate(kept):
             if known == key:
                 if i:
@@ -242,6 +246,7 @@ class _Tables:
         reserve = _reserve.setdefault(size, [])
         if self._capturing():
             host = reserve.pop() if reserve else _pinned(size)
+            _owed.append(size)
             _captured.append(host)
         else:
             host = _pinned(size)
@@ -259,4 +264,4 @@ def _bits(lr: Tensor) -> int:
 
 
 def _pinned(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.int64, pin_memory=True)
+    return torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True)

@@ -113,7 +113,7 @@ class Form(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """Updates of one form, their ids checked and sorted."""
+    """Updates of one form, their ids checked and sorted, with the memory that they need."""
 
     form: Form
     first: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
@@ -128,6 +128,8 @@ class Launch(NamedTuple):
     records: Tensor | None
     """The table of several weights, in device memory."""
     are_aligned: bool
+    sums: Tensor
+    """(n, length): room for the sums of runs that cross a border between chunks of sorted positions, two each."""
 
 
 def by_form(updates: RowUpdates, rule: Rule) -> dict[Form, list[int]]:
@@ -160,7 +162,13 @@ def sort_ids(updates: RowUpdates, form: Form, which: Sequence[int], index: int, 
         records = upload(words)
         _CHECK_ALL.launch(blocks, records, len(which), keys, skip, report)
     ids, order = torch.sort(keys, stable=True)
-    return Launch(form, first, index + which[0], ids, order, rows, len(which), records, are_aligned)
+    sums = first[3].new_empty((2 * chunks(count), form.length))
+    return Launch(form, first, index + which[0], ids, order, rows, len(which), records, are_aligned, sums)
+
+
+def chunks(count: int) -> int:
+    """How many chunks of sorted positions have a border that runs may cross."""
+    return -(-count // CHUNK.value) if count > CHUNK.value else 0
 
 
 _CHECK, _CHECK_ALL = Kernel(cuda_rows.check_ids, 4, BLOCK=BLOCK), Kernel(cuda_rows.check_ids_of_all, 4, BLOCK=BLOCK)
@@ -216,13 +224,11 @@ def _kernels(form: Form, are_aligned: bool) -> Kernels:
 def run(launch: Launch, table: Tensor, grad_scale: Tensor | None, skip: Tensor | None, found_inf: Tensor | None
         ) -> None:  # fmt: skip
     """Launch the update of the rows, whose settings are in ``table``."""
-    form, first, settings, ids, order, rows, weights, records, are_aligned = launch
+    form, first, settings, ids, order, rows, weights, records, are_aligned, sums = launch
     if not form.length or not rows:
         return
     count = len(ids)
-    blocks = -(-count // CHUNK.value) if count > CHUNK.value else 0
     weight, _, values, history, master = first
-    sums = history.new_empty((2 * blocks, form.length))
     alone = values, sums, weight, history, master, None
     operands = alone if records is None else (None, sums, None, None, None, records)
     kernels = _kernels(form, are_aligned)
@@ -233,5 +239,5 @@ def run(launch: Launch, table: Tensor, grad_scale: Tensor | None, skip: Tensor |
                       grad_scale, skip, found_inf)  # fmt: skip
 
     start(kernels.first, -(-count // kernels.tile), kernels.columns)
-    if blocks:
-        start(kernels.later, blocks, kernels.later_columns)
+    if chunks(count):
+        start(kernels.later, chunks(count), kernels.later_columns)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 import triton
 import triton.language as tl
 
@@ -27,8 +28,10 @@ TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])
 if TRITON < (3, 2):
     raise ImportError(f"triton {triton.__version__}: must be 3.2 (which comes with PyTorch 2.6) or later")
 
-FLUSHES = tl.constexpr(TRITON < (3, 6) and os.environ.get("TRITON_INTERPRET") != "1")
-"""Whether ``div_rn`` and ``sqrt_rn`` take subnormal numbers for zero, as compiled by Triton before 3.6."""
+FLUSHES = tl.constexpr(
+    TRITON < (3, 6) and os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None
+)  # fmt: skip
+"""Whether ``div_rn`` and ``sqrt_rn`` take subnormal numbers for zero, as compiled for NVIDIA by Triton before 3.6."""
 
 TRITON_DTYPE = {"float16": tl.float16, "bfloat16": tl.bfloat16, "float32": tl.float32, "float64": tl.float64}
 

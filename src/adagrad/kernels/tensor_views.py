@@ -75,12 +75,13 @@ def _rows(i: int, weight: Tensor, grad: Tensor, history: Tensor, master: Tensor 
     if grad.shape != weight.shape:
         raise ValueError(f"grads[{i}]: shape {tuple(grad.shape)}: must be {tuple(weight.shape)}, the weight's")
     sizes, rest = weight.shape[:count], weight.shape[count:]
-    limits = torch.tensor(sizes, device=indices.device)[:, None]
     row = indices.new_zeros(indices.shape[1])
-    for d, size in enumerate(sizes):
+    is_inside = torch.ones_like(row, dtype=torch.bool)
+    for d, size in enumerate(sizes):  # a number each, no tensor of them: the host does not wait to send it
         row = row * size + indices[d]
+        is_inside &= (indices[d] >= 0) & (indices[d] < size)
     # An entry outside the weight must not become another row: -1 is refused like any row id out of range.
-    row = torch.where(((indices >= 0) & (indices < limits)).all(0), row, -1)
+    row = torch.where(is_inside, row, -1)
     shape = (math.prod(sizes), *rest)
     flat = RowSparse(values, row, shape)
     if count == 0:
