@@ -366,17 +366,14 @@ def test_hyper_parameters_of_a_file_are_checked(name: str, value: Any) -> None:
     assert here.config() == before
 
 
-def lowered() -> CosineScheduler:
+@pytest.mark.parametrize("changed", ["base_lr", "warmup_final_lr"])
+def test_a_schedule_whose_rate_was_lowered_below_its_warm_up_goes_on(changed: str) -> None:
     schedule = CosineScheduler(100, base_lr=0.1, warmup_steps=5, warmup_begin_lr=0.05)
-    schedule.base_lr = 0.01
-    return schedule
-
-
-def test_a_schedule_whose_rate_was_lowered_below_its_warm_up_goes_on() -> None:
-    updater = get_updater(AdaGrad(None, lr_scheduler=lowered()))
+    setattr(schedule, changed, 0.01)
+    updater = get_updater(AdaGrad(None, lr_scheduler=schedule))
     again = get_updater(AdaGrad())
     again.set_states(updater.get_states(dump_optimizer=True))
-    assert [again.optimizer._lr_at(n) for n in range(120)] == [lowered()(n) for n in range(120)]
+    assert [again.optimizer._lr_at(n) for n in range(120)] == [schedule(n) for n in range(120)]
 
 
 def test_a_schedule_that_could_not_be_loaded_is_not_saved() -> None:
@@ -561,6 +558,10 @@ def test_a_loaded_state_that_was_taken_away_or_replaced() -> None:
         take_away()
         updater(0, grad, weight)
         assert (updater.states[0] == 1).all()
+    updater.set_states(data)
+    updater.states = {0: np.zeros((3, 2))}
+    updater(0, grad, weight)
+    assert updater._loaded == {}, "it held the loaded state"
     updater.set_states(data, resize_rows=True)
     updater.states = {0: np.ones((2, 2))}
     with pytest.raises(ValueError, match=r"history in states\[0\]: shape \(2, 2\): must be \(3, 2\)"):
@@ -593,9 +594,47 @@ class WithMomentum(AdaGrad):
             weight -= self._get_lr(index) * momentum / (np.sqrt(history) + self.epsilon)
 
 
+class WithMasterLikeState(WithMomentum):
+    """The same by MXNet's other way to make states."""
+
+    def create_state_multi_precision(self, index: Any, weight: Any) -> Any:
+        return self.create_state(index, weight)
+
+
+class WithAFusedStep(WithMomentum):
+    def fused_step(self, *lists: Any) -> None:
+        self.step(*lists)
+
+
+class Calling(AdaGrad):
+    """Overrides both, and changes nothing."""
+
+    def create_state(self, index: Any, weight: Any) -> Any:
+        return super().create_state(index, weight)
+
+    def step(self, *lists: Any) -> None:
+        super().step(*lists)
+
+
+@pytest.mark.parametrize("bad", [np.ones(2), RowSparse(np.ones((1, 2)), np.array([7]), (3, 2))], ids=["dense", "rows"])
+def test_a_subclass_with_the_rules_states_is_checked_as_a_whole(bad: Any) -> None:
+    weights = [np.ones(2), np.ones((3, 2))]
+    updater = get_updater(Calling(0.5))
+    with pytest.raises((ValueError, IndexError), match=r"grads\[1\]"):
+        updater([0, 1], [np.ones(2), bad], weights)
+    assert all((w == 1).all() for w in weights)
+    assert updater.states == {}
+    assert updater.optimizer.num_update == 0
+    states = [updater.optimizer.create_state(i, w) for i, w in enumerate(weights)]
+    with pytest.raises((ValueError, IndexError), match=r"grads\[1\]"):
+        updater.optimizer.update([0, 1], weights, [np.ones(2), bad], states)
+    assert all((w == 1).all() for w in weights)
+
+
+@pytest.mark.parametrize("klass", [WithMomentum, WithMasterLikeState, WithAFusedStep])
 @pytest.mark.parametrize("aggregate_num", [1, 2])
-def test_states_of_ones_own_in_lists(aggregate_num: int) -> None:
-    updater = get_updater(WithMomentum(0.5, epsilon=0.0, aggregate_num=aggregate_num))
+def test_states_of_ones_own_in_lists(aggregate_num: int, klass: type[AdaGrad]) -> None:
+    updater = get_updater(klass(0.5, epsilon=0.0, aggregate_num=aggregate_num))
     weights, grads = [np.ones(2, np.float32) for _ in range(2)], [np.ones(2, np.float32)] * 2
     for expected in (0.5, 0.5 - 0.5 * 1.5 / np.sqrt(2)):
         updater([0, 1], grads, weights)

@@ -1,5 +1,6 @@
 """The AdaGrad optimizer, exact and as fast as memory, for NumPy arrays and PyTorch tensors, dense and row-sparse."""
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from adagrad import lr_scheduler
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> str:
-        if name == "__version__":  # looked up when it is asked for: it takes longer than the whole import
-            from importlib.metadata import version
+        if name == "__version__":  # read from the disk when it is asked for: nearly as long as the whole import
+            from importlib.metadata import PackageNotFoundError, version
 
-            return version("adagrad")
+            with suppress(PackageNotFoundError):
+                return version("adagrad")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adagrad import checks, dialects, kernels, lr_scheduler
-from adagrad.arrays import computing_format, operand
+from adagrad.arrays import LOW_PRECISION, computing_format, operand
 from adagrad.dialects import Default
 from adagrad.optimizer import Optimizer, Options, as_lists, register
 from adagrad.rates import Index
 from adagrad.rule import Array, Rule, history_shape, is_torch
 
-if TYPE_CHECKING:
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+elif TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
@@ -149,7 +151,7 @@ class AdaGrad(Optimizer):
             self._carry_out(weights, grads, states, lrs, wds, counts, fused=True)
             return
         # A step of a subclass is to see the dense part; the whole list is checked before anything changes.
-        if not self._has_own_states():
+        if self._are_known(weights, states):
             kernels.prepare(weights, grads, states, lrs, wds, self.rule(), fused=True)
         is_sparse = [kernels.is_row_sparse(grad) for grad in grads]
         dense = [i for i, each in enumerate(is_sparse) if not each]
@@ -189,10 +191,17 @@ class AdaGrad(Optimizer):
         is_ours = kind.__module__ in (__name__, f"{__package__}.group_adagrad") and _names(kind).isdisjoint(vars(self))
         return is_ours and (scheduler is None or lr_scheduler.is_ours(scheduler))
 
-    def _has_own_states(self) -> bool:
-        """Whether a subclass makes states of its own for a step of its own, which alone knows what they must be."""
+    def _are_known(self, weights: list[Any], states: list[Any]) -> bool:
+        """Whether the states can be checked here. A subclass with a step of its own may have others."""
         kind = type(self)
-        return kind.step is not AdaGrad.step and kind.create_state is not AdaGrad.create_state
+        if kind.step is AdaGrad.step and kind.fused_step is AdaGrad.fused_step:
+            return True
+        return all(map(self._is_known, weights, states))
+
+    def _is_known(self, weight: Any, state: Any) -> bool:
+        if isinstance(state, (tuple, list)):
+            return self.multi_precision and operand("weight", weight).format in LOW_PRECISION
+        return isinstance(state, np.ndarray) or is_torch(state)
 
     def rule(self) -> Rule:
         """The rule's options and scalars as they are now; checked, since attributes may have been set meanwhile."""
@@ -211,9 +220,9 @@ class AdaGrad(Optimizer):
         return self._rule
 
     def check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
-        if self._has_own_states():
-            return
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
+        if not self._are_known(weights, states):
+            return
         lrs, wds, _ = self._resolve(indices)
         kernels.prepare(weights, grads, states, lrs, wds, self.rule(), fused=self.use_fused_step)
 

@@ -317,7 +317,7 @@ def from_config(name: Any, config: Any) -> LRScheduler:
     final = arguments.pop("warmup_final_lr", None)
     try:
         base, begin = (checks.non_negative(each, arguments.get(each)) for each in ("base_lr", "warmup_begin_lr"))
-        schedule = classes[name](**(arguments | {"base_lr": max(base, begin) if final is None else final}))
+        schedule = classes[name](**(arguments | {"base_lr": max(base, begin)}))
         if final is not None:
             schedule.warmup_final_lr = final
         schedule.base_lr = base

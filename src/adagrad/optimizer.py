@@ -19,7 +19,7 @@ O = TypeVar("O", bound="type[Optimizer]")  # noqa: E741
 
 
 class Options(TypedDict, total=False):
-    """The arguments that :class:`Optimizer` has in common with all subclasses."""
+    """Those arguments of :class:`Optimizer` that its subclasses pass on to it."""
 
     rescale_grad: float
     param_idx2name: Mapping[int, str] | None

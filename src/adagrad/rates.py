@@ -133,7 +133,10 @@ class Rates:
         return 1.0
 
     def _get_lr(self, index: Index) -> float:
-        """The learning rate of the weight ``index`` now; a subclass may decide on it here, or for a list below."""
+        """The learning rate of the weight ``index`` now. A subclass may decide on it here, or for a list below.
+
+        As in MXNet, this asks :meth:`_get_lrs`, not the other way round.
+        """
         return self._get_lrs([index])[0]
 
     def _get_wd(self, index: Index) -> float:
@@ -191,8 +194,8 @@ class Rates:
 
     def _ask(self, indices: Sequence[Index]) -> tuple[list[float], list[float], dict[Index, int]]:
         """:meth:`_resolve` where a subclass decides: each index is counted before it is asked about, as in MXNet."""
-        before = self._index_update_count, self.num_update
-        self._index_update_count = dict(self._index_update_count)
+        counts, reached = self._index_update_count, self.num_update
+        before = {index: counts.get(index) for index in indices}
         lrs: list[float] = []
         wds: list[float] = []
         try:
@@ -200,9 +203,14 @@ class Rates:
                 self._update_count(index)
                 lrs.append(checks.non_negative(f"lr of index {index!r}", self._get_lr(index)))
                 wds.append(checks.non_negative(f"wd of index {index!r}", self._get_wd(index)))
-            return lrs, wds, {index: self._index_update_count[index] for index in indices}
+            return lrs, wds, {index: counts[index] for index in indices}
         finally:
-            self._index_update_count, self.num_update = before
+            self.num_update = reached
+            for index, count in before.items():
+                if count is None:
+                    counts.pop(index, None)
+                else:
+                    counts[index] = count
 
     def _count(self, new: Mapping[Index, int]) -> None:
         """Take over the counts that :meth:`_resolve` gave."""

@@ -20,7 +20,7 @@ from adagrad.rule import Rule
 from adagrad.torch_options import rule_and_decays
 from adagrad.torch_state import Counts, master
 
-_is_tensor = functools.partial(operator.is_not, None)
+_is_given = functools.partial(operator.is_not, None)
 _grad_of, _sum_of, _step_of = operator.attrgetter("grad"), operator.itemgetter("sum"), operator.itemgetter("step")
 
 
@@ -179,7 +179,7 @@ def _finish(parts: list[Part], owed: list[Counts], found_inf: Tensor | None, ski
     for part in parts:
         if owed:
             part.advance(found_inf, skips)
-        mark_changed([*part.weights, *part.histories, *filter(_is_tensor, part.masters)])
+        mark_changed([*part.weights, *part.histories, *filter(_is_given, part.masters)])
         if part.masters:
             part.keep_masters()
 

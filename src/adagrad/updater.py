@@ -80,7 +80,7 @@ class Updater:
             self.states.update(new)
             raise
         self.states.update(new)
-        for each in new:
+        for each in indices if self._loaded else ():
             self._loaded.pop(each, None)
 
     # ----------------------------------------------------------------------------------------------------- checkpoints

@@ -38,7 +38,7 @@ def jit(*, parallel: bool = False, helper: bool = False, holds_gil: bool = False
 
     def compile_lazily(function: F) -> F:
         options = {**_OPTIONS, "parallel": parallel, "forceinline": helper, "nogil": not holds_gil}
-        # Ways in from Python and from C, which nobody takes, would be a third of a kernel's time to compile.
+        # Ways in from Python and from C, which nobody takes, would be a tenth to a fifth of the time to compile.
         options |= {"no_cpython_wrapper": helper, "no_cfunc_wrapper": True}
         dispatcher = numba.jit(nopython=True, **options)(function)
         if not helper:
