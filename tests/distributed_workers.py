@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -453,6 +453,17 @@ def plain_state_into_shards(folder: Path) -> None:
         same(p, q, name)
 
 
+def row_wise_of_flat_parameters(folder: Path) -> None:
+    """FSDP1 cuts rows up, and does not say where they were."""
+    for keep in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # FullyShardedDataParallel is deprecated, and remarks on the CPU
+            model = FullyShardedDataParallel(Model(), use_orig_params=keep, device_id=torch.device("cpu"))
+        Adagrad(model.parameters())
+        with pytest.raises(ValueError, match=r"FullyShardedDataParallel.*must have whole rows; fully_shard keeps them"):
+            Adagrad(model.parameters(), row_wise=True)
+
+
 def sharded_grad_scaler(folder: Path) -> None:
     """FSDP1's scaler: where one process finds infinities, all skip the step."""
     shard = nn.Parameter(torch.ones(2))
@@ -507,6 +518,7 @@ CHECKS: dict[str, list[Callable[[Path], None]]] = {
     "two": [
         ddp_dense, ddp_sparse, fsdp, fsdp_low_precision, tensor_parallel, placements, mixed_with_plain, save,
         full_state_dicts, zero_redundancy, plain_state_into_shards, row_wise_placements, sharded_grad_scaler,
+        row_wise_of_flat_parameters,
     ],
     "four": [load_of_two, fsdp, hsdp, fsdp_and_tensor_parallel, save],
 }  # fmt: skip

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -588,6 +590,17 @@ def test_pickle_and_deepcopy() -> None:
     assert again.state[again_model.weight]["step"] == 3
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_differentiable_step_under_vmap() -> None:
+    def after_a_step(weight: Tensor) -> Tensor:
+        optimizer = Adagrad([weight], lr=0.5, eps=0.0, differentiable=True)
+        weight.grad = torch.full_like(weight, 2.0)
+        optimizer.step()
+        return weight.sum()
+
+    assert torch.func.vmap(after_a_step)(torch.ones(2, 3)).tolist() == [1.5, 1.5]
+
+
 def test_share_memory() -> None:
     p = parameter((3,), torch.bfloat16)
     optimizer = Adagrad([p], multi_precision=True)
@@ -680,18 +693,53 @@ class AsItIs(Adagrad):
     """Nothing of its own."""
 
 
-@pytest.mark.parametrize("how", ["subclass", "instance"])
-def test_a_step_of_ones_own_sees_unscaled_gradients(how: str) -> None:
+def clipped(step: Any) -> Any:
+    """As one writes a decorator for a step."""
+
+    @functools.wraps(step)
+    def wrapper(self: Any, *args: Any) -> Any:
+        nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1.0)
+        return step(self, *args)
+
+    return wrapper
+
+
+class Decorated(Adagrad):
+    step = clipped(Adagrad.step)
+
+
+def on_the_instance(optimizer: Adagrad) -> None:
+    inner = optimizer.step
+
+    @functools.wraps(inner)
+    def step(*args: Any) -> Any:
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        return inner(*args)
+
+    optimizer.step = step  # type: ignore[method-assign]
+
+
+def as_a_method(optimizer: Adagrad) -> None:
+    optimizer.step = MethodType(clipped(Adagrad.step), optimizer)  # type: ignore[method-assign]
+
+
+def with_a_schedule(optimizer: Adagrad) -> None:
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+
+@pytest.mark.parametrize(
+    ("klass", "changes"),
+    [
+        (Clipping, ()), (Decorated, ()), (Clipping, (with_a_schedule,)), (Adagrad, (on_the_instance,)),
+        (Adagrad, (with_a_schedule, on_the_instance)), (Adagrad, (as_a_method,)),
+        (Adagrad, (as_a_method, with_a_schedule)),
+    ],
+)  # fmt: skip
+def test_a_step_of_ones_own_sees_unscaled_gradients(klass: type[Adagrad], changes: tuple[Any, ...]) -> None:
     p = nn.Parameter(torch.ones(3))
-    optimizer = Clipping([p], lr=0.1) if how == "subclass" else Adagrad([p], lr=0.1)
-    if how == "instance":
-        inner = optimizer.step
-
-        def step() -> None:
-            nn.utils.clip_grad_norm_([p], 1.0)
-            inner()
-
-        optimizer.step = step  # type: ignore[method-assign, assignment]
+    optimizer = klass([p], lr=0.1)
+    for change in changes:
+        change(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
     scaler.scale(p.sum() * 2).backward()
     scaler.step(optimizer)
@@ -703,6 +751,8 @@ def test_who_unscales() -> None:
         optimizer = klass([parameter((3,))])
         assert optimizer._step_supports_amp_scaling
         torch.optim.lr_scheduler.StepLR(optimizer, 1)  # which wraps step
+        assert optimizer._step_supports_amp_scaling
+        optimizer.step = Adagrad([parameter((3,))]).step  # type: ignore[method-assign]
         assert optimizer._step_supports_amp_scaling
     assert not Clipping([parameter((3,))])._step_supports_amp_scaling
     assert Clipping([parameter((3,))], fused=True)._step_supports_amp_scaling

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -235,6 +237,74 @@ def test_a_state_that_lacks_something_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="state of parameter 0 of group 0: no 'sum'"):
         optimizer.load_state_dict(adam.state_dict())
     assert_same_bits(optimizer.state[p]["sum"], before["sum"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("sum", None), ("sum", 1.0), ("sum", [1.0, 1.0]), ("master", 1.0), ("step", torch.ones(2)), ("step", "3"),
+     ("step", None)],
+    ids=str,
+)  # fmt: skip
+def test_a_state_of_another_kind_is_refused(name: str, value: Any) -> None:
+    p, optimizer = with_master()
+    before = copy.deepcopy(optimizer.state[p])
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0][name] = value
+    with pytest.raises(ValueError, match=f"state of parameter 0 of group 0: {name}"):
+        optimizer.load_state_dict(saved)
+    for key, was in before.items():
+        assert_same_bits(optimizer.state[p][key], was)
+
+
+def test_a_group_that_lost_an_option_loads() -> None:
+    _, optimizer = with_master()
+    saved = copy.deepcopy(optimizer.state_dict())
+    del optimizer.param_groups[0]["fused"], saved["param_groups"][0]["fused"]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["fused"] is None
+
+
+def test_a_master_copy_comes_back_into_an_optimizer_that_has_not_stepped(tmp_path: Path) -> None:
+    """torch.distributed.checkpoint fills what is there: the master copy must be."""
+
+    def made() -> tuple[nn.Linear, Adagrad]:
+        torch.manual_seed(0)
+        model = nn.Linear(8, 8).bfloat16()
+        return model, Adagrad(model.parameters(), lr=1e-3, multi_precision=True)
+
+    def train(model: nn.Linear, optimizer: Adagrad, steps: range) -> None:
+        for seed in steps:
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)).bfloat16()
+            optimizer.zero_grad()
+            model(x).float().square().mean().backward()
+            optimizer.step()
+
+    model, optimizer = made()
+    train(model, optimizer, range(10))
+    saved = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    again, other = made()
+    found = {"model": again.state_dict(), "optimizer": get_optimizer_state_dict(again, other)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is no process group
+        dcp.save(saved, checkpoint_id=tmp_path)
+        dcp.load(found, checkpoint_id=tmp_path)
+    again.load_state_dict(found["model"])
+    set_optimizer_state_dict(again, other, found["optimizer"])
+    assert_same_bits(other.state[again.weight]["master"], optimizer.state[model.weight]["master"])
+    train(model, optimizer, range(10, 60))
+    train(again, other, range(10, 60))
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert_same_bits(p, q)
+
+
+def test_master_copies_are_of_the_parameters_as_they_are_at_the_first_step() -> None:
+    p = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    optimizer = Adagrad([p], lr=1.0, multi_precision=True)
+    with torch.no_grad():
+        p.fill_(5)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.state[p]["master"].tolist() == [4.0] * 3
 
 
 @pytest.mark.parametrize("what", ["shape", "row-wise", "groups"])

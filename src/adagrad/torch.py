@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 import operator
 import sys
@@ -87,10 +86,10 @@ class Adagrad(Optimizer):
         Whether histories have one value a row: the mean of the row's squares is added to it. ``sum`` has shape
         ``(n, 1, ...)`` then.
     multi_precision : bool, default False
-        Whether float16 and bfloat16 parameters get a float32 copy, ``master`` in the state, made at the first step,
-        that the rule acts on; the parameter is its rounding. Where something else has changed the parameter in place,
-        the next step makes a new copy. Changes through ``p.data``, of a DTensor's local part or by another process are
-        not counted by PyTorch: delete ``master`` from the state after those.
+        Whether float16 and bfloat16 parameters get a float32 copy, ``master`` in the state, that the rule acts on; the
+        parameter is its rounding. Where something else has changed the parameter in place, the next step makes a new
+        copy. Changes through ``p.data``, of a DTensor's local part or by another process are not counted by PyTorch:
+        delete ``master`` from the state after those.
     dialect : str, default "torch"
         Whose AdaGrad to follow: one of :data:`adagrad.dialects.DIALECTS`. Its defaults replace those of PyTorch, above
         and below, for all that is not given.
@@ -184,11 +183,8 @@ class Adagrad(Optimizer):
         return not (several or self._has_step_hooks() or self._has_own_step())
 
     def _has_own_step(self) -> bool:
-        """Whether a user has put another step around ours, in a subclass or on this object; a schedule's is no such."""
-        own = vars(self).get("step")
-        if own is not None and not getattr(own, "_wrapped_by_lr_sched", False):
-            return True
-        return inspect.unwrap(type(self).step) is not inspect.unwrap(Adagrad.step)
+        """Whether a user has put another step around ours, in a subclass or on this object."""
+        return _bare(vars(self).get("step", type(self).step)) is not _STEP
 
     def _has_step_hooks(self) -> bool:
         own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
@@ -249,7 +245,8 @@ class Adagrad(Optimizer):
         Raises
         ------
         TypeError, ValueError, IndexError
-            What cannot be updated; then nothing has changed. On CUDA a row id outside its parameter turns the step
+            What cannot be updated; then nothing has changed. (What a tensor subclass raises of itself may leave those
+            of its kind changed that come before it.) On CUDA a row id outside its parameter turns the step
             into nothing, and a later step, or :func:`check_row_ids`, raises.
         """
         loss = None
@@ -321,10 +318,25 @@ class Adagrad(Optimizer):
             for name in RULE:
                 group.setdefault(name, False)
             for name, value in (self.defaults if before else state["defaults"]).items():
-                group.setdefault(name, before[i][name] if before else value)
+                group.setdefault(name, before[i].get(name, value) if before else value)
             for k, p in enumerate(group["params"]):
                 loaded = state.get("state", {}).get(p)
                 if loaded:
                     state["state"][p] = fitted(f"state of parameter {k} of group {i}", p, loaded, group)
         super().__setstate__(state)
         self._versions = {}
+
+
+def _bare(step: Any) -> Any:
+    """A step without what PyTorch and this module have put around it: for hooks, and for schedules to count.
+
+    By the modules that wrappers were written in: attributes of a function go on to what a user puts around it.
+    """
+    step = getattr(step, "__func__", step)
+    while hasattr(step, "__wrapped__") and step.__globals__["__name__"] in _WRAPPING:
+        step = step.__wrapped__
+    return step
+
+
+_WRAPPING = {__name__, "torch.optim.lr_scheduler", "torch.optim.optimizer"}
+_STEP = _bare(Adagrad.step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,11 @@ WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.compl
 
 
 def new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-    """``step``, a tensor of one number, and ``sum``, the history, of a parameter that has not been updated yet."""
+    """The state of a parameter that has not been updated yet.
+
+    ``step``, a tensor of one number; ``sum``, the history; under ``multi_precision`` the ``master`` copy, so that a
+    checkpoint finds a place for its own. The first step makes another where the parameter was given values meanwhile.
+    """
     if group["fused"]:
         step = torch.zeros((), dtype=torch.float32, device=p.device)
     else:
@@ -27,9 +32,14 @@ def new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     start = group["initial_accumulator_value"]
     dtype = WIDE.get(p.dtype, p.dtype)
     if group["row_wise"]:
-        return {"step": step, "sum": _row_wise_history(p, group, float(start), dtype)}
-    value = complex(start, start) if p.is_complex() else start
-    return {"step": step, "sum": torch.full_like(p, value, dtype=dtype, memory_format=torch.preserve_format)}
+        history = _row_wise_history(p, group, float(start), dtype)
+    else:
+        value = complex(start, start) if p.is_complex() else start
+        history = torch.full_like(p, value, dtype=dtype, memory_format=torch.preserve_format)
+    state = {"step": step, "sum": history}
+    if group["multi_precision"] and (copy := master(p, {}, is_ours=False)) is not None:
+        state["master"] = copy
+    return state
 
 
 def _row_wise_history(p: Tensor, group: dict[str, Any], start: float, dtype: torch.dtype) -> Tensor:
@@ -37,6 +47,9 @@ def _row_wise_history(p: Tensor, group: dict[str, Any], start: float, dtype: tor
         raise ValueError("row_wise=True: parameter of shape (): must have rows: one dimension or more")
     if p.is_complex():
         raise ValueError(f"row_wise=True: parameter of {p.dtype}: must be real")
+    if getattr(p, "_fsdp_flattened", False):
+        where = f"{_called(p, group)}, flattened by FullyShardedDataParallel"
+        raise ValueError(f"row_wise=True: {where}: must have whole rows; fully_shard keeps them")
     shape = history_shape(tuple(p.shape), row_wise=True)
     if not is_dtensor(p):
         return p.detach().new_full(shape, start, dtype=dtype)
@@ -154,7 +167,9 @@ def fitted(where: str, p: Tensor, loaded: dict[str, Any], group: dict[str, Any])
 
 def _fitted(where: str, p: Tensor, name: str, value: Any, group: dict[str, Any]) -> Any:
     if name == "step":
-        return _count(p, value.tensor if isinstance(value, _Saved) else value, group)
+        return _count(where, p, value.tensor if isinstance(value, _Saved) else value, group)
+    if name in ("sum", "master") and not isinstance(value, (_Saved, Tensor)):
+        raise ValueError(f"{where}: {name}: {type(value).__name__}: must be a tensor")
     if not isinstance(value, _Saved):
         return value
     tensor = value.tensor
@@ -169,7 +184,10 @@ def _fitted(where: str, p: Tensor, name: str, value: Any, group: dict[str, Any])
     return spread(tensor, p) if is_dtensor(p) and not is_dtensor(tensor) else tensor
 
 
-def _count(p: Tensor, value: Any, group: dict[str, Any]) -> Tensor:
+def _count(where: str, p: Tensor, value: Any, group: dict[str, Any]) -> Tensor:
+    is_number = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, numbers.Real)
+    if not is_number:
+        raise ValueError(f"{where}: step: {type(value).__name__}: must be a number, or a tensor of one")
     if group["fused"]:
         return torch.as_tensor(value, dtype=torch.float32, device=p.device)
     return value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float32, device="cpu")

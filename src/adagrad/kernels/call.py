@@ -108,7 +108,7 @@ class _Plan:
 
     def __init__(self) -> None:
         self.wrapped: list[Job] = []
-        """What a user's class may refuse in a way that no check foresees: first, when nothing has changed."""
+        """What a user's class may refuse in a way that no check foresees: first, when nothing else has changed."""
         self.launches: dict[Any, _CudaLaunch] = {}
         """By device."""
         self.jobs: list[Job] = []

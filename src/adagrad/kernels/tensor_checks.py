@@ -58,11 +58,19 @@ def check_wrapped(i: int, weight: Tensor, grad: Any, history: Tensor, master: Te
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name}[{i}]: shape {tuple(tensor.shape)}: must be {shape}")
     for name, tensor in (("weights", weight), ("history in states", history), ("master copy in states", master)):
-        if tensor is not None and torch._debug_has_internal_overlap(tensor) == 1:
+        if tensor is not None and _overlaps_itself(tensor):
             raise ValueError(f"{name}[{i}]: strides {tuple(tensor.stride())}: overlaps itself")
     for name, tensor in (("grads", values), ("history in states", history), ("master copy in states", master)):
         if tensor is not None and tensor.device != weight.device:
             raise ValueError(f"{name}[{i}]: device {tensor.device}: must be {weight.device}")
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether it certainly does, as PyTorch asks before it writes in place."""
+    try:
+        return int(torch._debug_has_internal_overlap(tensor)) == 1
+    except RuntimeError:  # tensors of a transform, which have no memory of their own
+        return False
 
 
 def check_rows(at: str, indices: Tensor, rows: int) -> None:
