@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -169,6 +169,20 @@ def test_to_torch_takes_the_rate_of_the_next_update() -> None:
     assert saved["param_groups"][0]["lr"] == scheduler(3)
     assert float(saved["state"][0]["step"]) == 2
     convert.from_torch(saved, optimizer)
+    given = AdaGrad(None, dialect="torch", lr_scheduler=lambda t: np.float64(0.5))
+    lr = convert.to_torch({0: f32(1)}, given)["param_groups"][0]["lr"]
+    assert type(lr) is float, "torch.load refuses NumPy's"
+
+
+def test_parts_of_a_tensor_are_refused() -> None:
+    class Sharded(torch.Tensor):
+        def full_tensor(self) -> torch.Tensor:
+            raise AssertionError("to be gathered by whoever has the other parts")
+
+    group = {"lr": 0.01, "eps": 1e-10, "params": [0]}
+    saved = {"state": {0: {"step": 1, "sum": torch.ones(2).as_subclass(Sharded)}}, "param_groups": [group]}
+    with pytest.raises(ValueError, match=r"parameter 0.*: a part of a tensor: gather it first, by full_tensor"):
+        convert.from_torch(saved, AdaGrad(0.01, epsilon=1e-10))
 
 
 @pytest.mark.parametrize(
@@ -335,6 +349,15 @@ class InjectState(NamedTuple):
     inner_state: Any
 
 
+class InjectHyperparamsState(NamedTuple):
+    inner_state: Any
+    hyperparams: Any
+
+
+class MaskedNode(NamedTuple):
+    pass
+
+
 class Pair(NamedTuple):
     b: Any
     a: Any
@@ -415,7 +438,17 @@ def test_leaves_have_the_order_of_jax() -> None:
             {},
             "opt_state: TraceState: not a part of the state of optax.ad",
         ),
-        (InjectState((ScaleByRssState(f32(1)),)), {}, "InjectState: not a part .*: convert its inner_state"),
+        (InjectState((ScaleByRssState(f32(1)),)), {}, "InjectState: not a part .*: convert its inner_state$"),
+        (
+            InjectHyperparamsState((ScaleByRssState(f32(1)),), {}),
+            {},
+            "InjectHyper.*: convert its inner_state, and give the optimizer the schedules of its hyperparams",
+        ),
+        (
+            ScaleByRssState({"a": MaskedNode(), "b": f32(1)}),
+            {},
+            "MaskedNode: parameters that this part does not update: convert each part by itself, without them",
+        ),
         ({"a": f32(1)}, {}, "opt_state: dict: not a part"),
         (None, {}, "opt_state: NoneType: not a part"),
         (
@@ -436,6 +469,15 @@ def test_leaves_have_the_order_of_jax() -> None:
 def test_from_optax_refuses(state: Any, options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         convert.from_optax(state, AdaGrad(**({"dialect": "optax"} | options)))
+
+
+def test_dicts_of_other_kinds_come_back() -> None:
+    tree = defaultdict(list, {"b": f32(1), "a": f32(2)})
+    optimizer = AdaGrad(dialect="optax")
+    back = convert.to_optax({0: f32(4), 1: f32(3)}, optimizer, (ScaleByRssState(tree), EmptyState()))
+    assert back[0].sum_of_squares == {"a": 4, "b": 3}
+    assert type(back[0].sum_of_squares) is defaultdict
+    assert back[0].sum_of_squares.default_factory is list
 
 
 def test_to_optax_refuses() -> None:
@@ -518,11 +560,13 @@ def variable(name: str, *numbers: float) -> SimpleNamespace:
             {"dialect": "optax", "wd": 0.1},
             "decoupled_decay=False: must be True, since wd=0.1: Keras 3.15 has w",
         ),
+        ([variable("iteration", 3)], {}, "variables: none of 1 is an accumulator: must be those of keras.optimizers"),
         (
-            [variable("w_momentum", 1)],
+            [variable("w_accumulator", 1), variable("w_linear", 1)],
             {},
-            "variables: none of 1 is an accumulator: must be those of keras.optimizers.Ad",
+            "variables: 'w_linear': must be those of keras.optimizers.Adagrad; of one that wraps it, inner_optimizer's",
         ),
+        ([variable("dynamic_scale", 1), variable("w_accumulator", 1)], {}, "variables: 'dynamic_scale': must be those"),
         (
             [variable("w_accumulator", 1), variable("w_gradient_accumulator", 2)],
             {},
@@ -548,6 +592,13 @@ def test_from_keras_refuses(variables: list[Any], options: dict[str, Any], match
 def test_an_empty_gradient_accumulator_is_no_matter() -> None:
     variables = [variable("w_accumulator", 1), variable("w_gradient_accumulator", 0), variable("w_average", 3)]
     assert list(convert.from_keras(variables, AdaGrad(dialect="keras"))) == [0]
+
+
+def test_a_variable_that_is_called_gradient() -> None:
+    names = ("my_gradient_accumulator", "w_accumulator", "w_gradient_accumulator")
+    variables = [variable(name, i) for i, name in zip((1, 2, 0), names, strict=True)]
+    states = convert.from_keras(variables, AdaGrad(dialect="keras"))
+    assert {index: float(each[0]) for index, each in states.items()} == {0: 1.0, 1: 2.0}
 
 
 def test_to_keras_refuses_rows() -> None:

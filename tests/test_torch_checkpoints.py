@@ -264,6 +264,23 @@ def test_a_group_that_lost_an_option_loads() -> None:
     assert optimizer.param_groups[0]["fused"] is None
 
 
+def test_distributed_checkpoints_of_torch(tmp_path: Path) -> None:
+    """As docs/distributed.md says."""
+    model, again = nn.Linear(3, 2), nn.Linear(3, 2)
+    theirs, ours = torch.optim.Adagrad(model.parameters(), lr=0.3), Adagrad(again.parameters(), clip_value=0.5)
+    model(torch.ones(1, 3)).sum().backward()
+    theirs.step()
+    found = {"optimizer": get_optimizer_state_dict(again, ours)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is no process group
+        dcp.save({"optimizer": get_optimizer_state_dict(model, theirs)}, checkpoint_id=tmp_path)
+        dcp.load(found, checkpoint_id=tmp_path, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+    set_optimizer_state_dict(again, ours, found["optimizer"])
+    assert (ours.param_groups[0]["lr"], ours.param_groups[0]["clip_value"]) == (0.3, 0.5)
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert_same_bits(ours.state[q]["sum"], theirs.state[p]["sum"])
+
+
 def test_a_master_copy_comes_back_into_an_optimizer_that_has_not_stepped(tmp_path: Path) -> None:
     """torch.distributed.checkpoint fills what is there: the master copy must be."""
 

@@ -354,8 +354,9 @@ def test_a_schedule_of_ones_own_is_kept_and_never_saved() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_update", -1), ("num_update", 1.5), ("index_update_count", {0: -1}), ("lr", -1.0), ("lr_mult", {0: -1.0}),
-     ("wd", math.inf), ("epsilon", "x"), ("multi_precision", 1), ("lr_scheduler", ["FactorScheduler", {"step": 0}])],
+    [("num_update", -1), ("num_update", 1.5), ("num_update", 10**400), ("index_update_count", {0: -1}), ("lr", -1.0),
+     ("lr_mult", {0: -1.0}), ("idx2name", {0: {}}), ("wd", math.inf), ("epsilon", "x"), ("multi_precision", 1),
+     ("lr_scheduler", ["FactorScheduler", {"step": 0}])],
     ids=str,
 )  # fmt: skip
 def test_hyper_parameters_of_a_file_are_checked(name: str, value: Any) -> None:
@@ -374,6 +375,14 @@ def test_a_schedule_whose_rate_was_lowered_below_its_warm_up_goes_on(changed: st
     again = get_updater(AdaGrad())
     again.set_states(updater.get_states(dump_optimizer=True))
     assert [again.optimizer._lr_at(n) for n in range(120)] == [schedule(n) for n in range(120)]
+
+
+def test_a_file_cannot_make_a_step_endless() -> None:
+    schedule = FactorScheduler(1, factor=1 - 1e-13, stop_factor_lr=0.0)
+    updater = get_updater(AdaGrad(None, lr_scheduler=schedule))
+    updater.optimizer.num_update = 10**15
+    with pytest.raises(ValueError, match="num_update=1000000000000000: must be <= 100000000 steps of its FactorS"):
+        get_updater(AdaGrad()).set_states(updater.get_states(dump_optimizer=True))
 
 
 def test_a_schedule_that_could_not_be_loaded_is_not_saved() -> None:

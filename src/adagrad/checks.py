@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 _MOST = sys.float_info.max
+_LARGEST = 2**63 - 1
 
 
 def describe(value: object) -> str:
@@ -58,11 +59,13 @@ def positive_or_none(name: str, value: Any) -> float | None:
 
 
 def integer(name: str, value: Any, minimum: int) -> int:
-    """``value`` as an int >= ``minimum``."""
+    """``value`` as an int >= ``minimum``, below 2^63."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}={describe(value)}: must be an integer, not {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{name}={describe(value)}: must be >= {minimum}")
+    if int(value) > _LARGEST:
+        raise ValueError(f"{name}={describe(value)}: must be < 2**63")
     return int(value)
 
 

@@ -302,6 +302,16 @@ def _factor(factor: Any) -> float:
     return value
 
 
+MOST_DECAYS = 10**8
+"""Multiplications that a saved schedule may need to get to where it was: some 20 seconds."""
+
+
+def require_reachable(schedule: Any, num_update: int) -> None:
+    """ValueError for a schedule that would multiply without end to get to ``num_update``, as no training did."""
+    if isinstance(schedule, FactorScheduler) and num_update // schedule.step > MOST_DECAYS:
+        raise ValueError(f"num_update={num_update}: must be <= {MOST_DECAYS} steps of its FactorScheduler")
+
+
 def is_ours(scheduler: Any) -> bool:
     """Whether ``scheduler`` is of one of the classes here, not of a user's."""
     return type(scheduler).__module__ == __name__

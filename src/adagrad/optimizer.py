@@ -271,10 +271,11 @@ class Optimizer(Rates):
             new["_index_update_count"] = {k: checks.integer(f"count of {k!r}", v, 0) for k, v in counts.items()}
             for name in ("lr_mult", "wd_mult"):
                 new[name] = {k: checks.non_negative(f"{name}[{k!r}]", v) for k, v in config[name].items()}
-            new["idx2name"] = dict(config["idx2name"])
+            new["idx2name"] = {k: _name(f"idx2name[{k!r}]", v) for k, v in config["idx2name"].items()}
             schedule, here = config["lr_scheduler"], self.lr_scheduler
             if schedule != "custom":
                 loaded = None if schedule is None else lr_scheduler.from_config(*schedule)
+                lr_scheduler.require_reachable(loaded, new["num_update"])
                 new["lr_scheduler"] = loaded if here is None or lr_scheduler.is_ours(here) else here
             elif here is None:
                 del new["lr"]  # that of an optimizer with a scheduler, which means nothing without
@@ -301,6 +302,12 @@ def _check_master(at: str, weight: Array, state: Any) -> None:
         raise ValueError(f"{master.name}: shape {master.shape}: must be {w.shape}")
     refuse_unwritable(w)
     refuse_unwritable(master)
+
+
+def _name(what: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{what}={checks.describe(value)}: must be a string")
+    return value
 
 
 def _cast_gradient(grad: Any, like: Array) -> Any:

@@ -74,6 +74,8 @@ def history(what: str, value: Any, optimizer: AdaGrad | None = None) -> History:
         )
     if isinstance(value, np.ma.MaskedArray):
         raise ValueError(f"{what}: masked: must be an array of float32 or float64")
+    if hasattr(value, "full_tensor"):
+        raise ValueError(f"{what}: a part of a tensor: gather it first, by full_tensor or full_state_dict=True")
     array = np.array(plain(value), order="C")
     native = array.dtype.newbyteorder("=")
     if native not in (np.dtype(np.float32), np.dtype(np.float64)):

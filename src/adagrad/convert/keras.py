@@ -44,11 +44,17 @@ def from_keras(variables: Iterable[Any], optimizer: AdaGrad) -> States:
     """
     require_rule(optimizer, "keras")
     named = [(getattr(each, "name", None) or "accumulator", each) for each in variables]
-    pending = [name for name, each in named if name.endswith("gradient_accumulator") and np.any(plain(each))]
-    if pending:
-        raise ValueError(f"{pending[0]}: gradients that are not applied yet: convert right after an update")
-    found = [(name, each) for name, each in named if name.endswith("accumulator")]
-    found = [(name, each) for name, each in found if not name.endswith("gradient_accumulator")]
+    names = {name for name, _ in named}
+    found = []
+    for name, each in named:
+        if _belongs(name, "_gradient_accumulator", names):
+            if np.any(plain(each)):
+                raise ValueError(f"{name}: gradients that are not applied yet: convert right after an update")
+        elif name.endswith("accumulator"):
+            found.append((name, each))
+        elif name not in ("iteration", "learning_rate") and not _belongs(name, "_average", names):
+            need = "must be those of keras.optimizers.Adagrad; of one that wraps it, inner_optimizer's"
+            raise ValueError(f"variables: {name!r}: {need}")
     if named and not found:
         raise ValueError(
             f"variables: none of {len(named)} is an accumulator: must be those of keras.optimizers.Adagrad"
@@ -62,6 +68,11 @@ def from_keras(variables: Iterable[Any], optimizer: AdaGrad) -> States:
     elif "iteration" in scalars:
         require_schedule(f"iteration={step}", step, "Keras", optimizer, states)
     return states
+
+
+def _belongs(name: str, ending: str, names: set[str]) -> bool:
+    """Whether a variable stands, by its name's ending, beside an accumulator."""
+    return name.endswith(ending) and f"{name.removesuffix(ending)}_accumulator" in names
 
 
 def to_keras(states: Mapping[Index, Any], optimizer: AdaGrad) -> list[History]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import functools
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -114,6 +115,8 @@ def _parts(opt_state: Any) -> tuple[Any, list[Any]]:
             counts.append(part.count)
         elif getattr(part, "_fields", None) != ():
             hint = ": convert its inner_state" if hasattr(part, "inner_state") else ""
+            if hasattr(part, "hyperparams"):
+                hint += ", and give the optimizer the schedules of its hyperparams"
             raise ValueError(f"opt_state: {name}: not a part of the state of optax.adagrad{hint}")
     if len(found) != 1:
         raise ValueError(f"opt_state: {len(found)} of ScaleByRssState in it: must be one")
@@ -126,6 +129,9 @@ def _parts(opt_state: Any) -> tuple[Any, list[Any]]:
 def _leaves(tree: Any) -> list[Any]:
     if tree is None:
         return []
+    if type(tree).__name__ == "MaskedNode":
+        why = "parameters that this part does not update: convert each part by itself, without them"
+        raise ValueError(f"opt_state: MaskedNode: {why}")
     if isinstance(tree, Mapping):
         tree = [tree[key] for key in _keys(tree)]
     return [leaf for part in tree for leaf in _leaves(part)] if isinstance(tree, (list, tuple)) else [tree]
@@ -136,6 +142,8 @@ def _rebuilt(tree: Any, leaves: Iterator[Any]) -> Any:
         return None
     if isinstance(tree, Mapping):
         kind: Any = type(tree)
+        if isinstance(tree, defaultdict):
+            kind = functools.partial(kind, tree.default_factory)
         return kind({key: _rebuilt(tree[key], leaves) for key in _keys(tree)})
     if isinstance(tree, (list, tuple)):
         parts = [_rebuilt(part, leaves) for part in tree]

@@ -73,7 +73,7 @@ def count(optimizer: AdaGrad, index: Index) -> int:
 
 def next_lr(optimizer: AdaGrad, index: Index, step: int) -> float:
     """The learning rate of the weight ``index`` at the update after ``step``."""
-    base = optimizer._lr_at(max(step + 1, optimizer.num_update))
+    base = float(optimizer._lr_at(max(step + 1, optimizer.num_update)))
     return base * optimizer._multiplier(index, "lr_mult", optimizer.lr_mult)
 
 
