@@ -4,7 +4,10 @@
 
 Times are those of CUDA events around one step, in rounds that go through the contenders in a new order each; the
 figures are percentiles over all rounds. The limit is a device copy of the same bytes; for row-sparse cases a sort of
-the row ids plus a copy of the bytes of the rows.
+the row ids plus a copy of the bytes of the rows. The bytes are those of float32 histories: torch's own, of 16 bits for
+16-bit parameters, are fewer.
+
+A peer that fails is left out with a note. The CSV is written case by case.
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ import argparse
 import csv
 import datetime
 import gc
+import importlib.metadata
 import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,8 @@ from cases import SEED, Dense, Rows
 from contenders import LEARNING_RATE, versions
 from report import table as markdown
 
+DEVICE = "cuda"
+
 
 @dataclass(frozen=True)
 class Tables:
@@ -37,12 +44,18 @@ class Tables:
     each: tuple[Rows, ...]
 
 
+@dataclass(frozen=True)
+class Fresh(Dense):
+    """Gradients at other addresses and another learning rate at each step: nothing can be kept from the last."""
+
+
 Case = Dense | Rows | Tables
 
 CASES: list[Case] = [
     Dense("1 x 256M", ((256 << 20,),)),
     Dense("1 x 16M", ((16 << 20,),)),
     Dense("300 x 1,000", ((1000,),) * 300),
+    Fresh("300 x 1,000, new gradients and lr", ((1000,),) * 300),
     Dense("12 x (4096, 4096*4096, 4096*11008)", ((4096,), (4096, 4096), (4096, 11008)) * 12),
     Dense("1 x 256M bfloat16", ((256 << 20,),), "bfloat16"),
 ]
@@ -108,13 +121,32 @@ def parameters(case: Case, device: torch.device) -> list[torch.nn.Parameter]:
     return params
 
 
+def step_of(optimizer: torch.optim.Optimizer, case: Case, step: Callable[[], Any] | None = None) -> Callable[[], Any]:
+    """A step of the optimizer; of a :class:`Fresh` case with what changes before it."""
+    step = step or optimizer.step
+    if not isinstance(case, Fresh):
+        return step
+    (group,) = optimizer.param_groups
+    params = group["params"]
+    sets = [[torch.rand_like(param) for param in params] for _ in range(20)]  # more than are kept of anything
+    turn = itertools.count()
+
+    def changed() -> None:
+        for param, grad in zip(params, sets[next(turn) % len(sets)], strict=True):
+            param.grad = grad
+        group["lr"] *= 0.9999
+        step()
+
+    return changed
+
+
 def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Any]]:
     """Ours, torch's and the copy; all optimizers on the same parameters."""
     from adagrad.torch import Adagrad
 
     params = parameters(case, device)
     ours = Adagrad(params, lr=LEARNING_RATE)
-    found: dict[str, Callable[[], Any]] = {"adagrad.torch": ours.step, "limit": Copy(case, device)}
+    found: dict[str, Callable[[], Any]] = {"adagrad.torch": step_of(ours, case), "limit": Copy(case, device)}
     options: dict[str, dict[str, bool]] = {"torch sparse": {}}
     if isinstance(case, Dense):
         options = {
@@ -123,26 +155,42 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Any]]
             "torch fused": {"fused": True},
         }
     for name, arguments in options.items():
-        try:
-            optimizer = torch.optim.Adagrad(params, lr=LEARNING_RATE, **arguments)
-            optimizer.step()
-        except (RuntimeError, NotImplementedError, torch.OutOfMemoryError):
-            continue  # this version has no such implementation for CUDA, or it does not fit
-        found[name] = optimizer.step
-        if name == "torch foreach":
-            compiled = torch.optim.Adagrad(params, lr=torch.tensor(LEARNING_RATE), foreach=True)
-            found["torch.compile"] = torch.compile(compiled.step, fullgraph=False)
+        optimizer = attempt(name, partial(torch.optim.Adagrad, params, lr=LEARNING_RATE, **arguments))
+        if optimizer is not None:
+            found[name] = step_of(optimizer, case)
+    if isinstance(case, Dense):
+        compiled = torch.optim.Adagrad(params, lr=torch.tensor(LEARNING_RATE), foreach=True)
+        found["torch.compile"] = step_of(compiled, case, torch.compile(compiled.step, fullgraph=False))
     return found
+
+
+def attempt(name: str, what: Callable[[], Any]) -> Any:
+    """What it gives; None, with a note, where this version has no such implementation, or the memory is short."""
+    try:
+        return what()
+    except Exception as error:
+        tqdm.write(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        return None
+
+
+def runs(step: Callable[[], Any], device: torch.device) -> bool:
+    """True after three steps, which compile what must be compiled."""
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize(device)
+    return True
 
 
 def measure(case: Case, rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of single steps by contender."""
     rng = random.Random(SEED)
     found = contenders(case, device)
+    for name in sorted(found):
+        if not attempt(name, partial(runs, found[name], device)):
+            if name in ("adagrad.torch", "limit"):
+                raise RuntimeError(f"{case.name}: {name} must run")
+            del found[name]
     samples: dict[str, list[float]] = {name: [] for name in found}
-    for step in found.values():
-        for _ in range(3):
-            step()
     for _ in range(rounds):
         for name in rng.sample(sorted(found), len(found)):
             events = [torch.cuda.Event(enable_timing=True) for _ in range(11)]
@@ -165,25 +213,30 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.exit(1, "no CUDA device here\n")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cuda")
+    device = torch.device(DEVICE)
+    cases = [case for case in CASES if arguments.only in case.name]
+    if not cases:
+        parser.error(f"--only {arguments.only!r}: must be part of one of: {'; '.join(case.name for case in CASES)}")
+    found = {**versions(), "triton": importlib.metadata.version("triton"), "cuda": torch.version.cuda}
     about = {
         "threads": 1,
         "machine": torch.cuda.get_device_name(device),
         "date": datetime.date.today().isoformat(),
-        "versions": " ".join(f"{name}={version}" for name, version in versions().items()),
+        "versions": " ".join(f"{name}={version}" for name, version in found.items()),
     }
-    rows = []
-    for case in tqdm([case for case in CASES if arguments.only in case.name], unit="case"):
+    rows: list[dict[str, Any]] = []
+    for case in tqdm(cases, unit="case"):
         for name, times in measure(case, 3 if arguments.quick else 15, device).items():
             p20, p50, p80 = (round(float(p) * 1e6, 2) for p in np.percentile(times, [20, 50, 80]))
             row = {"case": case.name, "peer": name, "p20_us": p20, "p50_us": p50, "p80_us": p80, "calls": len(times)}
             rows.append(row | about)
+        with (arguments.out / "cuda.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        torch.compiler.reset()  # what is compiled keeps parameters alive
         gc.collect()
         torch.cuda.empty_cache()
-    with (arguments.out / "cuda.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
     text = markdown(rows, set(), own="adagrad.torch")
     (arguments.out / "cuda.md").write_text(text)
     print(text)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,3 +85,55 @@ def test_row_ids_are_as_named(modules: Any) -> None:
         assert ids.max() < case.rows
         assert (len(np.unique(ids)) == len(ids)) == case.distinct
         assert math.isclose(case.columns * case.rows, 2**26, rel_tol=0.7)
+
+
+class Event:
+    """In place of CUDA's."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other: Event) -> float:
+        return 1e3 * (other.at - self.at)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's compiler, which is imported to be reset
+def test_the_cuda_benchmark_runs(modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the device: on CPU tensors, with a peer that fails."""
+    pytest.importorskip("triton")
+    torch = pytest.importorskip("torch")
+    cases, _, _ = modules
+    import cuda
+
+    def compiled(step: Any, **options: Any) -> Any:
+        def fail() -> None:
+            raise RuntimeError("no compiler here")
+
+        return fail
+
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    for name, value in {
+        "Event": Event, "is_available": lambda: True, "get_device_name": lambda device: "no device",
+        "synchronize": lambda device: None, "empty_cache": lambda: None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "compile", compiled)
+    tables = [replace(case, each=tuple(small(each, cases) for each in case.each[:3]))
+              if isinstance(case, cuda.Tables) else small(case, cases) for case in cuda.CASES]  # fmt: skip
+    monkeypatch.setattr(cuda, "CASES", tables)
+    monkeypatch.setattr(sys, "argv", ["cuda.py", "--quick", "--out", str(tmp_path)])
+    cuda.main()
+    with (tmp_path / "cuda.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for case in tables:
+        peers = {row["peer"] for row in rows if row["case"] == case.name}
+        expected = {"torch foreach", "torch loop", "torch fused"} if isinstance(case, cases.Dense) else {"torch sparse"}
+        assert peers == {"adagrad.torch", "limit"} | expected, case.name
+        assert f"| {case.name} |" in (tmp_path / "cuda.md").read_text()
+    monkeypatch.setattr(sys, "argv", ["cuda.py", "--only", "nothing of the kind"])
+    with pytest.raises(SystemExit):
+        cuda.main()
