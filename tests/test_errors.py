@@ -686,6 +686,22 @@ def test_a_row_sparse_gradient_that_was_changed_is_named() -> None:
     assert (weights[0] == 1).all()
 
 
+def test_a_weight_of_one_number_in_many_places_is_refused_at_once() -> None:
+    weight = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), (2**40,), (0,))
+    with pytest.raises(ValueError, match=r"weights\[0\]: strides \(0,\): overlaps itself"):
+        AdaGrad().update(0, weight, weight, weight)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_row_ids_that_were_given_another_shape(fused: bool) -> None:
+    grad = RowSparse(np.ones((2, 3)), np.array([0, 1]), (4, 3))
+    grad.indices = np.array([[0, 1]])
+    weight = np.ones((4, 3))
+    with pytest.raises(ValueError, match=r"grads\[0\]: indices: shape \(1, 2\): must have one dimension"):
+        AdaGrad(use_fused_step=fused).update(0, weight, grad, np.zeros((4, 3)))
+    assert (weight == 1).all()
+
+
 def test_states_of_foreign_arrays() -> None:
     for optimizer in (AdaGrad(), GroupAdaGrad(), AdaGrad(multi_precision=True)):
         for bad in ([1.0], None, np.ones(3, np.int32), "w"):

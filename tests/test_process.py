@@ -668,7 +668,52 @@ def test_a_launch_that_a_signal_ended_before_it_began_does_not_hold_the_layer(cl
         thread.start()
         thread.join()
         assert others == [1], "another thread's is in use"
-    assert not numba_jit._lock.locked()
+    assert not numba_jit._held
+
+
+def test_subnormal_numbers_do_not_depend_on_threads_or_on_what_the_caller_flushes() -> None:
+    pytest.importorskip("torch")
+    code = """
+        import numpy as np, torch
+        from adagrad import kernels
+        from adagrad.kernels import numba_jit
+        from adagrad.rule import Rule
+        numba_jit.STALL = 1e9
+        subnormal, g = np.full(200_000, 1e-39, np.float32), np.full(200_000, 1e-3, np.float32)
+        def zeros(threads):
+            w, h = subnormal.copy(), np.zeros_like(g)
+            kernels.update([w], [g], [h], [1e-40], [0.0], Rule(), fused=True, threads=threads)
+            return int((w.view(np.int32) == 0).sum())
+        found = [zeros(4)]
+        if torch.set_flush_denormal(True):
+            found += [zeros(1), zeros(2), zeros(4)]
+            assert float(torch.tensor(1e-39) * 1) == 0, "the caller's own mode stays"
+        print(found)
+        """
+    assert set(run(code, NUMBA_NUM_THREADS="4").strip("[]").split(", ")) == {"0"}
+
+
+def test_a_flipped_bit_in_a_cache_file_costs_a_compilation(tmp_path: Path) -> None:
+    variables = {"ADAGRAD_CACHE_DIR": str(tmp_path)}
+    expected = run(STEP, **variables)
+    files = sorted(tmp_path.rglob("*.nbc"))
+    for path in files:
+        data = bytearray(path.read_bytes())
+        data[len(data) * 9 // 10] ^= 4  # in the machine code
+        path.write_bytes(data)
+    assert run(STEP, **variables) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="access is not by user here")
+def test_a_link_on_the_way_to_the_cache_is_followed_once(tmp_path: Path) -> None:
+    """Another user who may turn the link elsewhere turns nothing."""
+    private, open_to_all = tmp_path / "private", tmp_path / "open"
+    private.mkdir(mode=0o700)
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    (open_to_all / "cache").symlink_to(private)
+    code = "from adagrad.kernels.disk_cache import cache_folder; print(cache_folder())"
+    assert run(code, ADAGRAD_CACHE_DIR=str(open_to_all / "cache")).startswith(str(private.resolve()))
 
 
 @pytest.mark.parametrize("fused", [True, False])

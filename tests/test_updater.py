@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from adagrad import AdaGrad, GroupAdaGrad, Optimizer, RowSparse, Updater, get_updater, kernels
+from adagrad import AdaGrad, GroupAdaGrad, Optimizer, RowSparse, Updater, get_updater, kernels, rule
+from adagrad.kernels import call, cpu_dense, dense_lists, expressions, row_lists
 from adagrad.lr_scheduler import CosineScheduler, FactorScheduler, MultiFactorScheduler, PolyScheduler
 from support import BFLOAT16, assert_same_bits, normal
 
@@ -725,23 +726,39 @@ def test_indices_that_are_numpy_integers_are_saved_as_integers() -> None:
     assert all(type(index) is int for index in (*again.states, *again.optimizer.lr_mult))
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_an_interrupt_that_is_noticed_after_the_kernels_loses_nothing(
-    fused: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("way", ["dense", "rows", "strided", "expression"])
+def test_an_interrupt_is_counted_if_it_is_noticed_after_the_kernels(
+    way: str, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def update(*given: Any, **options: Any) -> None:
-        real(*given, **options)
+    """Python notices it when compiled code has returned, or while something is compiled or checked before."""
+
+    def interrupted(*given: Any, **options: Any) -> None:
+        if late:
+            real(*given, **options)
         raise KeyboardInterrupt
 
-    real = kernels.update
-    updater, weight = get_updater(AdaGrad(0.5, epsilon=0.0, use_fused_step=fused)), np.ones(3, np.float32)
+    place, name = {
+        "dense": (dense_lists, "_update"),
+        "rows": (row_lists, "_update"),
+        "strided": (cpu_dense, "run") if late else (call, "look_at"),
+        "expression": (rule, "step") if late else (expressions, "look_at"),
+    }[way]
+    real = getattr(place, name)
+    updater = get_updater(AdaGrad(0.5, epsilon=0.0, use_fused_step=way != "expression"))
+    weight = np.ones((6, 1), np.float32)[::2] if way == "strided" else np.ones((3, 1), np.float32)
+    grad: Any = np.ones((3, 1), np.float32)
+    if way == "rows":
+        grad = RowSparse(grad, np.arange(3), (3, 1))
+    updater(1, grad, weight.copy())  # compiles what is needed
     with monkeypatch.context() as patched:
-        patched.setattr(kernels, "update", update)
+        patched.setattr(place, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            updater(0, np.ones(3, np.float32), weight)
-    assert weight.tolist() == [0.5] * 3
-    assert updater.states[0].tolist() == [1.0] * 3
-    assert updater.optimizer._index_update_count == {0: 1}
-    updater(0, np.ones(3, np.float32), weight)
-    assert updater.states[0].tolist() == [2.0] * 3
-    assert updater.optimizer._index_update_count == {0: 2}
+            updater(0, grad, weight)
+    assert weight.ravel().tolist() == [0.5 if late else 1.0] * 3
+    assert updater.optimizer._index_update_count == ({1: 1, 0: 1} if late else {1: 1})
+    if late:
+        assert updater.states[0].ravel().tolist() == [1.0] * 3
+    updater(0, grad, weight)
+    assert updater.states[0].ravel().tolist() == [2.0 if late else 1.0] * 3
+    assert updater.optimizer._index_update_count == {1: 1, 0: 2 if late else 1}

@@ -169,8 +169,9 @@ class AdaGrad(Optimizer):
             kernels.update(weights, grads, states, lrs, wds, self.rule(), fused=fused)
         except Exception:
             raise
-        except BaseException:  # Python notices an interrupt when the kernels have done their work
-            self._count(counts)
+        except BaseException as interrupt:
+            if kernels.came_late(interrupt):
+                self._count(counts)
             raise
         self._count(counts)
 

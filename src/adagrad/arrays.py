@@ -111,6 +111,9 @@ def overlaps_itself(memory: np.ndarray) -> bool:
         reach += stride * (size - 1)
     else:
         return False
+    start, stop = bounds(memory)
+    if memory.nbytes > stop - start:
+        return True
     offsets = np.zeros(1, np.int64)
     for size, stride in zip(memory.shape, memory.strides, strict=True):
         offsets = (offsets[:, None] + stride * np.arange(size)).ravel()

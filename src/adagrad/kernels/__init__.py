@@ -11,9 +11,10 @@ import numpy as np
 from adagrad.kernels import expressions
 from adagrad.kernels.batch import Prepared, of_states
 from adagrad.kernels.checked import any_row_sparse, is_row_sparse
+from adagrad.kernels.outcomes import came_late
 from adagrad.rule import Array, Rule, is_torch
 
-__all__ = ["any_row_sparse", "is_row_sparse", "prepare", "update"]
+__all__ = ["any_row_sparse", "came_late", "is_row_sparse", "prepare", "update"]
 
 
 _ARRAYS = {np.ndarray}

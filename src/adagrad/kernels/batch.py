@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from adagrad.arrays import operand
+from adagrad.kernels.outcomes import mark_late
 from adagrad.rule import Array, Rule
 
 Job = Callable[[], Any]
@@ -67,7 +68,15 @@ class Prepared(NamedTuple):
     """A checked call."""
 
     jobs: list[Job]
+    kept: Any = None
+    """What jobs use by address: alive until they are done, though other threads may let go of it."""
 
     def run(self) -> list[Any]:
         """Carry it out, in place; what jobs returned that is not None."""
-        return [returned for returned in [job() for job in self.jobs] if returned is not None]
+        try:
+            return [returned for returned in [job() for job in self.jobs] if returned is not None]
+        except Exception:
+            raise
+        except BaseException as interrupt:  # Python notices it when a job has done its work
+            mark_late(interrupt)
+            raise

@@ -67,7 +67,7 @@ def prepare(
     for device in plan.launches:
         _cuda().raise_reported(device)
     launches = [functools.partial(launch.run, grad_scale, found_inf) for launch in plan.launches.values()]
-    return Prepared([*plan.wrapped, *launches, *plan.jobs])
+    return Prepared([*plan.wrapped, *launches, *plan.jobs], [call.batch for call in calls])
 
 
 class _CudaLaunch:
@@ -239,6 +239,7 @@ class _Call:
         found: Any = self.table
         addresses, _, total = found.part(which)
         rates = hyper(*self.batch.some_rates(which), rule)
+        cpu_dense.kernel(*formats, rule.row_wise)  # compiled now, when nothing has changed
         return functools.partial(
             cpu_dense.launch, addresses, total, rates, rule.scalars, formats, rule.row_wise, threads
         )

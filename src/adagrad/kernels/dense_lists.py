@@ -15,7 +15,7 @@ from adagrad.kernels.counts import advance_counts, find_counts
 from adagrad.kernels.cpu_dense import COLUMNS, GIVEN, SIZE, kernel, put_arguments
 from adagrad.kernels.layout import layout
 from adagrad.kernels.numba_jit import acquire_gil, crew, jit, max_workers, release_gil, run, workers
-from adagrad.kernels.outcomes import DONE, LARGE, LEFT
+from adagrad.kernels.outcomes import DONE, LARGE, LEFT, mark_late
 from adagrad.kernels.spans import disjoint, guess
 from adagrad.kernels.table import PLACES, fill, formats
 from adagrad.rule import Rule
@@ -30,7 +30,7 @@ def _update(weights: int, grads: int, histories: int, masters: int, steps: int, 
             ) -> Any:  # fmt: skip
     """What was done, see :mod:`adagrad.kernels.outcomes`, or the code whose worker is wanted.
 
-    ``last[0]`` becomes the number of elements if there are many, else 0.
+    ``last[0]`` becomes the number of elements if there are many, else 0; ``last[1]`` goes up where all is done.
     """
     table, codes, spans = np.empty((n, COLUMNS), np.int64), np.empty(n, np.int64), np.empty((2, len(order)), np.int64)
     step_at, blocks = np.empty(n if steps else 0, np.int64), np.empty((PLACES, GIVEN), np.int64)
@@ -61,6 +61,7 @@ def _update(weights: int, grads: int, histories: int, masters: int, steps: int, 
     if not is_trial:
         acquire_gil(state)
     advance_counts(step_at)
+    last[1] += 1
     rows[:0], rates[:0], blocks[:0] = 0, 0, 0  # they are used by address above: this keeps them alive until here
     return DONE
 
@@ -96,24 +97,30 @@ def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: 
         id(weights), id(grads), id(histories), id(masters) if masters else 0, id(steps) if steps else 0, n,
         how, row_wise, hyper, rule.scalars, known, last, order, cpu_dense.SMALL,
     )  # fmt: skip
-    is_trial = n <= TRIED_AS_SMALL and not last[0]
-    while True:
-        if is_trial:
-            code = _update(*given, True, 1)
-        else:
-            held = workers(threads or max_workers(), int(last[0]))
-            with held as count:
-                code = _update(*given, False, count)
-                held.work = int(last[0])
-        if code >= 0:
-            known[code] = kernel(*formats(code)[1], rule.row_wise)
-        elif code != LARGE:
-            return bool(code == DONE)
-        else:
-            is_trial = False
+    is_trial, done_before = n <= TRIED_AS_SMALL and not last[0], last[1]
+    try:
+        while True:
+            if is_trial:
+                code = _update(*given, True, 1)
+            else:
+                held = workers(threads or max_workers(), int(last[0]))
+                with held as count:
+                    code = _update(*given, False, count)
+                    held.work = int(last[0])
+            if code >= 0:
+                known[code] = kernel(*formats(code)[1], rule.row_wise)
+            elif code != LARGE:
+                return bool(code == DONE)
+            else:
+                is_trial = False
+    except BaseException as interrupt:
+        if last[1] != done_before:
+            mark_late(interrupt)
+        raise
 
 
 @functools.cache
 def _workers(row_wise: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The workers that have been compiled, by code; and how many elements the last list had, if many, else 0."""
-    return np.zeros(PLACES, np.int64), np.zeros(1, np.int64)
+    """The workers that have been compiled, by code; and of lists: how many elements the last had, if many, else 0;
+    how many are done."""
+    return np.zeros(PLACES, np.int64), np.zeros(2, np.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import pickle
 import stat
 import sys
 from collections.abc import Callable
@@ -65,10 +66,15 @@ class _Files(IndexDataCacheFile):  # type: ignore[misc]
         return f"{self._function}.{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.nbc"
 
     def save(self, key: object, data: object) -> None:
-        self._save_data(self._file(key), data)
+        code = self._dump(data)
+        self._save_data(self._file(key), (hashlib.sha256(code).digest(), code))
 
     def load(self, key: object) -> Any:
-        return self._load_data(self._file(key))
+        """What was saved; ValueError for a file that was damaged, for machine code is run as it is."""
+        digest, code = self._load_data(self._file(key))
+        if hashlib.sha256(code).digest() != digest:
+            raise ValueError(f"{self._file(key)}: damaged")
+        return pickle.loads(code)
 
     def flush(self) -> None:
         """There is no index to empty."""
@@ -117,6 +123,7 @@ def cache_folder() -> Path | None:
         path = root.absolute() / f"kernels-{_source_hash()}"
         with suppress(OSError):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = path.resolve()  # what is checked is what is used: a link on the way could be turned elsewhere
         return path if path.is_dir() and _private(path) else None
     except (OSError, RuntimeError):
         return None
@@ -139,7 +146,7 @@ def _private(path: Path) -> bool:
         by_group = status.st_mode & stat.S_IWGRP and status.st_gid not in (os.getgid(), 0)
         return bool(by_group or status.st_mode & stat.S_IWOTH)
 
-    here, above = path.stat(), [folder.stat() for folder in path.resolve().parents]
+    here, above = path.stat(), [folder.stat() for folder in path.parents]
     if here.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return False
     if any(status.st_uid not in (os.getuid(), 0) for status in (here, *above)):

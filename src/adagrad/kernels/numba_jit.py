@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 from llvmlite import ir
+from numba.core import cgutils
 from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
@@ -74,11 +76,33 @@ _workers: list[Any] = []
 _BYTES = ir.IntType(8).as_pointer()
 
 
+_IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+_FLUSHING = 0x8040
+"""The bits of the processor's MXCSR register that say to take subnormal numbers for zero."""
+
+
 def _call_code(typing: Any, work: Any, arguments: Any, k: Any, count: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        word = ir.IntType(64)
+        word, control = ir.IntType(64), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [word, word, word])
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        work = builder.inttoptr(args[0], kind.as_pointer())
+        if not _IS_X86:
+            builder.call(work, args[1:])
+            return context.get_dummy_value()
+        # Some programs have the calling thread flush subnormal numbers. The threads of the pool do not: that the result
+        # depends on neither, none does here.
+        place = cgutils.alloca_once(builder, control)
+        form = ir.FunctionType(ir.VoidType(), [_BYTES])
+        store, load = (
+            cgutils.get_or_insert_function(builder.module, form, f"llvm.x86.sse.{name}mxcsr") for name in ("st", "ld")
+        )
+        builder.call(store, [builder.bitcast(place, _BYTES)])
+        before = builder.load(place)
+        builder.store(builder.and_(before, control(~_FLUSHING & 0xFFFFFFFF)), place)
+        builder.call(load, [builder.bitcast(place, _BYTES)])
+        builder.call(work, args[1:])
+        builder.store(before, place)
+        builder.call(load, [builder.bitcast(place, _BYTES)])
         return context.get_dummy_value()
 
     word = numba.types.int64
@@ -86,7 +110,7 @@ def _call_code(typing: Any, work: Any, arguments: Any, k: Any, count: Any) -> An
 
 
 call: Any = intrinsic(_call_code)
-"""Call the worker at an address: ``call(work, arguments, k, count)``."""
+"""Call the worker at an address, with subnormal numbers as IEEE 754 has them: ``call(work, arguments, k, count)``."""
 
 
 def _place_code(typing: Any, address: Any) -> Any:
@@ -195,16 +219,17 @@ RESPITE = 100
 WORTH = 4_000_000
 """Elements from which on several workers are worth a stall."""
 
-_lock = threading.Lock()
-_owner = 0
+_held: dict[str, int] = {}
+"""The thread that holds the parallel layer, if one does. To ask and to take is one step: no signal comes between."""
+
 _forked = False
 _stalls, _respite = 0, 0
 
 
 def _after_fork_in_child() -> None:
     # GNU OpenMP's threads do not survive a fork: a parallel kernel would kill the child. The serial ones still work.
-    global _lock, _forked
-    _lock, _forked = threading.Lock(), True
+    global _held, _forked
+    _held, _forked = {}, True
 
 
 if hasattr(os, "register_at_fork"):
@@ -225,16 +250,16 @@ class workers:  # in lower case, because it is used like a function
     """How many elements a launch has: what is known of it at first; whoever knows more sets it within."""
 
     def __init__(self, wanted: int, work: int) -> None:
-        global _owner, _respite
+        global _respite
         if wanted > 1 and _respite > 0 and work < WORTH:
             wanted, _respite = 1, _respite - 1
-        self._held = _lock  # the one of now: after a fork there is another
+        self._held = _held  # the one of now: after a fork there is another
         self._count = 1
         if wanted > 1 and not _forked:
-            # Held by this very thread, it is not in use: an exception from a signal came before it could be released.
+            # Held by this very thread, it is not in use: an exception from a signal came before it could be let go.
             me = threading.get_ident()
-            if self._held.acquire(blocking=False) or _owner == me:
-                _owner, self._count = me, wanted
+            if self._held.setdefault("thread", me) == me:
+                self._count = wanted
         self.work = work
 
     def __enter__(self) -> int:
@@ -243,13 +268,9 @@ class workers:  # in lower case, because it is used like a function
         return self._count
 
     def __exit__(self, *raised: object) -> None:
-        global _owner, _stalls, _respite
+        global _stalls, _respite
         if self._count > 1:
-            if _owner == threading.get_ident():
-                try:
-                    _owner = 0
-                finally:
-                    self._held.release()
+            self._held.pop("thread", None)
             stalled = time.thread_time() - self._started > STALL + SLOW * self.work
             _stalls = _stalls + 1 if stalled else 0
             _respite = RESPITE if _stalls > 1 else 0

@@ -25,7 +25,7 @@ from adagrad.kernels.dense_beside import (
 )
 from adagrad.kernels.layout import NONE, hold_parts, item, layout, let_go_of_parts, sparse_body
 from adagrad.kernels.numba_jit import acquire_gil, borrowed, crew, jit, max_workers, release_gil, workers
-from adagrad.kernels.outcomes import DONE, LARGE, LEFT, NO_MEMORY, OUT_OF_RANGE
+from adagrad.kernels.outcomes import DONE, LARGE, LEFT, NO_MEMORY, OUT_OF_RANGE, mark_late
 from adagrad.kernels.row_groups import (
     BASE,
     ENDS,
@@ -65,8 +65,8 @@ def _update(weights: int, values: int, histories: int, masters: int, steps: int,
     """What was done, see :mod:`adagrad.kernels.outcomes`, or the number of the workers that are wanted, and of which
     update; the position of a row id that is outside its weight, and the id.
 
-    ``last[0]`` becomes the work if it is much, else 0. ``dense`` is for a list beside, see
-    :mod:`adagrad.kernels.dense_beside`; ``count`` is 0 for a call that is tried as if it were little work.
+    ``last[0]`` becomes the work if it is much, else 0; ``last[1]`` goes up where all is done. ``dense`` is for a list
+    beside, see :mod:`adagrad.kernels.dense_beside`; ``count`` is 0 for a call that is tried as if it were little work.
     """
     n, entries, facts, how, dense = len(facts), 0, borrowed(facts), borrowed(how), borrowed(dense)
     work, numbers, spans = 0, np.empty(n, np.int64), np.empty((2, len(order)), np.int64)
@@ -115,6 +115,7 @@ def _update(weights: int, values: int, histories: int, masters: int, steps: int,
         let_go_of_parts(handles.reshape(-1), how)
     if done == DONE:
         advance_counts(step_at)
+        last[1] += 1
     ids[:0] = 0  # it is used by address above: this keeps it alive until here
     return done, which, bad, row
 
@@ -175,31 +176,38 @@ def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: 
     order = guess((5 if masters else 4) * n + dense.span_count)
     rates, small = hyper(lrs, wds, rule), cpu_rows.SMALL
     given = *lists, how, rule.row_wise, facts, rates, rule.scalars, known, last, order, dense.words, small
-    is_trial = not last[0]
-    while True:
-        if is_trial:
-            done, i, bad, row = _update(*given, 0)
-        else:
-            held = workers(threads or max_workers(), int(last[0]))
-            with held as count:
-                done, i, bad, row = _update(*given, count)
-                held.work = int(last[0])
-        if done >= 0:
-            code, high = divmod(done, 2)
-            form = formats(code)[1]
-            known[done] = checking(bool(high)), grouping(bool(high), form[2]), kernel(bool(high), *form, rule.row_wise)
-        elif done == OUT_OF_RANGE:
-            refuse_row(f"[{named[i]}]", bad, row, weights[i].shape[0])
-        elif done == NO_MEMORY:
-            raise cpu_rows.out_of_memory(f"[{named[i]}]", int(facts[i, ENTRIES]))
-        elif done != LARGE:
-            return bool(done == DONE)
-        else:
-            is_trial = False
+    is_trial, done_before = not last[0], last[1]
+    try:
+        while True:
+            if is_trial:
+                done, i, bad, row = _update(*given, 0)
+            else:
+                held = workers(threads or max_workers(), int(last[0]))
+                with held as count:
+                    done, i, bad, row = _update(*given, count)
+                    held.work = int(last[0])
+            if done >= 0:
+                code, high = divmod(done, 2)
+                form = formats(code)[1]
+                known[done] = (
+                    checking(bool(high)), grouping(bool(high), form[2]), kernel(bool(high), *form, rule.row_wise)
+                )  # fmt: skip
+            elif done == OUT_OF_RANGE:
+                refuse_row(f"[{named[i]}]", bad, row, weights[i].shape[0])
+            elif done == NO_MEMORY:
+                raise cpu_rows.out_of_memory(f"[{named[i]}]", int(facts[i, ENTRIES]))
+            elif done != LARGE:
+                return bool(done == DONE)
+            else:
+                is_trial = False
+    except BaseException as interrupt:
+        if last[1] != done_before:
+            mark_late(interrupt)
+        raise
 
 
 @functools.cache
 def _workers(row_wise: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The workers that have been compiled, by twice the code and 1 more for a high weight; and how much work the last
-    list was, if much, else 0."""
-    return np.zeros((2 * PLACES, 3), np.int64), np.zeros(1, np.int64)
+    """The workers that have been compiled, by twice the code and 1 more for a high weight; and of lists: how much
+    work the last was, if much, else 0; how many are done."""
+    return np.zeros((2 * PLACES, 3), np.int64), np.zeros(2, np.int64)

@@ -81,7 +81,7 @@ def look_at_rows(weight: int, values: int, history: int, master: int, indices: i
     w, v, ids = seen[WEIGHT], seen[GRAD], seen[IDS]
     # Ids stand in one dimension, or as those of a sparse tensor in the last of two.
     last = ids[RANK] - 1
-    if ids[KIND] != w[KIND] or ids[PLACE] != w[PLACE] or ids[FORMAT] < INT32 or last < 0 or last > 1:
+    if ids[KIND] != w[KIND] or ids[PLACE] != w[PLACE] or ids[FORMAT] < INT32 or last < 0 or last > ids[KIND]:
         return -1
     entries = word(ids[SIZES], 8 * last)
     if entries > MOST or ids[COUNT] != entries or (entries > 1 and word(ids[STRIDES], 8 * last) != ids[UNIT]):
@@ -148,7 +148,9 @@ class Rows(NamedTuple):
     def plan(self, k: int, at: str, rates: np.ndarray, rule: Rule, threads: int | None) -> Callable[[], None]:
         """What carries out the ``k``-th on the CPU; IndexError for a row id outside the weight."""
         facts, form = self.facts[k], formats(self.codes[k])[1]
-        return functools.partial(_launch, at, self.parts[k], facts, checked_rows(at, facts), form, rates, rule, threads)
+        ids = checked_rows(at, facts)
+        cpu_rows.kernel(ids.itemsize == 8, *form, rule.row_wise)  # compiled now, when nothing has changed
+        return functools.partial(_launch, at, self.parts[k], facts, ids, form, rates, rule, threads)
 
 
 NOTHING = Rows(np.zeros((0, FACTS), np.int64), [], [])
