@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import oracle
-from adagrad import AdaGrad, GroupAdaGrad
+from adagrad import AdaGrad, GroupAdaGrad, RowSparse, kernels, rule
 from adagrad.kernels import cpu_dense, formats, strided, table
 from adagrad.kernels import layout as layouts
 from support import (
@@ -476,3 +477,19 @@ def test_codes_and_formats_say_the_same(weight: str) -> None:
         for has_master in {False, is_low}:
             code = table.code_of_formats(weight, grad, has_master=has_master)
             assert table.formats(code) == (0, (weight, grad, computing, "float32" if has_master else None))
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["dense", "row-sparse"])
+@pytest.mark.parametrize("strided", [False, True])
+def test_arrays_live_until_the_work_is_done(rows: bool, strided: bool) -> None:
+    """Another thread may empty the list that a state is."""
+    step = 2 if strided else 1
+    weight, grad = np.zeros((8, 3), np.float16)[::step], np.ones((8, 3), np.float16)[::step]
+    given: Any = RowSparse(grad, np.arange(len(grad)), grad.shape) if rows else grad
+    state = [weight.astype(np.float32), np.zeros(weight.shape, np.float32)]
+    alive = [weakref.ref(each) for each in state]
+    prepared = kernels.prepare([weight], [given], [state], [0.5], [0.0], rule.Rule(epsilon=0.0), fused=True)
+    state[:] = []
+    assert all(each() is not None for each in alive)
+    prepared.run()
+    assert (weight == -0.5).all()

@@ -541,11 +541,11 @@ def test_rows_at_a_regular_distance(step: int) -> None:
 
 
 @numba.njit
-def probes(ids: np.ndarray, bits: int) -> float:
+def probes(ids: np.ndarray, bits: int, seed: int) -> float:
     """Places of a hash table of ``2**bits`` that are looked at for an id, on average, to enter distinct ids."""
     table, looked_at = np.zeros(1 << bits, np.bool_), 0
     for row in ids:
-        at = np.int64(row_groups._hash(row) >> np.uint64(64 - bits))
+        at = np.int64(row_groups._hash(row, np.uint64(seed)) >> np.uint64(64 - bits))
         looked_at += 1
         while table[at]:
             at = (at + 1) % len(table)
@@ -554,10 +554,20 @@ def probes(ids: np.ndarray, bits: int) -> float:
     return looked_at / len(ids)
 
 
-def test_no_step_of_the_ids_makes_them_collide() -> None:
+@pytest.mark.parametrize("seed", [0, 0x7F3A_5C40_2010, 0x55D1_9E8B_37C0])
+def test_no_step_of_the_ids_makes_them_collide(seed: int) -> None:
     """At half load random places take 1.5 looks; ids at a regular distance, as products of features have, no more."""
-    worst = {step: probes(np.arange(100_000) * step, 18) for step in [*range(1, 600), 1024, 3632, 14_528, 2**20, 2**32]}
+    steps = [*range(1, 600, 1 if seed == 0 else 7), 1024, 3632, 14_528, 2**20, 2**32]
+    worst = {step: probes(np.arange(100_000) * step, 18, seed) for step in steps}
     assert max(worst.values()) < 1.8, max(worst, key=worst.__getitem__)
+
+
+def test_ids_that_were_chosen_to_collide_do_so_for_one_seed_alone() -> None:
+    hashes = numba.njit(lambda rows, seed: np.array([row_groups._hash(row, np.uint64(seed)) for row in rows]))
+    rows = np.arange(2**22)
+    chosen = rows[np.argsort(hashes(rows, 0) >> np.uint64(46), kind="stable")[:4096]]
+    assert probes(chosen, 13, 0) > 100
+    assert probes(chosen, 13, 0x7F3A_5C40_2010) < 1.8
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])

@@ -38,6 +38,8 @@ MOST = 2**31 - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """2^64 divided by the golden ratio: multiples of it have high bits that are spread evenly."""
 
+_NO_SEED = np.uint64(0)
+
 _BUCKET = np.uint64(64 - (BUCKETS - 1).bit_length())
 
 _AHEAD = 16
@@ -152,9 +154,12 @@ def checked_rows(at: str, facts: Any) -> Any:
 
 
 @jit(helper=True)
-def _hash(row: Any) -> Any:
-    """64 bits, of which the high ones are best. Multiplied once, ids at some regular distances would collide."""
-    spread = np.uint64(row) * _GOLDEN
+def _hash(row: Any, seed: Any) -> Any:
+    """64 bits, of which the high ones are best. Multiplied once, ids at some regular distances would collide.
+
+    Whoever chooses ids cannot make them collide in a table without knowing its ``seed``, an address.
+    """
+    spread = (np.uint64(row) ^ seed) * _GOLDEN
     return (spread ^ (spread >> np.uint64(32))) * _GOLDEN
 
 
@@ -170,7 +175,7 @@ def own_rows(ids: Any, k: int, count: int) -> Any:
     for i in range(n):
         row = ids[np.uint64(i)]
         positions[m], rows[m] = i, row
-        m += np.uint64(is_mine[_hash(row) >> _BUCKET])
+        m += np.uint64(is_mine[_hash(row, _NO_SEED) >> _BUCKET])
     padded = m + np.uint64(_AHEAD)
     rows[m:padded] = 0
     return positions[:m], rows[:padded]
@@ -184,8 +189,8 @@ def _own_buckets(ids: Any, k: int, count: int) -> Any:
     # Of ids that are looked at here and there, not at a regular distance, as features are; and one of each bucket.
     n, counts = np.uint64(len(ids)), np.ones(BUCKETS, np.int64)
     for i in range(min(len(ids), SAMPLE)):
-        at = ((_hash(i) >> np.uint64(32)) * n) >> np.uint64(32)
-        counts[_hash(ids[at]) >> _BUCKET] += 1
+        at = ((_hash(i, _NO_SEED) >> np.uint64(32)) * n) >> np.uint64(32)
+        counts[_hash(ids[at], _NO_SEED) >> _BUCKET] += 1
     is_mine, loads, total = np.zeros(BUCKETS, np.bool_), np.zeros(count, np.int64), 0
     for bucket in range(BUCKETS):
         total += counts[bucket]
@@ -217,14 +222,13 @@ def _number(ids: Any, m: int) -> Any:
         bits += 1
     numbers, rows, counts = np.empty(m + 1, np.uint32), np.empty(m + 1, ids.dtype), np.empty(m + 1, np.int32)
     table = np.full(1 << bits, _NONE, np.uint32)
-    places = pointer(np.int64(table.ctypes.data), _words, "sum")
-    # The bits of the hash below the bucket's: rows of one owner share the bucket's.
-    shift, mask, n = _BUCKET - np.uint64(bits), np.uint64((1 << bits) - 1), np.uint64(0)
+    places, seed = pointer(np.int64(table.ctypes.data), _words, "sum"), np.uint64(table.ctypes.data)
+    shift, mask, n = np.uint64(64 - bits), np.uint64((1 << bits) - 1), np.uint64(0)
     for i in range(m):
         j = np.uint64(i)
-        ask(places, np.int64((_hash(ids[j + np.uint64(_AHEAD)]) >> shift) & mask))
+        ask(places, np.int64(_hash(ids[j + np.uint64(_AHEAD)], seed) >> shift))
         row = ids[j]
-        at = (_hash(row) >> shift) & mask
+        at = _hash(row, seed) >> shift
         # As if the row were new, so that finding it and entering it are the same steps: no branch to guess.
         rows[n], counts[n] = row, 0
         while True:
