@@ -166,7 +166,7 @@ class Adagrad(Optimizer):
             "decoupled_decay": decoupled_decay,
         }
         check_options(defaults)
-        self._versions: dict[int, int] = {}  # see torch_step.Part.keep_masters
+        self._versions: dict[int, Any] = {}  # see torch_step.Part.keep_masters
         super().__init__(params, defaults)
 
     @property
