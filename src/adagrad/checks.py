@@ -69,6 +69,13 @@ def integer(name: str, value: Any, minimum: int) -> int:
     return int(value)
 
 
+def string(name: str, value: Any) -> str:
+    """``value`` as a str."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}={describe(value)}: must be a string, not {type(value).__name__}")
+    return value
+
+
 def boolean(name: str, value: Any) -> bool:
     """``value`` as a bool."""
     if not isinstance(value, bool):

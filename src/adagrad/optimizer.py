@@ -126,9 +126,7 @@ class Optimizer(Rates):
     @staticmethod
     def create_optimizer(name: str, **kwargs: Any) -> Optimizer:
         """The registered optimizer ``name``, in any case, made with ``kwargs``; ValueError for an unknown name."""
-        if not isinstance(name, str):
-            raise TypeError(f"name={checks.describe(name)}: must be a string, not {type(name).__name__}")
-        klass = Optimizer.opt_registry.get(name.lower())
+        klass = Optimizer.opt_registry.get(checks.string("name", name).lower())
         if klass is None:
             known = ", ".join(sorted(Optimizer.opt_registry))
             raise ValueError(f"name={name!r}: no such optimizer; registered: {known}")
@@ -271,7 +269,7 @@ class Optimizer(Rates):
             new["_index_update_count"] = {k: checks.integer(f"count of {k!r}", v, 0) for k, v in counts.items()}
             for name in ("lr_mult", "wd_mult"):
                 new[name] = {k: checks.non_negative(f"{name}[{k!r}]", v) for k, v in config[name].items()}
-            new["idx2name"] = {k: _name(f"idx2name[{k!r}]", v) for k, v in config["idx2name"].items()}
+            new["idx2name"] = {k: checks.string(f"idx2name[{k!r}]", v) for k, v in config["idx2name"].items()}
             schedule, here = config["lr_scheduler"], self.lr_scheduler
             if schedule != "custom":
                 loaded = None if schedule is None else lr_scheduler.from_config(*schedule)
@@ -292,22 +290,22 @@ class Optimizer(Rates):
             setattr(self, name, value)
 
 
+def kind_of(state: Any) -> str:
+    """What a state is, as a message says it."""
+    if not isinstance(state, (tuple, list)):
+        return "one history"
+    return "a pair (master copy, history)" if len(state) == 2 else f"{len(state)} entries"
+
+
 def _check_master(at: str, weight: Array, state: Any) -> None:
     """What must be right before the master copy of a state is updated and rounded to the weight."""
     if not isinstance(state, (tuple, list)) or len(state) != 2:
-        found = f"{len(state)} entries" if isinstance(state, (tuple, list)) else "one history"
-        raise ValueError(f"states{at}: {found}: must be a pair (master copy, state), for this weight")
+        raise ValueError(f"states{at}: {kind_of(state)}: must be a pair (master copy, state), for this weight")
     w, master = operand(f"weights{at}", weight), operand(f"master copy in states{at}", state[0])
     if master.shape != w.shape:
         raise ValueError(f"{master.name}: shape {master.shape}: must be {w.shape}")
     refuse_unwritable(w)
     refuse_unwritable(master)
-
-
-def _name(what: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{what}={checks.describe(value)}: must be a string")
-    return value
 
 
 def _cast_gradient(grad: Any, like: Array) -> Any:

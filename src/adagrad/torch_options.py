@@ -12,11 +12,8 @@ from torch import Tensor
 from adagrad import checks
 from adagrad.rule import Rule
 
-OURS = ("clip_value", "row_wise", "multi_precision")
-"""Options that torch.optim.Adagrad does not have, nor its checkpoints."""
-
 RULE = ("epsilon_inside", "decoupled_decay")
-"""Options of the rule that torch.optim.Adagrad does not have either; its checkpoints mean False."""
+"""Options of the rule that torch.optim.Adagrad does not have; its checkpoints mean False."""
 
 
 def check_options(options: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from adagrad import checks
-from adagrad.optimizer import Optimizer, as_lists
+from adagrad.optimizer import Optimizer, as_lists, kind_of
 from adagrad.rates import Index
 from adagrad.rule import is_torch
 
@@ -59,7 +59,7 @@ class Updater:
             for each, w in zip(indices, weights, strict=True)
             if each not in self.states
         }
-        for each, w in zip(indices, weights, strict=True):
+        for each, w in zip(indices, weights, strict=True) if self._loaded else ():
             loaded, resize = self._loaded.get(each, (None, False))
             if loaded is not None and loaded is self.states.get(each):
                 fresh = self.optimizer.create_state_multi_precision(each, w)
@@ -154,12 +154,6 @@ def _is_list(index: Any) -> bool:
     return isinstance(index, (list, tuple))
 
 
-def _kind(state: Any) -> str:
-    if not isinstance(state, (tuple, list)):
-        return "one history"
-    return "a pair (master copy, history)" if len(state) == 2 else f"{len(state)} entries"
-
-
 def _shapes(state: Any) -> Any:
     return [_shapes(each) for each in state] if isinstance(state, (tuple, list)) else tuple(getattr(state, "shape", ()))
 
@@ -168,7 +162,7 @@ def _adopted(at: str, loaded: Any, fresh: Any, *, resize: bool) -> Any:
     """A loaded state in the structure of a ``fresh`` one, each array :func:`_into` its counterpart."""
     entries = [len(each) if isinstance(each, (tuple, list)) else None for each in (loaded, fresh)]
     if entries[0] != entries[1]:
-        raise ValueError(f"{at}: {_kind(loaded)}: must be {_kind(fresh)}, for this weight")
+        raise ValueError(f"{at}: {kind_of(loaded)}: must be {kind_of(fresh)}, for this weight")
     if entries[1] is None:
         return _into(loaded, fresh, resize=resize)
     adopted = [_adopted(f"{at}[{k}]", *pair, resize=resize) for k, pair in enumerate(zip(loaded, fresh, strict=True))]

@@ -47,20 +47,20 @@ def check_wrapped(i: int, weight: Tensor, grad: Any, history: Tensor, master: Te
     computing = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"weights[{i}]: dtype {weight.dtype}: must be float16, bfloat16, float32 or float64")
-    for name, tensor in (("history in states", history), ("master copy in states", master)):
+    of_state = (("history in states", history), ("master copy in states", master))
+    for name, tensor in of_state:
         if tensor is not None and tensor.dtype != computing:
             raise TypeError(f"{name}[{i}]: dtype {tensor.dtype}: must be {computing}, for a weight of {weight.dtype}")
     values = grad.values if isinstance(grad, RowSparse) else grad
-    wanted = history_shape(tuple(weight.shape), row_wise=rule.row_wise)
-    shapes = (("grads", grad), ("history in states", history), ("master copy in states", master))
-    for name, tensor in shapes:
-        shape = wanted if tensor is history else tuple(weight.shape)
+    whole = tuple(weight.shape)
+    wanted = history_shape(whole, row_wise=rule.row_wise)
+    for (name, tensor), shape in zip((("grads", grad), *of_state), (whole, wanted, whole), strict=True):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name}[{i}]: shape {tuple(tensor.shape)}: must be {shape}")
-    for name, tensor in (("weights", weight), ("history in states", history), ("master copy in states", master)):
+    for name, tensor in (("weights", weight), *of_state):
         if tensor is not None and _overlaps_itself(tensor):
             raise ValueError(f"{name}[{i}]: strides {tuple(tensor.stride())}: overlaps itself")
-    for name, tensor in (("grads", values), ("history in states", history), ("master copy in states", master)):
+    for name, tensor in (("grads", values), *of_state):
         if tensor is not None and tensor.device != weight.device:
             raise ValueError(f"{name}[{i}]: device {tensor.device}: must be {weight.device}")
 
