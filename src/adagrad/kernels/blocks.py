@@ -107,7 +107,7 @@ def _clamp_code(typing: Any, value: Any, bound: Any) -> Any:
     return value(value, bound), generate
 
 
-def _filled_code(typing: Any, number: Any) -> Any:
+def _broadcast_code(typing: Any, number: Any) -> Any:
     """A block of LANES times ``number``."""
     return Block(number)(number), lambda context, builder, sig, args: _splat(builder, args[0])
 
@@ -150,7 +150,7 @@ def _fold_code(typing: Any, block: Any) -> Any:
 
 root: Any = intrinsic(_root_code)
 clamp: Any = intrinsic(_clamp_code)
-filled: Any = intrinsic(_filled_code)
+broadcast: Any = intrinsic(_broadcast_code)
 number: Any = intrinsic(_number_code)
 first: Any = intrinsic(_first_code)
 fold: Any = intrinsic(_fold_code)
@@ -213,7 +213,7 @@ load_block: Any = intrinsic(_load_block_code)
 store_block: Any = intrinsic(_store_block_code)
 
 
-def _ask_code(typing: Any, elements: Any, i: Any) -> Any:
+def _prefetch_code(typing: Any, elements: Any, i: Any) -> Any:
     """Ask for the memory of the block ``elements[i:i + LANES]``, to be used soon; nothing where there is no operand."""
     if not isinstance(elements, Elements):
         return types.void(elements, i), lambda context, builder, sig, args: context.get_dummy_value()
@@ -232,4 +232,4 @@ def _ask_code(typing: Any, elements: Any, i: Any) -> Any:
     return types.void(elements, types.intp), generate
 
 
-ask: Any = intrinsic(_ask_code)
+prefetch: Any = intrinsic(_prefetch_code)

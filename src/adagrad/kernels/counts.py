@@ -8,7 +8,7 @@ import numpy as np
 
 from adagrad.kernels.formats import load, pointer, store
 from adagrad.kernels.layout import COUNT, FLOAT32, FLOAT64, FORMAT, KIND, PLACE, SEEN, START, item, look
-from adagrad.kernels.numba_jit import borrowed, jit
+from adagrad.kernels.numba_jit import jit, uncounted
 
 _single, _double = np.empty(0, np.float32), np.empty(0, np.float64)
 
@@ -17,7 +17,7 @@ _single, _double = np.empty(0, np.float32), np.empty(0, np.float64)
 def find_counts(counts: int, how: Any, addresses: Any) -> bool:
     """Addresses (made negative for float64) of a list of counts; False unless all are plain numbers on the CPU."""
     own_out, own_seen = np.empty(1, np.int64), np.zeros(SEEN, np.int64)
-    out, seen, how = borrowed(own_out), borrowed(own_seen), borrowed(how)
+    out, seen, how = uncounted(own_out), uncounted(own_seen), uncounted(how)
     for i in range(len(addresses)):
         if not look(item(counts, i), how, out, seen) or seen[KIND] != 1 or seen[PLACE] != 0 or seen[COUNT] != 1:
             return False

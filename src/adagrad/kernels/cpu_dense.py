@@ -16,7 +16,7 @@ import numba
 import numpy as np
 
 from adagrad.arrays import row_length
-from adagrad.kernels.blocks import ask, filled, first, fold, load_block, number, store_block
+from adagrad.kernels.blocks import broadcast, first, fold, load_block, number, prefetch, store_block
 from adagrad.kernels.cpu_rule import constants, descend, effective_gradient
 from adagrad.kernels.formats import TOKENS, load, master_or, pointer, store
 from adagrad.kernels.numba_jit import jit, max_workers, place, run, worker, workers
@@ -26,7 +26,7 @@ WEIGHT, GRAD, HISTORY, MASTER, SIZE, ROW = range(6)
 COLUMNS = 6
 """Columns of the address table."""
 
-GIVEN = 6
+TABLE_AT, TABLE_ROWS, RATES_AT, RATES_ROWS, SCALARS_AT, TOTAL, GIVEN = range(7)
 """Words of the block of :func:`arguments`."""
 
 ALIGN = 16
@@ -60,7 +60,7 @@ def elements(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, fixed: Any, 
 @jit(helper=True)
 def update_block(w: Any, g: Any, h: Any, m: Any, i: int, count: Any, fixed: Any, coming: Any) -> None:
     rescale, clip, inside, outside, lr, decay, shrink = fixed
-    ask_for(coming, i)
+    prefetch_operands(coming, i)
     weight = load_block(master_or(w, m), i, count)
     grad = effective_gradient(load_block(g, i, count), weight, decay, rescale, clip)
     history = load_block(h, i, count) + grad * grad
@@ -77,21 +77,21 @@ def _store_weight(w: Any, m: Any, i: int, weight: Any, count: Any) -> None:
 
 
 @jit(helper=True)
-def ask_for(coming: Any, i: int) -> None:
+def prefetch_operands(coming: Any, i: int) -> None:
     """Ask for the memory of the operands in ``coming``, a tuple or None, from element ``i`` on."""
     if coming is not None:
         weight, grad, history, master = coming
-        ask(weight, i)
-        ask(grad, i)
-        ask(history, i)
-        ask(master, i)
+        prefetch(weight, i)
+        prefetch(grad, i)
+        prefetch(history, i)
+        prefetch(master, i)
 
 
 @jit(helper=True)
 def one_row(w: Any, g: Any, h: Any, m: Any, start: int, length: int, r: int, fixed: Any, coming: Any) -> None:
     """Row-wise: the ``length`` elements from ``start`` on share the history value ``h[r]``; ``coming`` as above."""
     source, stop = master_or(w, m), start + length
-    lanes = add_squares(filled(number(h, 0)), source, g, start, stop, fixed, coming)
+    lanes = add_squares(broadcast(number(h, 0)), source, g, start, stop, fixed, coming)
     history = load(h, r) + fold(lanes) / number(h, length)
     descend_row(w, g, m, start, stop, history, fixed)
     store(h, r, history)
@@ -114,7 +114,7 @@ def add_squares(lanes: Any, source: Any, g: Any, start: int, stop: int, fixed: A
 @jit(helper=True)
 def _squares(source: Any, g: Any, i: int, count: Any, fixed: Any, coming: Any) -> Any:
     rescale, clip, _, _, _, decay, _ = fixed
-    ask_for(coming, i)
+    prefetch_operands(coming, i)
     grad = effective_gradient(load_block(g, i, count), load_block(source, i, count), decay, rescale, clip)
     return first(grad * grad, count)  # adding 0 changes no bit of a sum of squares
 
@@ -217,10 +217,10 @@ def row_part_kernel(weight: str, grad: str, history: str, master: str | None, de
 def _given(arguments: Any) -> Any:
     """What the block of arguments holds, see :func:`arguments`."""
     given = numba.carray(place(arguments), GIVEN, np.int64)
-    table = numba.carray(place(given[0]), (given[1], COLUMNS), np.int64)
-    hyper = numba.carray(place(given[2]), (given[3], 3), np.float64)
-    scalars = numba.carray(place(given[4]), 4, np.float64)
-    return table, hyper, scalars, given[5]
+    table = numba.carray(place(given[TABLE_AT]), (given[TABLE_ROWS], COLUMNS), np.int64)
+    hyper = numba.carray(place(given[RATES_AT]), (given[RATES_ROWS], 3), np.float64)
+    scalars = numba.carray(place(given[SCALARS_AT]), 4, np.float64)
+    return table, hyper, scalars, given[TOTAL]
 
 
 @jit()
@@ -238,9 +238,9 @@ def put_arguments(block: Any, table: Any, first: int, count: int, hyper: Any, sc
     ``hyper`` has a row for each row of the table, or one for all.
     """
     skipped, rates = (0, 1) if len(hyper) == 1 else (first, count)
-    block[0], block[1] = table.ctypes.data + table.strides[0] * first, count
-    block[2], block[3] = hyper.ctypes.data + hyper.strides[0] * skipped, rates
-    block[4], block[5] = scalars.ctypes.data, total
+    block[TABLE_AT], block[TABLE_ROWS] = table.ctypes.data + table.strides[0] * first, count
+    block[RATES_AT], block[RATES_ROWS] = hyper.ctypes.data + hyper.strides[0] * skipped, rates
+    block[SCALARS_AT], block[TOTAL] = scalars.ctypes.data, total
 
 
 SMALL = 32_768

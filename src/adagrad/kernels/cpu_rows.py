@@ -13,11 +13,11 @@ from typing import Any
 import numba
 import numpy as np
 
-from adagrad.kernels.blocks import ask, load_block, store_block
-from adagrad.kernels.cpu_dense import ask_for, elements, one_row, update_block
+from adagrad.kernels.blocks import load_block, prefetch, store_block
+from adagrad.kernels.cpu_dense import elements, one_row, prefetch_operands, update_block
 from adagrad.kernels.cpu_rule import constants
 from adagrad.kernels.formats import TOKENS, load, pointer, store
-from adagrad.kernels.numba_jit import jit, let_go, max_workers, place, run, worker, workers
+from adagrad.kernels.numba_jit import decref, jit, max_workers, place, run, worker, workers
 from adagrad.kernels.row_groups import (
     ARE_DISTINCT,
     BASE,
@@ -94,7 +94,7 @@ def _four(facts: Any, at: int) -> Any:
 
 @jit(helper=True)
 def _ahead(most: int, length: int, token: Any) -> Any:
-    """How many rows ahead to ask for memory, ``most`` for short ones."""
+    """How many rows ahead to prefetch; ``most`` for short rows."""
     return min(max(AHEAD_BYTES // max(length * token.itemsize, 1), 1), most)
 
 
@@ -108,32 +108,32 @@ def _operands(base: Any, stride: Any, row: Any, tw: Any, th: Any, tm: Any) -> An
 
 @jit(helper=True)
 def _update_row(at: Any, g: Any, coming: Any, coming_g: Any, length: int, fixed: Any, row_wise: Any) -> None:
-    """Update the row whose operands are ``at``, and ask for those of a row to come and its gradient."""
+    """Update the row whose operands are ``at``, and prefetch those of a later row."""
     w, h, m = at
     next_w, next_h, next_m = coming
     if row_wise is None:
         elements(w, g, h, m, 0, length, fixed, (next_w, coming_g, next_h, next_m))
     else:
-        ask(next_h, 0)
+        prefetch(next_h, 0)
         one_row(w, g, h, m, 0, length, 0, fixed, (next_w, coming_g, None, next_m))
 
 
 @jit(helper=True)
 def _add(total: Any, g: Any, length: int, coming: Any, coming_g: Any) -> None:
-    """Add a row of values to a sum, and ask for the sum and the values to come."""
+    """Add a row of values to a sum, and prefetch a later sum and its values."""
     if length == 1:
-        ask(coming, 0)
-        ask(coming_g, 0)
+        prefetch(coming, 0)
+        prefetch(coming_g, 0)
         store(total, 0, load(total, 0) + load(g, 0))
         return
     whole = length - length % LANES
     for i in range(0, whole, LANES):
-        ask(coming, i)
-        ask(coming_g, i)
+        prefetch(coming, i)
+        prefetch(coming_g, i)
         store_block(total, i, load_block(total, i, None) + load_block(g, i, None), None)
     if whole < length:
-        ask(coming, whole)
-        ask(coming_g, whole)
+        prefetch(coming, whole)
+        prefetch(coming_g, whole)
         rest = length - whole
         store_block(total, whole, load_block(total, whole, rest) + load_block(g, whole, rest), rest)
 
@@ -181,7 +181,7 @@ def _update_elements(rows: Any, positions: Any, base: Any, stride: Any, tw: Any,
             w, h, m = _operands(base, stride, np.int64(rows[start + i]), tw, th, tm)
             then = rows[min(start + i + ELEMENTS_AHEAD, n - 1)]
             next_w, next_h, next_m = _operands(base, stride, np.int64(then), tw, th, tm)
-            ask_for((next_w, None, next_h, next_m), 0)
+            prefetch_operands((next_w, None, next_h, next_m), 0)
             _copy(packed_w, i, w, 0)
             _copy(packed_g, i, _values(base, stride, positions[start + i], tv), 0)
             _copy(packed_h, i, h, 0)
@@ -289,7 +289,7 @@ def carry_out(facts: Any, kept: Any, scratch: Any, group: int, update: int, coun
     for k in range(count):
         for what in range(GROUPED):
             if kept[k, what, OWNER] != 0:
-                let_go(kept[k, what, OWNER])
+                decref(kept[k, what, OWNER])
     return are_grouped
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from adagrad import rule
 from adagrad.kernels.cuda_dense import RECORD, find_record
 from adagrad.kernels.cuda_rule import (
     LANES,
@@ -35,7 +36,7 @@ from adagrad.kernels.cuda_rule import (
     write_weight,
 )
 
-CHUNK = tl.constexpr(128)
+CHUNK = tl.constexpr(rule.CHUNK)
 PROBES = tl.constexpr(128)
 STARTS = tl.constexpr(32)
 """First rows of weights that are looked at together."""

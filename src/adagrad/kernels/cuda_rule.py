@@ -20,9 +20,11 @@ import torch
 import triton
 import triton.language as tl
 
+from adagrad import rule
+
 HEADER = tl.constexpr(8)
 SETTINGS = tl.constexpr(4)
-LANES = tl.constexpr(16)
+LANES = tl.constexpr(rule.LANES)
 
 TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])
 if TRITON < (3, 2):

@@ -15,7 +15,7 @@ import numpy as np
 
 from adagrad.kernels import cpu_dense
 from adagrad.kernels.cpu_dense import GIVEN, arguments, kernel
-from adagrad.kernels.numba_jit import crew, jit, place, run
+from adagrad.kernels.numba_jit import jit, place, run, worker_count
 from adagrad.kernels.table import PLACES, formats, table
 from adagrad.rule import Rule
 
@@ -85,4 +85,4 @@ def carry_out_beside(words: Any, count: int) -> None:
         launch = words[ABOUT + LAUNCH * j :]
         if launch[WORK] > 0:
             block = numba.carray(place(launch[ARGUMENTS]), GIVEN, np.int64)
-            run(launch[WORKER], block, crew(launch[WORK], words[THRESHOLD], count))
+            run(launch[WORKER], block, worker_count(launch[WORK], words[THRESHOLD], count))

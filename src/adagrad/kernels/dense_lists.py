@@ -14,7 +14,7 @@ from adagrad.kernels import cpu_dense
 from adagrad.kernels.counts import advance_counts, find_counts
 from adagrad.kernels.cpu_dense import COLUMNS, GIVEN, SIZE, kernel, put_arguments
 from adagrad.kernels.layout import layout
-from adagrad.kernels.numba_jit import acquire_gil, crew, jit, max_workers, release_gil, run, workers
+from adagrad.kernels.numba_jit import acquire_gil, jit, max_workers, release_gil, run, worker_count, workers
 from adagrad.kernels.outcomes import DONE, LARGE, LEFT, mark_late
 from adagrad.kernels.spans import disjoint, guess
 from adagrad.kernels.table import PLACES, fill, formats
@@ -56,7 +56,7 @@ def _update(weights: int, grads: int, histories: int, masters: int, steps: int, 
     for code in range(PLACES):
         if counts[code]:
             put_arguments(blocks[code], rows, first, counts[code], rates, scalars, elements[code])
-            run(known[code], blocks[code], crew(elements[code], small, count))
+            run(known[code], blocks[code], worker_count(elements[code], small, count))
             first += counts[code]
     if not is_trial:
         acquire_gil(state)

@@ -125,7 +125,7 @@ place: Any = intrinsic(_place_code)
 
 
 @jit(helper=True)
-def borrowed(words: Any) -> Any:
+def uncounted(words: Any) -> Any:
     """The same int64 array as one that nobody counts references to: atomic instructions, more than the work itself.
 
     For passing on to other compiled functions; ``words`` must outlive it.
@@ -154,7 +154,7 @@ release_gil: Any = intrinsic(_release_gil_code)
 acquire_gil: Any = intrinsic(_acquire_gil_code)
 
 
-def _keep_code(typing: Any, array: Any) -> Any:
+def _incref_code(typing: Any, array: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         owner = context.make_array(array)(context, builder, args[0]).meminfo
         # What counts is the first word. By Numba's own function the count would be lost: some versions of Numba take it
@@ -166,7 +166,7 @@ def _keep_code(typing: Any, array: Any) -> Any:
     return numba.types.int64(array), generate
 
 
-def _let_go_code(typing: Any, owner: Any) -> Any:
+def _decref_code(typing: Any, owner: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         context.nrt.decref(builder, numba.types.MemInfoPointer(numba.types.voidptr), builder.inttoptr(args[0], _BYTES))
         return context.get_dummy_value()
@@ -174,10 +174,10 @@ def _let_go_code(typing: Any, owner: Any) -> Any:
     return numba.types.void(numba.types.int64), generate
 
 
-keep: Any = intrinsic(_keep_code)
-"""Keep an array's memory after the end of the worker that made it; what is returned goes to ``let_go``, once."""
+incref: Any = intrinsic(_incref_code)
+"""Keep an array's memory after the end of the worker that made it; what is returned goes to ``decref``, once."""
 
-let_go: Any = intrinsic(_let_go_code)
+decref: Any = intrinsic(_decref_code)
 
 
 @jit(parallel=True)
@@ -200,7 +200,7 @@ def run(work: int, arguments: Any, count: int) -> None:
 
 
 @jit(helper=True)
-def crew(work: Any, small: int, count: int) -> Any:
+def worker_count(work: Any, small: int, count: int) -> Any:
     """How many of ``count`` workers so much work is worth: one, where it is less than ``small``."""
     return count if work >= small and count > 1 else 1
 

@@ -47,7 +47,7 @@ def plain(
     table = np.array([cpu_dense.table_row(_memories(u), rule) for u in updates])
     total = sum(math.prod(u.weight.shape) for u in updates)
 
-    def run(keep: Any = tuple(updates)) -> None:
+    def run() -> None:
         rates = hyper(lrs, wds, rule)
         cpu_dense.launch(table, total, rates, rule.scalars, formats(updates[0]), rule.row_wise, threads)
 

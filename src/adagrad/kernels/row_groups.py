@@ -15,7 +15,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from adagrad.kernels.blocks import ask
+from adagrad.kernels.blocks import prefetch
 from adagrad.kernels.checked import refuse_row
 from adagrad.kernels.formats import pointer
 from adagrad.kernels.numba_jit import jit, place, run, worker
@@ -226,7 +226,7 @@ def _number(ids: Any, m: int) -> Any:
     shift, mask, n = np.uint64(64 - bits), np.uint64((1 << bits) - 1), np.uint64(0)
     for i in range(m):
         j = np.uint64(i)
-        ask(places, np.int64(_hash(ids[j + np.uint64(_AHEAD)], seed) >> shift))
+        prefetch(places, np.int64(_hash(ids[j + np.uint64(_AHEAD)], seed) >> shift))
         row = ids[j]
         at = _hash(row, seed) >> shift
         # As if the row were new, so that finding it and entering it are the same steps: no branch to guess.

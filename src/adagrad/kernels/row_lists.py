@@ -24,7 +24,7 @@ from adagrad.kernels.dense_beside import (
     put_spans,
 )
 from adagrad.kernels.layout import NONE, hold_parts, item, layout, let_go_of_parts, sparse_body
-from adagrad.kernels.numba_jit import acquire_gil, borrowed, crew, jit, max_workers, release_gil, workers
+from adagrad.kernels.numba_jit import acquire_gil, jit, max_workers, release_gil, uncounted, worker_count, workers
 from adagrad.kernels.outcomes import DONE, LARGE, LEFT, NO_MEMORY, OUT_OF_RANGE, mark_late
 from adagrad.kernels.row_groups import (
     BASE,
@@ -68,7 +68,7 @@ def _update(weights: int, values: int, histories: int, masters: int, steps: int,
     ``last[0]`` becomes the work if it is much, else 0; ``last[1]`` goes up where all is done. ``dense`` is for a list
     beside, see :mod:`adagrad.kernels.dense_beside`; ``count`` is 0 for a call that is tried as if it were little work.
     """
-    n, entries, facts, how, dense = len(facts), 0, borrowed(facts), borrowed(how), borrowed(dense)
+    n, entries, facts, how, dense = len(facts), 0, uncounted(facts), uncounted(how), uncounted(dense)
     work, numbers, spans = 0, np.empty(n, np.int64), np.empty((2, len(order)), np.int64)
     step_at = np.empty(n + dense[WEIGHTS] if steps else 0, np.int64)
     # Spans of what is written to, ours and those of the list beside; then of what is read.
@@ -125,14 +125,14 @@ def _check_ids_and_carry_out(facts: Any, numbers: Any, known: Any, ids: Any, fou
                              small: int, count: int) -> Any:  # fmt: skip
     """What was done, see :func:`_update`; all ids are copied to the address ``ids`` first."""
     for i in range(len(facts)):
-        threads = crew(facts[i, ENTRIES], small, count)  # to look at an id is as much work as an element
+        threads = worker_count(facts[i, ENTRIES], small, count)  # to look at an id is as much work as an element
         bad, row = check_ids(facts[i], ids, found, known[numbers[i], CHECK], threads)
         if bad >= 0:
             return OUT_OF_RANGE, i, bad, row
         ids += 8 * facts[i, ENTRIES]
     for i in range(len(facts)):
         group, update = known[numbers[i], GROUP], known[numbers[i], UPDATE]
-        threads = crew(work_of(facts[i]), small, count)
+        threads = worker_count(work_of(facts[i]), small, count)
         if facts[i, ENTRIES] * facts[i, LENGTH] and not carry_out(facts[i], kept, scratch, group, update, threads):
             return NO_MEMORY, i, np.int64(0), np.int64(0)
     return DONE, 0, np.int64(0), np.int64(0)

@@ -11,9 +11,9 @@ from typing import Any
 import numba
 import numpy as np
 
-from adagrad.kernels.blocks import filled, store_block
+from adagrad.kernels.blocks import broadcast, store_block
 from adagrad.kernels.formats import TOKENS, pointer
-from adagrad.kernels.numba_jit import jit, keep, place, worker
+from adagrad.kernels.numba_jit import incref, jit, place, worker
 from adagrad.kernels.row_groups import ENTRIES, FACTS, GROUPS, LENGTH, ROWS, group
 from adagrad.rule import CHUNK, LANES
 
@@ -21,7 +21,7 @@ from adagrad.rule import CHUNK, LANES
 @jit(helper=True)
 def clear(total: Any, length: int, token: Any) -> None:
     """Begin a sum: adding to -0 gives the number that is added, the sign of 0 included."""
-    zeros, whole = filled(token.dtype.type(-0.0)), length - length % LANES
+    zeros, whole = broadcast(token.dtype.type(-0.0)), length - length % LANES
     for i in range(0, whole, LANES):
         store_block(total, i, zeros, None)
     if whole < length:
@@ -62,7 +62,7 @@ ADDRESS, SIZE, OWNER = range(3)
 
 @jit(helper=True)
 def _hand_over(kept: Any, what: int, array: Any) -> None:
-    kept[what, ADDRESS], kept[what, SIZE], kept[what, OWNER] = array.ctypes.data, array.size, keep(array)
+    kept[what, ADDRESS], kept[what, SIZE], kept[what, OWNER] = array.ctypes.data, array.size, incref(array)
 
 
 @functools.cache

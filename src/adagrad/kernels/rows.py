@@ -38,7 +38,7 @@ from adagrad.kernels.layout import (
     sparse_body,
     word,
 )
-from adagrad.kernels.numba_jit import borrowed, jit
+from adagrad.kernels.numba_jit import jit, uncounted
 from adagrad.kernels.row_groups import (
     ARE_LONG,
     BASE,
@@ -69,7 +69,7 @@ def look_at_rows(weight: int, values: int, history: int, master: int, indices: i
     ``values`` and ``indices`` may be one and the same sparse COO tensor, which has both; its shape is looked at then.
     """
     own_out, own_seen = np.empty(1, np.int64), np.zeros((5, SEEN), np.int64)
-    out, seen, how = borrowed(own_out), borrowed(own_seen), borrowed(how)
+    out, seen, how = uncounted(own_out), uncounted(own_seen), uncounted(how)
     things, has_master = (weight, values, history, master, indices), master != how[NONE]
     body = sparse_body(values, how) if values == indices else 0
     for k in range(5):
@@ -114,8 +114,8 @@ def look_at_rows(weight: int, values: int, history: int, master: int, indices: i
 @jit(holds_gil=True)
 def _look_at_all(weights: int, values: int, histories: int, masters: int, indices: int, how: Any, row_wise: bool,
                  facts: Any, codes: Any) -> None:  # fmt: skip
-    """:func:`look_at` for lists, given by ``id``; of master copies 0 for no list."""
-    facts, how = borrowed(facts), borrowed(how)
+    """:func:`look_at_rows` for lists, given by ``id``; of master copies 0 for no list."""
+    facts, how = uncounted(facts), uncounted(how)
     for i in range(len(codes)):
         master = item(masters, i) if masters else how[NONE]
         codes[i] = look_at_rows(item(weights, i), item(values, i), item(histories, i), master, item(indices, i), how,
@@ -166,7 +166,7 @@ def _launch(at: str, parts: Any, facts: np.ndarray, ids: np.ndarray, form: Forma
 def _values_and_indices(weight: Any, grad: Any) -> tuple[Any, Any] | None:
     """Those of a RowSparse or a sparse COO tensor in the shape of the weight; None where it has another.
 
-    With other than one sparse dimension, values have not as many dimensions as the weight: :func:`look_at` asks.
+    With other than one sparse dimension, values have not as many dimensions as the weight: :func:`look_at_rows` asks.
     """
     if grad.shape != getattr(weight, "shape", None):
         return None

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from adagrad.arrays import computing_format
 from adagrad.kernels.cpu_dense import COLUMNS, GRAD, HISTORY, MASTER, ROW, SIZE, WEIGHT
 from adagrad.kernels.layout import (
     CONTIGUOUS,
@@ -35,7 +36,7 @@ from adagrad.kernels.layout import (
     look,
     word,
 )
-from adagrad.kernels.numba_jit import borrowed, jit
+from adagrad.kernels.numba_jit import jit, uncounted
 
 Formats: TypeAlias = "tuple[str, str, str, str | None]"
 """The element formats of weight, gradient, history and master copy (None for none)."""
@@ -118,7 +119,7 @@ def formats(code: int) -> tuple[int, Formats]:
     """What a code says: the place (0 for the CPU, 1 + index of a CUDA device) and the formats."""
     place, digits = divmod(code, PLACES)
     weight = ELEMENT_FORMATS[digits % WITH_MASTER]
-    computing = "float64" if weight == "float64" else "float32"
+    computing = computing_format(weight)
     grad = "float32" if digits & WIDE_GRAD else weight
     return place, (weight, grad, computing, "float32" if digits & WITH_MASTER else None)
 
@@ -144,7 +145,7 @@ def fill(weights: int, grads: int, histories: int, masters: int, how: Any, row_w
     n, total = len(table), 0
     columns = spans.shape[1] // n
     own_out, own_seen, own_things = np.empty(1, np.int64), np.zeros((4, SEEN), np.int64), np.empty(4, np.int64)
-    out, seen, things, how = borrowed(own_out), borrowed(own_seen), borrowed(own_things), borrowed(how)
+    out, seen, things, how = uncounted(own_out), uncounted(own_seen), uncounted(own_things), uncounted(how)
     for i in range(n):
         things[WEIGHT], things[GRAD], things[HISTORY] = item(weights, i), item(grads, i), item(histories, i)
         things[MASTER] = item(masters, i) if masters else how[NONE]
