@@ -216,7 +216,9 @@ def test_defaults_are_mxnets() -> None:
 
 ERRORS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (FactorScheduler, {"step": 0}, ValueError, "step=0: must be >= 1"),
-    (FactorScheduler, {"step": 1.5}, TypeError, "step=1.5: must be an integer"),
+    (FactorScheduler, {"step": 0.5}, ValueError, "step=0.5: must be >= 1"),
+    (FactorScheduler, {"step": math.inf}, ValueError, "step=inf: must be finite"),
+    (FactorScheduler, {"step": "2"}, TypeError, "step='2': must be a number"),
     (FactorScheduler, {"step": True}, TypeError, "step=True: must be an integer"),
     (FactorScheduler, {"step": 1, "factor": 1.5}, ValueError, r"factor=1.5: must be in \(0, 1\]"),
     (FactorScheduler, {"step": 1, "factor": 0}, ValueError, r"factor=0: must be in \(0, 1\]"),
@@ -230,7 +232,7 @@ ERRORS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (MultiFactorScheduler, {"step": []}, ValueError, r"step=\[\]: must be a non-empty, strictly increasing list"),
     (MultiFactorScheduler, {"step": [3, 3]}, ValueError, r"step=\[3, 3\]: must be"),
     (MultiFactorScheduler, {"step": [0, 3]}, ValueError, r"step\[0\]=0: must be >= 1"),
-    (MultiFactorScheduler, {"step": [1, 2.5]}, TypeError, r"step\[1\]=2.5: must be an integer"),
+    (MultiFactorScheduler, {"step": [1, "2"]}, TypeError, r"step\[1\]='2': must be a number"),
     (PolyScheduler, {"max_update": 0}, ValueError, "max_update=0: must be >= 1"),
     (PolyScheduler, {"max_update": 2.0}, TypeError, "max_update=2.0: must be an integer"),
     (PolyScheduler, {"max_update": 5, "pwr": -1}, ValueError, "pwr=-1: must be >= 0"),
@@ -261,8 +263,33 @@ def test_errors(klass: Any, arguments: dict[str, Any], error: type[Exception], m
         klass(**arguments)
 
 
-def test_learning_rate_below_the_start_of_the_warm_up_is_refused() -> None:
+def test_a_learning_rate_below_the_start_of_the_warm_up_overwrites_like_any() -> None:
     schedule = CosineScheduler(10, base_lr=0.5, warmup_steps=2, warmup_begin_lr=0.1)
-    with pytest.raises(ValueError, match=r"learning_rate=0.01: .*warmup_begin_lr=0.1; pass learning_rate=None"):
+    with pytest.warns(UserWarning, match=r"learning_rate=0.01 overwrites the scheduler's base_lr=0.5"):
         AdaGrad(lr_scheduler=schedule)
+    assert [schedule(0), schedule(1), schedule(2)] == [0.1, pytest.approx(0.055), 0.01]
+
+
+@pytest.mark.parametrize("step", [1, 2.5, 10 / 3, 7.0])
+def test_steps_between_factors_need_not_be_whole(step: float) -> None:
+    schedule, count, lr = FactorScheduler(step, 0.5, base_lr=1.0), 0.0, 1.0
+    for update in range(100):  # MXNet's own loop
+        while update > count + step:
+            count, lr = count + step, max(lr * 0.5, 1e-8)
+        assert schedule(update) == lr
+    assert schedule(0) == 1.0
+    assert [MultiFactorScheduler([1.5, 2.5], 0.5, base_lr=1.0)(n) for n in range(5)] == [1, 1, 0.5, 0.25, 0.25]
+
+
+def test_a_constructor_that_fails_leaves_the_scheduler_alone() -> None:
+    class Symbol:
+        def attr_dict(self) -> dict[str, dict[str, str]]:
+            return {"w": {"__lr_mult__": "half"}}
+
+        def list_arguments(self) -> list[str]:
+            return ["w"]
+
+    schedule = FactorScheduler(3, base_lr=0.5)
+    with pytest.raises(ValueError, match="__lr_mult__ of w='half': must be a number"):
+        AdaGrad(0.3, lr_scheduler=schedule, sym=Symbol())
     assert schedule.base_lr == 0.5

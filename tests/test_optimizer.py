@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import pickle
 import warnings
+import weakref
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
@@ -856,3 +859,252 @@ def test_steps_written_for_mxnet_see_the_master_copy(klass: type[AdaGrad], fused
         results.append([half, single, *states[0], states[1]])
     for mine, theirs in zip(*results, strict=True):
         assert_same_bits(mine, theirs)
+
+
+# ------------------------------------------------------------------------------------------- steps of a subclass's own
+
+
+class OwnStep(AdaGrad):
+    """Its step is ours, put in its own words, as subclasses for MXNet do: checks must not depend on that."""
+
+    def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        super().step(indices, weights, grads, states)
+
+
+def low_precision(kind: type[AdaGrad] = OwnStep, start: float = 1.0) -> tuple[AdaGrad, np.ndarray, Any]:
+    optimizer, weight = kind(0.5, multi_precision=True), np.full(3, start, np.float16)
+    return optimizer, weight, optimizer.create_state_multi_precision(0, weight)
+
+
+@pytest.mark.parametrize(
+    ("grad", "error", "message"),
+    [
+        (np.ones(3), TypeError, r"grads\[0\]: dtype float64: must be float16 or float32"),
+        (np.ones(3, int), TypeError, r"grads\[0\]: dtype int64"),
+        (np.ones(3, complex), TypeError, r"grads\[0\]: dtype complex128"),
+        (np.array(["1", "2", "3"]), TypeError, r"grads\[0\]: dtype <U1"),
+        (None, TypeError, r"grads\[0\]=None: must be a NumPy array"),
+        ([1.0, 1.0, 1.0], TypeError, r"grads\[0\]=\[1.0, 1.0, 1.0\]: must be a NumPy array"),
+        (np.ones(4, np.float32), ValueError, r"grads\[0\]: shape \(4,\): must be \(3,\)"),
+        (torch.ones(3), TypeError, r"grads\[0\]: a torch tensor: must be a NumPy array"),
+        (RowSparse(np.ones(1, np.float32), np.array([0]), (4,)), ValueError, r"grads\[0\]: shape \(4,\): must be"),
+    ],
+)
+def test_gradients_of_low_precision_weights_are_checked_before_a_subclass_sees_them_cast(
+    grad: Any, error: type[Exception], message: str
+) -> None:
+    optimizer, weight, state = low_precision()
+    with pytest.raises(error, match=message):
+        optimizer.update_multi_precision(0, weight, grad, state)
+    assert (weight == 1).all()
+    assert (state[0] == 1).all()
+    assert optimizer._index_update_count == {}
+
+
+def test_low_precision_weights_share_no_memory_where_a_subclass_steps() -> None:
+    optimizer, weight, state = low_precision()
+    with pytest.raises(ValueError, match=r"weights\[0\]: shares memory with grads\[0\]"):
+        optimizer.update_multi_precision(0, weight, weight, state)
+    other = optimizer.create_state_multi_precision(1, weight)
+    grads = [np.ones(3, np.float16), np.ones(3, np.float16)]
+    with pytest.raises(ValueError, match=r"weights\[1\]: shares memory with weights\[0\]"):
+        optimizer.update_multi_precision([0, 1], [weight, weight], grads, [state, other])
+    assert (weight == 1).all()
+
+
+def test_rounding_to_low_precision_raises_nothing() -> None:
+    optimizer, weight, state = low_precision(start=1e-7)
+    with np.errstate(all="raise"):
+        optimizer.update_multi_precision(0, weight, np.zeros(3, np.float32), state)
+        state[0][:] = 1e-9
+        optimizer.update_multi_precision(0, weight, np.zeros(3, np.float32), state)
+    assert (weight == 0).all()
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_the_row_sparse_part_is_checked_whatever_the_other_states_are(where: int) -> None:
+    optimizer = OwnStep(0.5)
+    dense, table = np.ones(3, np.float32), np.ones((3, 2), np.float32)
+    rows = RowSparse(np.ones((1, 2), np.float32), np.array([0]), (3, 2))
+    mine = (optimizer.create_state(0, dense), None)  # of the subclass's own kind
+    updates = [(dense, np.ones(3, np.float32), mine), (table, rows, None)]
+    order = updates if where else updates[::-1]
+    with pytest.raises(TypeError, match=rf"history in states\[{where}\]=None: must be a NumPy array"):
+        optimizer.update([0, 1], *([update[k] for update in order] for k in range(3)))
+    assert (dense == 1).all()
+    assert optimizer._index_update_count == {}
+
+
+def test_counts_stay_where_a_step_of_a_subclass_raises() -> None:
+    class Raising(AdaGrad):
+        def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+            raise RuntimeError("no")
+
+    optimizer, weight, table = Raising(), np.ones(3, np.float32), np.ones((3, 2), np.float32)
+    rows = RowSparse(np.ones((1, 2), np.float32), np.array([0]), (3, 2))
+    states = [optimizer.create_state(0, weight), optimizer.create_state(1, table)]
+    with pytest.raises(RuntimeError, match="no"):
+        optimizer.update([0, 1], [weight, table], [np.ones(3, np.float32), rows], states)
+    assert (optimizer._index_update_count, optimizer.num_update) == ({}, 0)
+    assert optimizer._get_lr(0) == 0.01
+
+
+# ----------------------------------------------------------------------------------------- attributes, copies and rates
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("initial_accumulator_value", math.nan, ValueError),
+        ("initial_accumulator_value", -1.0, ValueError),
+        ("initial_accumulator_value", "x", TypeError),
+        ("wd", True, TypeError),
+        ("wd", -1.0, ValueError),
+        ("wd", "x", TypeError),
+        ("rescale_grad", np.ones(2), TypeError),
+        ("clip_gradient", np.ones(2), TypeError),
+        ("epsilon", np.ones(2), TypeError),
+    ],
+)
+@pytest.mark.parametrize("multipliers", [{}, {7: 1.0}, {0: 0.0}])
+def test_attributes_that_were_set_are_checked_by_name(
+    name: str, value: Any, error: type[Exception], multipliers: Any
+) -> None:
+    optimizer, weight = AdaGrad(), np.ones(3, np.float32)
+    optimizer.update(0, weight, np.ones(3, np.float32), optimizer.create_state(0, weight))
+    optimizer.set_wd_mult(multipliers)
+    before = weight.copy()
+    setattr(optimizer, name, value)
+    with pytest.raises(error, match=f"^{name}="):
+        optimizer.update(0, weight, np.ones(3, np.float32), optimizer.create_state(0, weight))
+    assert_same_bits(weight, before)
+
+
+def test_copies_leave_param_dict_behind_as_in_mxnet() -> None:
+    parameter = SimpleNamespace(lr_mult=0.5, wd_mult=1.0, data=np.ones(1_000_000))
+    optimizer = AdaGrad(0.5, param_dict={0: parameter})
+    optimizer.set_lr_mult({1: 0.25})
+    assert len(pickle.dumps(optimizer)) < 10_000
+    for other in (copy.copy(optimizer), copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert [other._get_lr(0), other._get_lr(1)] == [0.5, 0.125]
+        assert other.param_dict == {}
+    assert optimizer._get_lr(0) == 0.25
+
+
+def test_a_class_that_is_registered_again_by_its_name_replaces_with_a_warning(registry: dict[str, type]) -> None:
+    def cell() -> type[Optimizer]:  # as a cell of a notebook that is run again
+        class Mine(Optimizer):
+            pass
+
+        return Mine
+
+    adagrad.register(cell())
+    with pytest.warns(UserWarning, match="Mine replaces"):
+        adagrad.register(cell())
+
+
+def test_names_of_indices_are_strings() -> None:
+    with pytest.raises(TypeError, match=r"param_idx2name\[0\]=5: must be a string"):
+        AdaGrad(param_idx2name={0: 5})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("wd", -1.0), ("rescale_grad", math.nan), ("lr", "x"), ("lr_mult", {0: "2"}), ("num_update", -5)],
+)
+def test_what_could_not_be_loaded_is_not_saved(name: str, value: Any) -> None:
+    optimizer = AdaGrad()
+    setattr(optimizer, name, value)
+    with pytest.raises(ValueError, match=f"optimizer AdaGrad: cannot be saved: {name}"):
+        optimizer.config()
+
+
+class Halved(AdaGrad):
+    @property
+    def learning_rate(self) -> float:
+        return 0.25
+
+
+class Frozen(AdaGrad):
+    """Counts as one update whatever is updated, as for a schedule that is to stand still."""
+
+    def _update_count(self, index: Any) -> None:
+        self._index_update_count[index] = 1
+        self.num_update = 1
+
+
+@pytest.mark.parametrize("multipliers", [{}, {7: 1.0}])
+def test_what_a_subclass_overrides_is_asked(multipliers: Any) -> None:
+    for kind, lr, count in ((Halved, 0.25, 3), (Frozen, 0.5, 1)):
+        optimizer, weight = kind(0.5, epsilon=0.0), np.ones(1)
+        optimizer.set_lr_mult(multipliers)
+        state = optimizer.create_state(0, weight)
+        optimizer.update(0, weight, np.ones(1), state)
+        assert weight == 1 - lr
+        for _ in range(2):
+            optimizer.update(0, weight, np.ones(1), state)
+        assert optimizer._index_update_count == {0: count}
+
+
+def test_what_is_set_on_the_object_or_later_on_the_class_is_asked() -> None:
+    class Later(AdaGrad):
+        pass
+
+    optimizer, weight = Later(0.5, epsilon=0.0), np.ones(1)
+    optimizer.update(0, weight, np.ones(1), np.zeros(1))
+    Later._get_lr = lambda self, index: 0.125  # type: ignore[method-assign]
+    optimizer.update(0, weight, np.ones(1), np.zeros(1))
+    assert weight == 0.375
+    optimizer._get_lr = lambda index: 0.25  # type: ignore[method-assign]
+    optimizer.update(0, weight, np.ones(1), np.zeros(1))
+    assert weight == 0.125
+
+
+def test_classes_are_not_kept() -> None:
+    def use() -> weakref.ref[type]:
+        class Local(AdaGrad):
+            pass
+
+        optimizer, weight = Local(), np.ones(1)
+        adagrad.get_updater(optimizer)(0, np.ones(1), weight)
+        return weakref.ref(Local)
+
+    local = use()
+    gc.collect()
+    assert local() is None
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_single_number_in_another_byte_order(fused: bool) -> None:
+    for name in ("float32", "bfloat16"):
+        dtype = np.dtype(name if name != "bfloat16" else BFLOAT16)
+        swapped = np.array(1.5, dtype).astype(dtype.newbyteorder())
+        plain = np.array(1.5, dtype)
+        for weight in (plain, swapped):
+            optimizer = AdaGrad(0.5, use_fused_step=fused)
+            optimizer.update(0, weight, np.ones((), np.float32), optimizer.create_state(0, weight))
+        assert float(plain) == pytest.approx(1.0, abs=1e-5)
+        assert swapped.astype(dtype) == plain
+
+
+def test_strings_of_numpy_2() -> None:
+    if not hasattr(np.dtypes, "StringDType"):
+        pytest.skip("no StringDType in this NumPy")
+    weight = np.array(["a"], dtype=np.dtypes.StringDType())
+    with pytest.raises(TypeError, match=r"weights\[0\]: dtype StringDType"):
+        AdaGrad().update(0, weight, np.ones(1), np.zeros(1))
+
+
+def test_row_ids_of_a_class_that_refuses_to_be_compared() -> None:
+    class Proud(np.ndarray):
+        def __array_ufunc__(self, *args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("not with me")
+
+    indices = np.array([1, 0, 1]).view(Proud)
+    results = []
+    for fused in (True, False):
+        optimizer, weight = AdaGrad(use_fused_step=fused), np.ones((3, 2), np.float32)
+        rows = RowSparse(np.ones((3, 2), np.float32), indices, (3, 2))
+        optimizer.update(0, weight, rows, optimizer.create_state(0, weight))
+        results.append(weight)
+    assert_same_bits(*results)

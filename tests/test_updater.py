@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from adagrad import AdaGrad, GroupAdaGrad, Optimizer, RowSparse, Updater, get_updater, kernels, rule
+from adagrad import AdaGrad, GroupAdaGrad, Optimizer, RowSparse, Updater, checkpoint, get_updater, kernels, rule
 from adagrad.kernels import call, cpu_dense, dense_lists, expressions, row_lists
-from adagrad.lr_scheduler import CosineScheduler, FactorScheduler, MultiFactorScheduler, PolyScheduler
+from adagrad.lr_scheduler import CosineScheduler, FactorScheduler, LRScheduler, MultiFactorScheduler, PolyScheduler
 from support import BFLOAT16, assert_same_bits, normal
 
 AGGREGATES = pytest.mark.parametrize("aggregate_num", [1, 2, 3, 100, np.inf, None])
@@ -344,7 +344,7 @@ def test_a_schedule_of_ones_own_is_kept_and_never_saved() -> None:
     assert other.optimizer.lr_scheduler is kept
     assert other.optimizer.learning_rate == 2.0
     without = get_updater(AdaGrad(0.5))
-    with pytest.warns(UserWarning, match=r"a scheduler of its own, which no file holds: learning_rate=0.5 stays"):
+    with pytest.warns(UserWarning, match=r"custom scheduler, which no file holds: keeping learning_rate=0.5"):
         without.set_states(data)
     assert without.optimizer.lr_scheduler is None
     assert without.optimizer.learning_rate == 0.5
@@ -380,17 +380,17 @@ def test_a_schedule_whose_rate_was_lowered_below_its_warm_up_goes_on(changed: st
 
 def test_a_file_cannot_make_a_step_endless() -> None:
     schedule = FactorScheduler(1, factor=1 - 1e-13, stop_factor_lr=0.0)
-    updater = get_updater(AdaGrad(None, lr_scheduler=schedule))
-    updater.optimizer.num_update = 10**15
-    with pytest.raises(ValueError, match="num_update=1000000000000000: must be <= 100000000 steps of its FactorS"):
-        get_updater(AdaGrad()).set_states(updater.get_states(dump_optimizer=True))
+    optimizer = AdaGrad(None, lr_scheduler=schedule)
+    config = optimizer.config() | {"num_update": 10**15}
+    with pytest.raises(ValueError, match="num_update=1000000000000000: must be <= 10000000 steps of its FactorS"):
+        get_updater(AdaGrad()).set_states(checkpoint.encode({}, config))
 
 
 def test_a_schedule_that_could_not_be_loaded_is_not_saved() -> None:
     schedule = CosineScheduler(100, warmup_steps=5)
     schedule.max_update = 2
     updater = get_updater(AdaGrad(None, lr_scheduler=schedule))
-    with pytest.raises(ValueError, match=r"lr_scheduler: cannot be saved: warmup_steps=5: must be < max_update=2"):
+    with pytest.raises(ValueError, match=r"optimizer AdaGrad: cannot be saved: warmup_steps=5: must be < max_update=2"):
         updater.get_states(dump_optimizer=True)
     updater.get_states()
 
@@ -445,7 +445,7 @@ def test_without_resize_rows_another_shape_is_refused() -> None:
     again(0, np.ones((4, 3)), np.ones((4, 3)))
     filled = get_updater(AdaGrad())
     filled(0, np.ones((5, 3)), np.ones((5, 3)))
-    with pytest.raises(ValueError, match=r"states\[0\]: shape \(4, 3\): must be \(5, 3\)"):
+    with pytest.raises(ValueError, match=r"states\[0\]: float64 of shape \(4, 3\): must be float64 of shape \(5, 3\)"):
         filled.set_states(updater.get_states())
     assert filled.states[0].shape == (5, 3)
     filled.set_states(updater.get_states(), resize_rows=True)
@@ -762,3 +762,56 @@ def test_an_interrupt_is_counted_if_it_is_noticed_after_the_kernels(
     updater(0, grad, weight)
     assert updater.states[0].ravel().tolist() == [2.0 if late else 1.0] * 3
     assert updater.optimizer._index_update_count == {1: 1, 0: 2 if late else 1}
+
+
+class Decaying(LRScheduler):
+    """Decays in place when it is asked, as MXNet's own schedules do, and so those that users have made of them."""
+
+    def __init__(self, step: int, factor: float, base_lr: float) -> None:
+        super().__init__(base_lr)
+        self.step, self.factor, self.count = step, factor, 0
+
+    def __call__(self, num_update: int) -> float:
+        while num_update > self.count + self.step:
+            self.count += self.step
+            self.base_lr *= self.factor
+        return self.base_lr
+
+
+@pytest.mark.parametrize("aggregate", [None, 2, math.inf])
+def test_a_scheduler_with_a_memory_is_asked_once_for_each_weight_in_order(aggregate: float | None) -> None:
+    updater = get_updater(AdaGrad(None, lr_scheduler=Decaying(3, 0.1, 0.5), aggregate_num=aggregate))
+    a, b = np.ones(1), np.ones(1)
+    for _ in range(3):
+        updater(["b"], [np.ones(1)], [b])
+    updater(["a", "b"], [np.ones(1), np.ones(1)], [a, b])
+    assert a == 1 - 0.5 / (1 + 1e-6)  # a's first update is the third in number: before the decay
+
+
+def test_states_of_what_was_done_before_a_step_raised_are_kept() -> None:
+    class Fails(AdaGrad):
+        def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+            if 1 in indices:
+                raise RuntimeError("not this one")
+            super().step(indices, weights, grads, states)
+
+    updater = get_updater(Fails())
+    weights = [np.ones(2), np.ones(2)]
+    with pytest.raises(RuntimeError, match="not this one"):
+        updater([0, 1], [np.full(2, 3.0)] * 2, weights)
+    assert updater.states.keys() == {0}
+    assert (updater.states[0] == 9).all()
+    assert updater.optimizer._index_update_count == {0: 1}
+
+
+def test_states_of_another_dtype_are_refused_where_the_index_is_known() -> None:
+    wide, narrow = get_updater(AdaGrad()), get_updater(AdaGrad())
+    wide(0, np.ones(3), np.ones(3))
+    narrow(0, np.ones(3, np.float32), np.ones(3, np.float32))
+    before = narrow.states[0]
+    with pytest.raises(ValueError, match=r"states\[0\]: float64 of shape \(3,\): must be float32 of shape \(3,\)"):
+        narrow.set_states(wide.get_states())
+    assert narrow.states[0] is before
+    tensors = get_updater(AdaGrad())
+    tensors(0, torch.ones(3), torch.ones(3))
+    tensors.set_states(narrow.get_states())  # of another library, but of the same kind

@@ -13,7 +13,7 @@ from adagrad import checks, dialects, kernels, lr_scheduler
 from adagrad.arrays import LOW_PRECISION, computing_format, operand
 from adagrad.dialects import Default
 from adagrad.optimizer import Optimizer, Options, as_lists, register
-from adagrad.rates import Index
+from adagrad.rates import Index, check_indices
 from adagrad.rule import Array, Rule, history_shape, is_torch
 
 if sys.version_info >= (3, 11):
@@ -111,10 +111,10 @@ class AdaGrad(Optimizer):
         In the shape of the weight, or ``(n, 1, ...)`` where it is row-wise; float64 for a float64 weight, else float32;
         a torch tensor on its device for a torch weight, else NumPy. ValueError for a 0-d weight where it is row-wise.
         """
-        w = operand("weight", weight)
+        w, start = operand("weight", weight), "initial_accumulator_value"
         if self.row_wise and not w.shape:
             raise ValueError("weight: shape (): row-wise history needs rows: one dimension or more")
-        shape, value = history_shape(w.shape, row_wise=self.row_wise), self.initial_accumulator_value
+        shape, value = history_shape(w.shape, row_wise=self.row_wise), checks.non_negative(start, getattr(self, start))
         dtype = computing_format(w.format)
         if is_torch(weight):
             return weight.detach().new_full(shape, value, dtype=getattr(sys.modules["torch"], dtype))
@@ -151,13 +151,11 @@ class AdaGrad(Optimizer):
             self._carry_out(weights, grads, states, lrs, wds, counts, fused=True)
             return
         # A step of a subclass is to see the dense part; the whole list is checked before anything changes.
-        if self._are_known(weights, states):
-            kernels.prepare(weights, grads, states, lrs, wds, self.rule(), fused=True)
+        self._check_known(weights, grads, states, lrs, wds, fused=True)
         is_sparse = [kernels.is_row_sparse(grad) for grad in grads]
         dense = [i for i, each in enumerate(is_sparse) if not each]
         sparse = [i for i, each in enumerate(is_sparse) if each]
-        self._count(counts)
-        with self._counted(indices, lrs, wds):
+        with self._counted(indices, lrs, wds, counts):
             self.step(*([values[i] for i in dense] for values in (indices, weights, grads, states)))
             lrs, wds, _ = self._resolve([indices[i] for i in sparse])
             weights, grads, states = ([values[i] for i in sparse] for values in (weights, grads, states))
@@ -192,12 +190,21 @@ class AdaGrad(Optimizer):
         is_ours = kind.__module__ in (__name__, f"{__package__}.group_adagrad") and _names(kind).isdisjoint(vars(self))
         return is_ours and (scheduler is None or lr_scheduler.is_ours(scheduler))
 
-    def _are_known(self, weights: list[Any], states: list[Any]) -> bool:
-        """Whether the states can be checked here. A subclass with a step of its own may have others."""
+    def _check_known(
+        self, weights: list[Any], grads: list[Any], states: list[Any], lrs: Any, wds: Any, *, fused: bool
+    ) -> None:
+        """Check those updates whose states must be ours: a subclass may have others for a step of its own."""
         kind = type(self)
-        if kind.step is AdaGrad.step and kind.fused_step is AdaGrad.fused_step:
-            return True
-        return all(map(self._is_known, weights, states))
+        own_step, own_rows = kind.step is not AdaGrad.step, kind.fused_step is not AdaGrad.fused_step
+        which = [
+            i
+            for i, (weight, grad, state) in enumerate(zip(weights, grads, states, strict=True))
+            if not (own_rows or (own_step and not (fused and kernels.is_row_sparse(grad))))
+            or self._is_known(weight, state)
+        ]
+        weights, grads, states = ([values[i] for i in which] for values in (weights, grads, states))
+        lrs, wds = ([rates[i] for i in which] if len(rates) > 1 else rates for rates in (lrs, wds))
+        kernels.prepare(weights, grads, states, lrs, wds, self.rule(), fused=fused, places=which)
 
     def _is_known(self, weight: Any, state: Any) -> bool:
         if isinstance(state, (tuple, list)):
@@ -207,7 +214,7 @@ class AdaGrad(Optimizer):
     def rule(self) -> Rule:
         """The rule's options and scalars as they are now; checked, since attributes may have been set meanwhile."""
         values = (self.rescale_grad, self.clip_gradient, self.epsilon, self.epsilon_inside, self.decoupled_decay)
-        given = (*values, *map(type, values))  # with their types: True equals 1.0, and is refused
+        given = (*map(type, values), *values)  # with their types: True equals 1.0, and is refused
         if given != self._rule_given or not self.rescale_grad:  # 0.0 equals -0.0
             self._rule = Rule(
                 rescale_grad=checks.finite("rescale_grad", self.rescale_grad),
@@ -222,10 +229,11 @@ class AdaGrad(Optimizer):
 
     def check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
-        if not self._are_known(weights, states):
-            return
-        lrs, wds, _ = self._resolve(indices)
-        kernels.prepare(weights, grads, states, lrs, wds, self.rule(), fused=self.use_fused_step)
+        check_indices(indices)
+        lrs, wds = [0.0], [0.0]
+        if not self._has_own_rates() and (self.lr_scheduler is None or lr_scheduler.is_ours(self.lr_scheduler)):
+            lrs, wds, _ = self._resolve(indices)  # else asking may change what the answer is the next time
+        self._check_known(weights, grads, states, lrs, wds, fused=self.use_fused_step)
 
     def _saved(self) -> dict[str, Callable[[str, Any], Any]]:
         return super()._saved() | {

@@ -58,7 +58,8 @@ def operand(name: str, array: Any) -> Operand:
         kind = f"{type(array).__module__}.{type(array).__qualname__}"
         raise TypeError(f"{name}={describe(array)}: must be a NumPy array or a torch tensor, not {kind}")
     array = np.asarray(array)
-    format_name = _NATIVE.get(array.dtype) or array.dtype.newbyteorder("=").name
+    dtype = array.dtype if array.dtype.isnative else array.dtype.newbyteorder("=")
+    format_name = _NATIVE.get(dtype) or dtype.name
     if format_name not in FORMATS:
         raise TypeError(f"{name}: dtype {array.dtype}: must be float16, bfloat16, float32 or float64")
     memory = array

@@ -237,7 +237,7 @@ def _pair(value: Any, first: type | tuple[type, ...], what: str) -> tuple[Any, A
 
 def _array(name: str, entry: Any, body: memoryview, begin: int, checksum: Any) -> tuple[NDArray[Any], int]:
     """The tensor ``name``, whose bytes must start at ``begin``, and where they end."""
-    if not isinstance(entry, dict) or entry.get("dtype") not in _MEMORY:
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or entry["dtype"] not in _MEMORY:
         raise _refusal(f"tensor {name}: its dtype is none of {', '.join(_MEMORY)}")
     memory = np.dtype(_MEMORY[entry["dtype"]])
     shape = _list(entry.get("shape"), f"tensor {name}: its shape")

@@ -7,6 +7,8 @@ import numbers
 import sys
 from typing import Any
 
+import numpy as np
+
 _MOST = sys.float_info.max
 _LARGEST = 2**63 - 1
 
@@ -69,6 +71,16 @@ def integer(name: str, value: Any, minimum: int) -> int:
     return int(value)
 
 
+def at_least_one(name: str, value: Any) -> float:
+    """``value``, finite and >= 1: an int, or a float if it is none."""
+    if isinstance(value, numbers.Integral):
+        return integer(name, value, 1)
+    number = finite(name, value)
+    if number < 1:
+        raise ValueError(f"{name}={describe(value)}: must be >= 1")
+    return number
+
+
 def string(name: str, value: Any) -> str:
     """``value`` as a str."""
     if not isinstance(value, str):
@@ -77,7 +89,7 @@ def string(name: str, value: Any) -> str:
 
 
 def boolean(name: str, value: Any) -> bool:
-    """``value`` as a bool."""
-    if not isinstance(value, bool):
+    """``value`` as a bool; a number is none."""
+    if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}={describe(value)}: must be True or False, not {type(value).__name__}")
-    return value
+    return bool(value)

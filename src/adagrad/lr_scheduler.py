@@ -94,8 +94,8 @@ class FactorScheduler(LRScheduler):
 
     Parameters
     ----------
-    step : int
-        Number of updates between two multiplications, >= 1.
+    step : int or float
+        Number of updates between two multiplications, >= 1. As in MXNet it need not be whole.
     factor : float, default 1
         In (0, 1].
     stop_factor_lr : float, default 1e-8
@@ -111,7 +111,7 @@ class FactorScheduler(LRScheduler):
 
     def __init__(
         self,
-        step: int,
+        step: float,
         factor: float = 1.0,
         stop_factor_lr: float = 1e-8,
         base_lr: float = 0.01,
@@ -120,23 +120,23 @@ class FactorScheduler(LRScheduler):
         warmup_mode: str = "linear",
     ) -> None:
         super().__init__(base_lr, warmup_steps, warmup_begin_lr, warmup_mode)
-        self.step = checks.integer("step", step, 1)
+        self.step = checks.at_least_one("step", step)
         self.factor = _factor(factor)
         self.stop_factor_lr = checks.non_negative("stop_factor_lr", stop_factor_lr)
-        self._last: tuple[Any, int, float] = (None, 0, 0.0)
+        self._last: tuple[Any, float, float] = (None, 0, 0.0)
 
     def after_warmup(self, num_update: int) -> float:
-        # Repeated multiplication, not a power: it rounds as MXNet's does. It goes on from the last result, if it can.
-        decays, given = max(int(num_update) - 1, 0) // self.step, (self.base_lr, self.factor, self.stop_factor_lr)
-        before, done, lr = self._last
-        if before != given or done > decays:
-            done, lr = 0, self.base_lr
-        for _ in range(done, decays):
+        # Repeated multiplication, not a power: it rounds as MXNet's does. It continues from the last result, if it can.
+        given = self.step, self.base_lr, self.factor, self.stop_factor_lr
+        before, count, lr = self._last
+        if before != given or num_update <= count:
+            count, lr = 0, self.base_lr
+        while num_update > count + self.step:
             lower = max(lr * self.factor, self.stop_factor_lr)
             if lower == lr:
                 break
-            lr = lower
-        self._last = given, decays, lr
+            count, lr = count + self.step, lower
+        self._last = given, count, lr
         return lr
 
     def config(self) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class MultiFactorScheduler(LRScheduler):
 
     Parameters
     ----------
-    step : sequence of int
+    step : sequence of int or float
         Strictly increasing, each >= 1.
     factor : float, default 1
         In (0, 1].
@@ -164,7 +164,7 @@ class MultiFactorScheduler(LRScheduler):
 
     def __init__(
         self,
-        step: Sequence[int],
+        step: Sequence[float],
         factor: float = 1.0,
         base_lr: float = 0.01,
         warmup_steps: int = 0,
@@ -173,8 +173,8 @@ class MultiFactorScheduler(LRScheduler):
     ) -> None:
         super().__init__(base_lr, warmup_steps, warmup_begin_lr, warmup_mode)
         if isinstance(step, (str, bytes)) or not isinstance(step, Sequence):
-            raise TypeError(f"step={checks.describe(step)}: must be a list of integers, not {type(step).__name__}")
-        self.step = [checks.integer(f"step[{i}]", each, 1) for i, each in enumerate(step)]
+            raise TypeError(f"step={checks.describe(step)}: must be a list of numbers, not {type(step).__name__}")
+        self.step = [checks.at_least_one(f"step[{i}]", each) for i, each in enumerate(step)]
         if not self.step or any(b <= a for a, b in zip(self.step, self.step[1:], strict=False)):
             raise ValueError(f"step={checks.describe(step)}: must be a non-empty, strictly increasing list")
         self.factor = _factor(factor)
@@ -302,8 +302,8 @@ def _factor(factor: Any) -> float:
     return value
 
 
-MOST_DECAYS = 10**8
-"""Multiplications that a saved schedule may need to get to where it was: some 20 seconds."""
+MOST_DECAYS = 10**7
+"""Multiplications that a saved schedule may need to get to where it was: some two seconds."""
 
 
 def require_reachable(schedule: Any, num_update: int) -> None:

@@ -87,7 +87,7 @@ def _row_sparse(
         raise ValueError("a row-sparse array whose rows are out of order or out of range")
     if len(rows) == shape[0]:
         return held, spare
-    spare -= math.prod(shape) * dtype.itemsize
+    spare -= (shape[0] - len(rows)) * math.prod(shape[1:]) * dtype.itemsize
     if spare < 0:
         raise ValueError(
             f"a row-sparse array with {len(rows)} of {shape[0]} rows: the file is too short to justify the memory that "

@@ -3,8 +3,9 @@
 Such a file is a pickle, and a pickle is a program. ``pickle.Unpickler`` with a restricted ``find_class`` would not do:
 it still allocates what the program asks for (a memo slot numbered two billion, 8 GB of bytes in a file of 20),
 and what it calls is called by code that nobody can read here. So the forty opcodes that picklers of protocols 2 to 5
-emit for such objects are interpreted below, on plain data: a class is a name from a list, calling one makes an inert
-record, and everything else is refused by name.
+emit for such objects are interpreted below, on plain data: a class is a name, calling one from a list makes an inert
+record, and everything else is refused by name. A new object of another class is an inert record, too, because a user's
+own scheduler is saved with an optimizer; it is refused wherever else it occurs.
 
 Memory stays within a small multiple of the file's size: strings and bytes are slices of it, memo slots are numbered in
 sequence, containers are counted, no array's bytes are used twice, and what row-sparse arrays leave out is filled in
@@ -48,9 +49,17 @@ _GLOBALS = {
     **SCHEDULERS,
 }
 
+_CLASSES = {*OPTIMIZERS.values(), *SCHEDULERS.values()}
+
+
+def refusal(name: str) -> ValueError:
+    return ValueError(f"refused {name[:200]!r}: not among what AdaGrad's states need")
+
 
 def kind(value: Any) -> str:
-    return value.name if isinstance(value, Record) else type(value).__name__.strip("_")
+    if isinstance(value, _Global):
+        return value.kind
+    return value.name if isinstance(value, Record) else type(value).__name__
 
 
 @dataclass(frozen=True)
@@ -63,10 +72,12 @@ class Array:
 
 
 class Record:
-    """An optimizer or scheduler: the name of its class, and its attributes."""
+    """An optimizer or scheduler: the name of its class, and its attributes. The name of a class that is not of those
+    listed above has its module before it, and a dot."""
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.is_known = "." not in name
         self.attributes: dict[int | str, Any] | None = None
 
 
@@ -184,9 +195,10 @@ class Machine:
     def find(self, name: Any, module: Any) -> None:
         if not isinstance(name, str) or not isinstance(module, str):
             raise ValueError("a class whose name is not text")
-        if f"{module}.{name}" not in _GLOBALS:
-            raise ValueError(f"refused {f'{module}.{name}'[:200]!r}: not among what AdaGrad's states need")
-        self.make(_Global(_GLOBALS[f"{module}.{name}"]))
+        if len(module) + len(name) > 200:  # a copy of it is made
+            raise refusal(f"{module[:200]}.{name[:200]}")
+        path = f"{module}.{name}"
+        self.make(_Global(_GLOBALS.get(path, path)))
 
     def call(self, arguments: Any, function: Any) -> None:
         match getattr(function, "kind", None), arguments if type(arguments) is tuple else None:
@@ -207,12 +219,14 @@ class Machine:
                 self.make(_Dtype("<" + _SCALARS[code]))
             case "scalar", (_Dtype() as dtype, Bytes() as raw) if len(raw.view) == struct.calcsize(dtype.form):
                 self.push(struct.unpack(dtype.form, raw.view)[0])
+            case str() as path, _ if "." in path:
+                raise refusal(path)
             case kind, _:
                 raise ValueError(f"refused a call of {kind} with other arguments than such a file has")
 
     def new(self, arguments: Any, cls: Any) -> None:
         name = getattr(cls, "kind", None)
-        if arguments != () or name not in (*OPTIMIZERS.values(), *SCHEDULERS.values()):
+        if name is None or arguments != () or ("." not in name and name not in _CLASSES):
             raise ValueError(f"refused a new object of {name}")
         self.make(Record(name))
 

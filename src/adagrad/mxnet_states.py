@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from adagrad.checkpoint import State
-from adagrad.mxnet_pickle import OPTIMIZERS, SCHEDULERS, Array, Machine, Record, kind
+from adagrad.mxnet_pickle import OPTIMIZERS, SCHEDULERS, Array, Machine, Record, kind, refusal
+
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class MXNetOptimizer:
     ``base_lr`` rather than the decayed one in the file. One argument is not the constructor's: ``warmup_final_lr`` is
     among them where the warm-up ends elsewhere than at ``base_lr``, as after ``learning_rate`` overwrote that: make
     the schedule with that as ``base_lr``, then set its ``base_lr``, which may lie below where the warm-up begins.
+    A user-defined scheduler is "custom": nothing is known of it.
     """
 
     name: str
@@ -39,7 +42,7 @@ class MXNetOptimizer:
     multi_precision: bool
     aggregate_num: int | float
     use_fused_step: bool
-    scheduler: tuple[str, dict[str, Any]] | None
+    scheduler: tuple[str, dict[str, Any]] | str | None
     epsilon_inside: bool = False
     decoupled_decay: bool = False
 
@@ -58,8 +61,10 @@ class MXNetOptimizer:
 
 
 def is_mxnet_states(data: bytes) -> bool:
-    """Whether ``data`` starts as a pickle of protocol 2 to 5 does, and not as safetensors that happen to begin so."""
+    """Whether ``data`` starts as a pickle does, and not as safetensors that happen to begin so."""
     start = bytes(data[:9])
+    if start[:1] in (b"(", b"}", b"]") and data[-1:] == b"." and start[8:] != b"{":
+        return True  # a pickle of protocol 0 or 1, which is refused
     return len(start) > 1 and start[0] == 0x80 and 2 <= start[1] <= 5 and start[5:9] != b"\0\0\0{"
 
 
@@ -74,11 +79,13 @@ def decode(data: bytes) -> tuple[dict[int | str, State], MXNetOptimizer | None]:
         optimizer = None
         if isinstance(found, tuple) and len(found) == 2:
             found, record = found
+            if isinstance(record, Record) and not record.is_known:
+                raise refusal(record.name)
             if not isinstance(record, Record) or record.name not in OPTIMIZERS.values():
                 raise ValueError("what follows the states is not an optimizer")
             optimizer = _optimizer(_Attributes(record))
         if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}, not a dict of states")
+            raise ValueError(f"it holds a {kind(found)}, not a dict of states")
         seen: set[int] = set()
         return {key: _state(value, seen) for key, value in found.items()}, optimizer
     except ValueError as error:
@@ -133,15 +140,16 @@ class _Attributes:
         return None if value is None else float(value)
 
     def count(self, key: str) -> int:
-        return self.not_negative(key, self.get(key, int))
+        value: int = self.get(key, int)
+        return self.not_negative(key, value)
 
-    def counts(self, key: str) -> list[int]:
-        return [self.not_negative(key, self.checked(key, value, int)) for value in self.get(key, list)]
+    def steps(self, key: str, values: list[Any]) -> list[float]:
+        return [self.not_negative(key, self.checked(key, value, int, float)) for value in values]
 
     def table(self, key: str, *types: type) -> dict[int | str, Any]:
         return {index: self.checked(key, value, *types) for index, value in self.get(key, dict).items()}
 
-    def not_negative(self, key: str, value: int) -> int:
+    def not_negative(self, key: str, value: _Number) -> _Number:
         if value < 0:
             raise ValueError(f"{self.name}.{key}={value}: must be >= 0")
         return value
@@ -173,14 +181,17 @@ def _optimizer(found: _Attributes) -> MXNetOptimizer:
         multi_precision=bool(found.get("multi_precision", bool, int)),
         aggregate_num=math.inf if aggregate == math.inf else 1 if first else found.count("aggregate_num"),
         use_fused_step=first or bool(found.get("use_fused_step", bool, int)),
-        scheduler=None if schedule is None else _scheduler(_Attributes(schedule), lr, num_update),
+        scheduler=None if schedule is None else _scheduler(schedule, lr, num_update),
         epsilon_inside=first,
         decoupled_decay=first,
     )
 
 
-def _scheduler(found: _Attributes, lr: float | None, num_update: int) -> tuple[str, dict[str, Any]]:
+def _scheduler(record: Record, lr: float | None, num_update: int) -> tuple[str, dict[str, Any]] | str:
     """The schedule from its start. MXNet's decays in place: the file must agree with where that led to by now."""
+    if not record.is_known:
+        return "custom"
+    found = _Attributes(record)
     if found.name not in SCHEDULERS.values():
         raise ValueError(f"{found.name} as a scheduler")
     now, warm = found.real("base_lr"), found.real("warmup_final_lr")
@@ -190,32 +201,34 @@ def _scheduler(found: _Attributes, lr: float | None, num_update: int) -> tuple[s
         "warmup_mode": found.get("warmup_mode", str),
     }
     if found.name in ("PolyScheduler", "CosineScheduler"):
-        base = found.real("base_lr_orig")  # what these two start from even where lr was given
+        starts = [found.real("base_lr_orig")]  # what these two start from even where lr was given
         arguments |= {"max_update": found.count("max_update"), "final_lr": found.real("final_lr")}
         if found.name == "PolyScheduler":
             arguments["pwr"] = found.real("power")
-        expected = arguments["final_lr"] if num_update > arguments["max_update"] else now
+        expected = [arguments["final_lr"] if num_update > arguments["max_update"] else now]
     else:
-        base = warm if lr is None else lr
-        factor, count = found.real("factor"), found.count("count")
+        # lr overwrote what a scheduler that was given with it began with; one that was set later begins as made.
+        starts = [warm] if lr is None else [lr, warm]
+        factor, count = found.real("factor"), found.steps("count", [found.get("count", int, float)])[0]
         if found.name == "FactorScheduler":
-            step = found.count("step")
+            step = found.steps("step", [found.get("step", int, float)])[0]
             stop = found.real("stop_factor_lr")
             arguments |= {"step": step, "stop_factor_lr": stop}
-            decays = count // max(step, 1)
+            decays = round(count / max(step, 1))
         else:
-            arguments["step"] = found.counts("step")
+            arguments["step"] = found.steps("step", found.get("step", list))
             stop, decays = -math.inf, found.count("cur_step_ind")
         arguments["factor"] = factor
         if abs(factor) > 1 or 0 < num_update <= count:
             raise ValueError(f"{found.name} with factor {factor} and count {count} at num_update {num_update}")
-        expected = max(base * factor**decays, stop) if decays else base
-    if not math.isclose(now, expected, rel_tol=1e-6):
+        expected = [max(base * factor**decays, stop) if decays else base for base in starts]
+    agreeing = [base for base, value in zip(starts, expected, strict=True) if math.isclose(now, value, rel_tol=1e-6)]
+    if not agreeing:
         raise ValueError(
-            f"{found.name}.base_lr={now}: its schedule gives {expected} at num_update {num_update}, "
+            f"{found.name}.base_lr={now}: its schedule gives {expected[0]} at num_update {num_update}, "
             "so something else has changed it, and it cannot be continued from here"
         )
-    arguments["base_lr"] = base
+    arguments["base_lr"] = base = agreeing[0]
     if warm != base and (arguments["warmup_steps"] or arguments["warmup_begin_lr"] > base):
         arguments["warmup_final_lr"] = warm
     return found.name, arguments

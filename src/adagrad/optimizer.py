@@ -9,8 +9,8 @@ from typing import Any, ClassVar, TypedDict, TypeVar
 
 import numpy as np
 
-from adagrad import checks, lr_scheduler
-from adagrad.arrays import LOW_PRECISION, operand, refuse_unwritable
+from adagrad import checks, kernels, lr_scheduler
+from adagrad.arrays import LOW_PRECISION, Operand, operand, refuse_shared_memory, refuse_unwritable
 from adagrad.rates import Index, Rates
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Array, cast, is_torch
@@ -114,7 +114,7 @@ class Optimizer(Rates):
             raise TypeError(f"klass={checks.describe(klass)}: must be a class")
         name = klass.__name__.lower()
         known = Optimizer.opt_registry.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (klass.__module__, klass.__qualname__):
+        if known is not None and known is not klass:
             warnings.warn(
                 f"optimizer {klass.__module__}.{klass.__qualname__} replaces {known.__module__}.{known.__qualname__}",
                 UserWarning,
@@ -192,17 +192,15 @@ class Optimizer(Rates):
             self.multi_precision and operand(f"weights[{i}]", weight).format in LOW_PRECISION
             for i, weight in enumerate(weights)
         ]
-        for i, (is_low, weight, state) in enumerate(zip(low, weights, states, strict=True)):
-            if is_low:
-                _check_master(f"[{i}]", weight, state)
+        _check_low_precision([i for i, is_low in enumerate(low) if is_low], weights, grads, states)
         masters = [state[0] if is_low else w for is_low, w, state in zip(low, weights, states, strict=True)]
         full = [_cast_gradient(g, m) if is_low else g for is_low, g, m in zip(low, grads, masters, strict=True)]
         inner = [state[1] if is_low else state for is_low, state in zip(low, states, strict=True)]
         self.update(indices, masters, full, inner)
         for is_low, weight, master in zip(low, weights, masters, strict=True):
             if is_low:
-                with np.errstate(over="ignore"):  # to infinity, as the kernels round
-                    (weight.detach() if is_torch(weight) else weight)[...] = cast(master, weight)
+                with np.errstate(all="ignore"):  # whatever is too large or too small, as the kernels round it
+                    operand("weight", weight).array[...] = cast(master, weight)
 
     def _may_take_all_at_once(self) -> bool:
         """Whether one step for all weights of an updater is the same as several: what runs in a step is ours."""
@@ -222,18 +220,13 @@ class Optimizer(Rates):
         Raises
         ------
         ValueError
-            For a scheduler of :mod:`adagrad.lr_scheduler` whose attributes were set to what its constructor refuses.
+            For attributes, the scheduler's too, that were set to what a constructor refuses: they could not be loaded.
         """
         scheduler: Any = self.lr_scheduler
-        if scheduler is not None and not lr_scheduler.is_ours(scheduler):
-            scheduler = "custom"
-        elif scheduler is not None:
-            scheduler = [type(scheduler).__name__, scheduler.config()]
-            try:
-                lr_scheduler.from_config(*scheduler)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"lr_scheduler: cannot be saved: {error}") from error
-        return {
+        if scheduler is not None:
+            is_ours = lr_scheduler.is_ours(scheduler)
+            scheduler = [type(scheduler).__name__, scheduler.config()] if is_ours else "custom"
+        config = {
             "class": type(self).__name__,
             "lr": self.lr,
             "lr_scheduler": scheduler,
@@ -242,6 +235,11 @@ class Optimizer(Rates):
             **{name: getattr(self, name) for name in self._saved()},
             **{name: dict(getattr(self, name)) for name in ("lr_mult", "wd_mult", "idx2name")},
         }
+        try:
+            self._checked(config)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"optimizer {type(self).__name__}: cannot be saved: {error}") from error
+        return config
 
     def _saved(self) -> dict[str, Callable[[str, Any], Any]]:
         """Attributes that checkpoints hold, and what checks them."""
@@ -262,32 +260,45 @@ class Optimizer(Rates):
         if config.get("class") != type(self).__name__:
             raise ValueError(f"optimizer {config.get('class')!r}: must be {type(self).__name__!r}, like the one here")
         try:
-            new = {name: check(name, config[name]) for name, check in self._saved().items() if name in config}
-            new["lr"] = None if config["lr"] is None else checks.non_negative("lr", config["lr"])
-            new["num_update"] = checks.integer("num_update", config["num_update"], 0)
-            counts = config["index_update_count"]
-            new["_index_update_count"] = {k: checks.integer(f"count of {k!r}", v, 0) for k, v in counts.items()}
-            for name in ("lr_mult", "wd_mult"):
-                new[name] = {k: checks.non_negative(f"{name}[{k!r}]", v) for k, v in config[name].items()}
-            new["idx2name"] = {k: checks.string(f"idx2name[{k!r}]", v) for k, v in config["idx2name"].items()}
-            schedule, here = config["lr_scheduler"], self.lr_scheduler
-            if schedule != "custom":
-                loaded = None if schedule is None else lr_scheduler.from_config(*schedule)
-                lr_scheduler.require_reachable(loaded, new["num_update"])
-                new["lr_scheduler"] = loaded if here is None or lr_scheduler.is_ours(here) else here
-            elif here is None:
-                del new["lr"]  # that of an optimizer with a scheduler, which means nothing without
+            new = self._checked(config)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"optimizer {type(self).__name__}: its saved hyper-parameters: {error!r}") from error
-        if "lr" not in new:
+        here = self.lr_scheduler
+        if here is not None and not lr_scheduler.is_ours(here):
+            new["lr_scheduler"] = here
+        elif config["lr_scheduler"] == "custom" and here is None:
+            del new["lr"]  # that of an optimizer with a scheduler, which means nothing without
             warnings.warn(
-                "the saved optimizer had a scheduler of its own, which no file holds: "
-                f"learning_rate={self.learning_rate!r} stays; give the optimizer one if it is to go on",
+                "the saved optimizer used a custom scheduler, which no file holds: keeping "
+                f"learning_rate={self.learning_rate!r}; set lr_scheduler to continue the schedule",
                 UserWarning,
                 stacklevel=4,
             )
         for name, value in new.items():
             setattr(self, name, value)
+
+    def _checked(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The attributes that :meth:`config` tells, without a scheduler of one's own, which it does not.
+
+        KeyError, TypeError, ValueError or AttributeError for what does not fit.
+        """
+        new = {name: check(name, config[name]) for name, check in self._saved().items() if name in config}
+        new["lr"] = None if config["lr"] is None else checks.non_negative("lr", config["lr"])
+        new["num_update"] = checks.integer("num_update", config["num_update"], 0)
+        counts = config["index_update_count"]
+        new["_index_update_count"] = {k: checks.integer(f"count of {k!r}", v, 0) for k, v in counts.items()}
+        for name in ("lr_mult", "wd_mult"):
+            new[name] = {k: checks.non_negative(f"{name}[{k!r}]", v) for k, v in config[name].items()}
+        new["idx2name"] = {k: checks.string(f"idx2name[{k!r}]", v) for k, v in config["idx2name"].items()}
+        schedule = config["lr_scheduler"]
+        if schedule != "custom":
+            new["lr_scheduler"] = None if schedule is None else lr_scheduler.from_config(*schedule)
+            lr_scheduler.require_reachable(new["lr_scheduler"], new["num_update"])
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As in MXNet: param_dict holds the model's parameters. A copy, or what is unpickled, is to be given its own.
+        return {**vars(self), "param_dict": {}}
 
 
 def kind_of(state: Any) -> str:
@@ -297,15 +308,23 @@ def kind_of(state: Any) -> str:
     return "a pair (master copy, history)" if len(state) == 2 else f"{len(state)} entries"
 
 
-def _check_master(at: str, weight: Array, state: Any) -> None:
-    """What must be right before the master copy of a state is updated and rounded to the weight."""
-    if not isinstance(state, (tuple, list)) or len(state) != 2:
-        raise ValueError(f"states{at}: {kind_of(state)}: must be a pair (master copy, state), for this weight")
-    w, master = operand(f"weights{at}", weight), operand(f"master copy in states{at}", state[0])
-    if master.shape != w.shape:
-        raise ValueError(f"{master.name}: shape {master.shape}: must be {w.shape}")
-    refuse_unwritable(w)
-    refuse_unwritable(master)
+def _check_low_precision(which: list[int], weights: list[Any], grads: list[Any], states: list[Any]) -> None:
+    """What must be right before gradients are cast up and master copies rounded down, for no step sees it."""
+    written: list[Operand] = []
+    read: list[Operand] = []
+    for i in which:
+        weight, state = operand(f"weights[{i}]", weights[i]), states[i]
+        if not isinstance(state, (tuple, list)) or len(state) != 2:
+            raise ValueError(f"states[{i}]: {kind_of(state)}: must be a pair (master copy, state), for this weight")
+        master = operand(f"master copy in states[{i}]", state[0])
+        if master.shape != weight.shape:
+            raise ValueError(f"{master.name}: shape {master.shape}: must be {weight.shape}")
+        refuse_unwritable(weight)
+        refuse_unwritable(master)
+        grad = kernels.gradient(f"[{i}]", grads[i], weight)
+        written += [weight, master]
+        read.append(grad)
+    refuse_shared_memory(written, read)
 
 
 def _cast_gradient(grad: Any, like: Array) -> Any:

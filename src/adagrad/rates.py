@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import numbers
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from adagrad import checks
-from adagrad.lr_scheduler import LRScheduler
 
 Index = int | str
 """What tells the weights of an optimizer apart."""
@@ -37,7 +35,9 @@ class Rates:
         for name, value in (("param_idx2name", param_idx2name), ("param_dict", param_dict)):
             if value is not None and not isinstance(value, Mapping):
                 raise TypeError(f"{name}={checks.describe(value)}: must be a dict, not {type(value).__name__}")
-        self.idx2name = dict(param_idx2name or {})
+        self.idx2name = {
+            index: checks.string(f"param_idx2name[{index!r}]", name) for index, name in (param_idx2name or {}).items()
+        }
         self.param_dict = param_dict if param_dict is not None else {}
         self.sym_info = () if sym is None else (sym.attr_dict(), sym.list_arguments())
         if learning_rate is not None:
@@ -46,10 +46,8 @@ class Rates:
             raise TypeError(f"lr_scheduler={checks.describe(lr_scheduler)}: must be callable with num_update")
         self.lr_scheduler = lr_scheduler
         self.lr: float | None = learning_rate
-        if lr_scheduler is None:
-            self.lr = 0.01 if learning_rate is None else learning_rate
-        elif learning_rate is not None:
-            self._overwrite_base_lr(lr_scheduler, learning_rate)
+        if lr_scheduler is None and learning_rate is None:
+            self.lr = 0.01
 
         self.num_update = self.begin_num_update
         self._index_update_count: dict[Index, int] = {}
@@ -58,6 +56,8 @@ class Rates:
         self.wd_mult: dict[Index, float] = {}
         self.set_lr_mult({})
         self.set_wd_mult({})
+        if lr_scheduler is not None and learning_rate is not None:  # last: a constructor that fails changes nothing
+            self._overwrite_base_lr(lr_scheduler, learning_rate)
 
     @staticmethod
     def _overwrite_base_lr(scheduler: Any, learning_rate: float) -> None:
@@ -72,11 +72,6 @@ class Rates:
         before = scheduler.base_lr
         if before == learning_rate:
             return
-        if isinstance(scheduler, LRScheduler) and scheduler.warmup_begin_lr > learning_rate:
-            raise ValueError(
-                f"learning_rate={learning_rate!r}: overwrites the scheduler's base_lr, which must be >= its "
-                f"warmup_begin_lr={scheduler.warmup_begin_lr!r}; pass learning_rate=None to keep base_lr={before!r}"
-            )
         warnings.warn(
             f"learning_rate={learning_rate!r} overwrites the scheduler's base_lr={before!r}; "
             "pass learning_rate=None to keep the scheduler's",
@@ -117,7 +112,7 @@ class Rates:
             attributes, names = self.sym_info
             for name in names:
                 if attribute in attributes.get(name, {}):
-                    found[name] = checks.non_negative(f"{attribute} of {name}", float(attributes[name][attribute]))
+                    found[name] = _from_text(f"{attribute} of {name}", attributes[name][attribute])
         for index, value in given.items():
             found[index] = checks.non_negative(f"{argument}[{index!r}]", value)
         return found
@@ -151,7 +146,8 @@ class Rates:
         ]
 
     def _get_wds(self, indices: Sequence[Index]) -> list[float]:
-        return [self.wd * self._multiplier(index, "wd_mult", self.wd_mult) for index in indices]
+        wd = checks.non_negative("wd", self.wd)
+        return [wd * self._multiplier(index, "wd_mult", self.wd_mult) for index in indices]
 
     # ----------------------------------------------------------------------------------------------------- the counts
 
@@ -169,11 +165,8 @@ class Rates:
             pairs = [self._resolved[index] for index in indices]
             return [lr for lr, _ in pairs], [wd for _, wd in pairs], {}
         counts, begin = self._index_update_count, self.begin_num_update
-        if not {int, str}.issuperset(map(type, indices)):
-            for index in indices:
-                _check_index(index)
-        kind: Any = type(self)
-        if _decides(kind):
+        check_indices(indices)
+        if self._has_own_rates():
             return self._ask(indices)
         if self.lr_scheduler is None and not (self.param_dict or self.lr_mult or self.wd_mult):
             lr, wd = checks.non_negative("lr", self.learning_rate), checks.non_negative("wd", self.wd)
@@ -192,6 +185,19 @@ class Rates:
         wds = [checks.non_negative(f"wd of index {index!r}", self._get_wd(index)) for index in indices]
         return lrs, wds, new
 
+    def _has_own_rates(self) -> bool:
+        """Whether a subclass, or something set on this object, has a say in learning rates, weight decays or counts."""
+        kind = type(self)
+        return not (
+            kind.learning_rate is Rates.learning_rate
+            and kind._get_lr is Rates._get_lr
+            and kind._get_lrs is Rates._get_lrs
+            and kind._get_wd is Rates._get_wd
+            and kind._get_wds is Rates._get_wds
+            and kind._update_count is Rates._update_count
+            and _OVERRIDABLE.isdisjoint(vars(self))
+        )
+
     def _ask(self, indices: Sequence[Index]) -> tuple[list[float], list[float], dict[Index, int]]:
         """:meth:`_resolve` where a subclass decides: each index is counted before it is asked about, as in MXNet."""
         counts, reached = self._index_update_count, self.num_update
@@ -205,12 +211,16 @@ class Rates:
                 wds.append(checks.non_negative(f"wd of index {index!r}", self._get_wd(index)))
             return lrs, wds, {index: counts[index] for index in indices}
         finally:
-            self.num_update = reached
-            for index, count in before.items():
-                if count is None:
-                    counts.pop(index, None)
-                else:
-                    counts[index] = count
+            self._set_counts(before, reached)
+
+    def _set_counts(self, before: Mapping[Index, int | None], reached: int) -> None:
+        """Set counts back to what they were; None for a weight that had not been counted."""
+        self.num_update = reached
+        for index, count in before.items():
+            if count is None:
+                self._index_update_count.pop(index, None)
+            else:
+                self._index_update_count[index] = count
 
     def _count(self, new: Mapping[Index, int]) -> None:
         """Take over the counts that :meth:`_resolve` gave."""
@@ -219,21 +229,37 @@ class Rates:
             self.num_update = max(self.num_update, *new.values())
 
     @contextmanager
-    def _counted(self, indices: Sequence[Index], lrs: Sequence[float], wds: Sequence[float]) -> Iterator[None]:
-        """Within: the indices are already counted and their lr and wd resolved, whatever a called ``step`` asks for."""
+    def _counted(
+        self, indices: Sequence[Index], lrs: Sequence[float], wds: Sequence[float], new: Mapping[Index, int]
+    ) -> Iterator[None]:
+        """Within: the indices are counted and their lr and wd resolved, whatever a called ``step`` asks for.
+
+        The counts are what they were where that raises.
+        """
         rates = zip(lrs, wds, strict=True) if len(lrs) > 1 else [(lrs[0], wds[0])] * len(indices)
+        counts, reached = self._index_update_count, self.num_update
+        before = {index: counts.get(index) for index in indices}
+        self._count(new)
         self._resolved = dict(zip(indices, rates, strict=True))
         try:
             yield
+        except Exception:
+            self._set_counts(before, reached)
+            raise
         finally:
             self._resolved = {}
 
 
-@functools.cache
-def _decides(kind: type) -> bool:
-    """Whether a subclass has a say of its own in learning rates or weight decays."""
-    methods = ("_get_lr", "_get_lrs", "_get_wd", "_get_wds")
-    return any(getattr(kind, method) is not getattr(Rates, method) for method in methods)
+_OVERRIDABLE = frozenset({"_get_lr", "_get_lrs", "_get_wd", "_get_wds", "_update_count"})
+
+
+def _from_text(name: str, value: Any) -> float:
+    """A multiplier that a symbol's attributes hold, as text mostly."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={checks.describe(value)}: must be a number") from None
+    return checks.non_negative(name, number)
 
 
 def _own_multiplier(index: Index, parameter: Any, attribute: str) -> float:
@@ -248,7 +274,11 @@ def _own_multiplier(index: Index, parameter: Any, attribute: str) -> float:
         raise TypeError(f"{attribute} of param_dict[{index!r}]={checks.describe(value)}: must be a number") from None
 
 
-def _check_index(index: Any) -> None:
-    """TypeError unless it is what a checkpoint can hold: an integer or a string."""
-    if isinstance(index, bool) or not isinstance(index, (str, numbers.Integral)):
-        raise TypeError(f"index={checks.describe(index)}: must be an integer or a string, not {type(index).__name__}")
+def check_indices(indices: Sequence[Any]) -> None:
+    """TypeError unless they are what a checkpoint can hold: integers or strings."""
+    if {int, str}.issuperset(map(type, indices)):
+        return
+    for index in indices:
+        if isinstance(index, bool) or not isinstance(index, (str, numbers.Integral)):
+            kind = type(index).__name__
+            raise TypeError(f"index={checks.describe(index)}: must be an integer or a string, not {kind}")

@@ -183,7 +183,8 @@ def cast(array: Array, like: Array) -> Array:
     """``array`` in the dtype of ``like``; for NumPy in the native byte order."""
     if is_torch(array):
         return array.to(like.dtype)
-    return array.astype(like.dtype.newbyteorder("="), copy=False)
+    # Of no dimensions, NumPy makes a scalar of a result, and ml_dtypes puts one in without regard to the byte order.
+    return np.asarray(array).astype(like.dtype.newbyteorder("="), copy=False)
 
 
 def _sqrt(array: Array) -> Array:

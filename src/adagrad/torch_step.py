@@ -222,4 +222,4 @@ def _check(i: int, p: Tensor, history: Tensor, master: Tensor | None, rule: Rule
     """What the kernels' own checks would refuse, as far as it can be asked of any tensor."""
     if p.is_complex():
         p, history = torch.view_as_real(p), torch.view_as_real(history) if history.is_complex() else history
-    tensor_checks.check_wrapped(i, p, p, history, master, rule)
+    tensor_checks.check_wrapped(f"[{i}]", p, p, history, master, rule)

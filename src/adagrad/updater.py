@@ -74,14 +74,20 @@ class Updater:
             for start in range(0, n, size):
                 part = slice(start, start + size)
                 optimizer.update_multi_precision(indices[part], weights[part], grads[part], states[part])
+                if size < n:  # what is done is done, even if a step of a user's raises later
+                    self._keep(indices[part], new)
         except Exception:
             raise
         except BaseException:  # an interrupt, which is noticed when the kernels have done their work
             self.states.update(new)
             raise
-        self.states.update(new)
-        for each in indices if self._loaded else ():
-            self._loaded.pop(each, None)
+        self._keep(indices, new)
+
+    def _keep(self, indices: list[Index], new: dict[Index, Any]) -> None:
+        """Keep the states of indices that have been updated, those that are ``new``."""
+        self.states.update({index: new[index] for index in indices if index in new} if new else ())
+        for index in indices if self._loaded else ():
+            self._loaded.pop(index, None)
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
@@ -127,8 +133,9 @@ class Updater:
             loaded, config = checkpoint.decode(data)
         if not resize_rows:
             for index in loaded.keys() & self.states.keys():
-                if (found := _shapes(loaded[index])) != (expected := _shapes(self.states[index])):
-                    raise ValueError(f"states[{index!r}]: shape {found}: must be {expected}, like the one here")
+                found, expected = _forms(loaded[index]), _forms(self.states[index])
+                if found != expected:
+                    raise ValueError(f"states[{index!r}]: {found}: must be {expected}, like the one here")
         if config is not None:
             self.optimizer.set_config(config)
         self.states = dict(loaded)
@@ -154,8 +161,16 @@ def _is_list(index: Any) -> bool:
     return isinstance(index, (list, tuple))
 
 
-def _shapes(state: Any) -> Any:
-    return [_shapes(each) for each in state] if isinstance(state, (tuple, list)) else tuple(getattr(state, "shape", ()))
+def _forms(state: Any) -> str:
+    """The dtype and shape of each array of a state, as a message says them."""
+    if isinstance(state, (tuple, list)):
+        return f"({', '.join(map(_forms, state))})"
+    if state is None:
+        return "None"
+    if not (isinstance(state, np.ndarray) or is_torch(state)):
+        return type(state).__name__  # of a user's optimizer
+    dtype = str(state.dtype if is_torch(state) else state.dtype.newbyteorder("="))
+    return f"{dtype.removeprefix('torch.')} of shape {tuple(state.shape)}"
 
 
 def _adopted(at: str, loaded: Any, fresh: Any, *, resize: bool) -> Any:

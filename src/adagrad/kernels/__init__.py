@@ -10,11 +10,11 @@ import numpy as np
 
 from adagrad.kernels import expressions
 from adagrad.kernels.batch import Prepared, of_states
-from adagrad.kernels.checked import any_row_sparse, is_row_sparse
+from adagrad.kernels.checked import any_row_sparse, gradient, is_row_sparse
 from adagrad.kernels.outcomes import came_late
 from adagrad.rule import Array, Rule, is_torch
 
-__all__ = ["any_row_sparse", "came_late", "is_row_sparse", "prepare", "update"]
+__all__ = ["any_row_sparse", "came_late", "gradient", "is_row_sparse", "prepare", "update"]
 
 
 _ARRAYS = {np.ndarray}
@@ -84,9 +84,13 @@ def prepare(
     *,
     fused: bool,
     threads: int | None = None,
+    places: Sequence[int] = (),
 ) -> Prepared:
-    """Check a list of updates, which :meth:`Prepared.run` carries out; parameters and errors as in :func:`update`."""
-    batch = of_states(weights, grads, states, lrs, wds, rule)
+    """Check a list of updates, which :meth:`Prepared.run` carries out; parameters and errors as in :func:`update`.
+
+    Messages call the updates by their ``places``, if there are any, in lists that these are parts of.
+    """
+    batch = of_states(weights, grads, states, lrs, wds, rule, places)
     if not fused:
         return expressions.prepare(batch)
     prepared: Prepared = _call().prepare([batch], threads=threads)

@@ -28,6 +28,12 @@ class Batch:
     lrs: list[Any]
     """Numbers; tensors of one number only for weights on their device."""
     wds: list[float]
+    places: Sequence[int] = ()
+    """Where the weights stand in the caller's lists, for messages, if not in the same places."""
+
+    def at(self, i: int) -> str:
+        """What stands behind an argument's name in messages about the ``i``-th update."""
+        return f"[{self.places[i] if self.places else i}]"
 
     def arrays(self, i: int) -> tuple[Any, Any, Any, Any]:
         return self.weights[i], self.grads[i], self.histories[i], self.masters[i] if self.masters else None
@@ -45,23 +51,26 @@ def some(values: list[Any], which: Sequence[int]) -> list[Any]:
     return [values[i] for i in which] if len(values) > 1 else values
 
 
-def of_states(weights: list[Any], grads: list[Any], states: list[Any], lrs: Any, wds: Any, rule: Rule) -> Batch:
+def of_states(
+    weights: list[Any], grads: list[Any], states: list[Any], lrs: Any, wds: Any, rule: Rule, places: Sequence[int] = ()
+) -> Batch:
     """A batch of updates whose states are histories or pairs (master copy, history)."""
+    batch = Batch(rule, weights, grads, states, [], lrs, wds, places)
     if not any(issubclass(kind, (tuple, list)) for kind in set(map(type, states))):
-        return Batch(rule, weights, grads, states, [], lrs, wds)
+        return batch
     histories, masters = [], []
     for i, state in enumerate(states):
         master = None
         if isinstance(state, (tuple, list)):
             if len(state) != 2:
                 need = "must be a history or a pair (master copy, history)"
-                raise ValueError(f"states[{i}]: {len(state)} entries: {need}")
+                raise ValueError(f"states{batch.at(i)}: {len(state)} entries: {need}")
             master, state = state
             if master is None:
-                operand(f"master copy in states[{i}]", master)  # says what it must be
+                operand(f"master copy in states{batch.at(i)}", master)  # says what it must be
         histories.append(state)
         masters.append(master)
-    return Batch(rule, weights, grads, histories, masters, lrs, wds)
+    return Batch(rule, weights, grads, histories, masters, lrs, wds, places)
 
 
 class Prepared(NamedTuple):

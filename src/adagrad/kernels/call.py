@@ -162,7 +162,7 @@ class _Call:
 
     def _look_at(self, i: int) -> None:
         """Look at an update that is not plain."""
-        found = look_at(i, *self.batch.arrays(i), self.batch.rule)
+        found = look_at(self.batch.at(i), *self.batch.arrays(i), self.batch.rule)
         if isinstance(found, Update):
             self.others[i] = found
         else:
@@ -182,7 +182,7 @@ class _Call:
         self._add_rows(plan, scaled, threads)
         self._add_others(plan, scaled, threads)
         for i, given in self.wrapped.items():
-            plan.wrapped.append(by_expression(f"[{i}]", given, *self.batch.rates(i), scaled))
+            plan.wrapped.append(by_expression(self.batch.at(i), given, *self.batch.rates(i), scaled))
 
     def _add_table(self, plan: _Plan, scaled: Rule, threads: int | None) -> None:
         for code, which in self.groups:
@@ -201,7 +201,7 @@ class _Call:
                 on_device.setdefault(place, []).append(k)
             else:
                 rates = hyper(*self.batch.some_rates([self.sparse[k]]), scaled)[0]
-                plan.jobs.append(self.rows.plan(k, f"[{self.sparse[k]}]", rates, scaled, threads))
+                plan.jobs.append(self.rows.plan(k, self.batch.at(self.sparse[k]), rates, scaled, threads))
         for members in on_device.values():
             device = self.batch.weights[self.sparse[members[0]]].device
             plan.launch_on(device).add_rows(self.batch.rule, self._rows_on_cuda(members))
@@ -209,7 +209,7 @@ class _Call:
     def _add_others(self, plan: _Plan, scaled: Rule, threads: int | None) -> None:
         dense: dict[table.Formats, list[int]] = {}
         for i, u in self.others.items():
-            at, rates = f"[{i}]", self.batch.rates(i)
+            at, rates = self.batch.at(i), self.batch.rates(i)
             if _is_on_cuda(u):
                 _add_to_launch(plan.launch_on(u.weight.array.device), u, *rates, self.batch.rule)
             elif u.weight.device != "cpu":
@@ -269,7 +269,7 @@ def _refuse_shared(calls: list[_Call]) -> None:
     found: list[Update] = []
     for call in calls:
         for i in range(len(call.batch.weights)):
-            update = call.others.get(i) or look_at(i, *call.batch.arrays(i), call.batch.rule)
+            update = call.others.get(i) or look_at(call.batch.at(i), *call.batch.arrays(i), call.batch.rule)
             found += [update] if isinstance(update, Update) else []
     refuse_shared(found)
 

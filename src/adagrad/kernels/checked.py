@@ -32,8 +32,8 @@ class Wrapped(NamedTuple):
     master: Array | None
 
 
-def look_at(i: int, weight: Array, grad: Any, history: Any, master: Any, rule: Rule) -> Update | Wrapped:
-    """The ``i``-th update of a call, checked; ``master`` may be None.
+def look_at(at: str, weight: Array, grad: Any, history: Any, master: Any, rule: Rule) -> Update | Wrapped:
+    """An update of a call, checked; ``at`` stands behind the arguments' names in messages, ``master`` may be None.
 
     Raises
     ------
@@ -43,16 +43,16 @@ def look_at(i: int, weight: Array, grad: Any, history: Any, master: Any, rule: R
     if is_torch(weight):
         from adagrad.kernels import tensor_checks, tensor_views
 
-        given = Wrapped(*tensor_views.plain(i, weight, grad, history, master, row_wise=rule.row_wise))
+        given = Wrapped(*tensor_views.plain(at, weight, grad, history, master, row_wise=rule.row_wise))
         if not tensor_checks.are_memory(given):
-            tensor_checks.check_wrapped(i, *given, rule)
+            tensor_checks.check_wrapped(at, *given, rule)
             return given
         weight, grad, history, master = given
-    return check_update(f"[{i}]", weight, grad, history, master, rule)
+    return check_update(at, weight, grad, history, master, rule)
 
 
 def check_update(at: str, weight: Array, grad: Any, history: Any, master: Any, rule: Rule) -> Update:
-    """One weight's operands; ``at`` stands behind the arguments' names in messages, ``master`` may be None."""
+    """The same for arrays that are memory of real numbers."""
     w = operand(f"weights{at}", weight)
     if rule.row_wise and not w.shape:
         raise ValueError(f"weights{at}: shape (): row-wise history needs rows: one dimension or more")
@@ -65,10 +65,35 @@ def check_update(at: str, weight: Array, grad: Any, history: Any, master: Any, r
         _require(m, "shape", m.shape, w.shape)
     _require(h, "shape", h.shape, history_shape(w.shape, row_wise=rule.row_wise))
 
-    indices = None
+    g, indices = _gradient(at, grad, w)
+    for o in (h, m):
+        if o is not None:
+            _require(o, "dtype", o.format, computing, TypeError)
+    for o in (g, h, m):
+        if o is not None:
+            _require_same_place(o, w)
+    for o in (w, h, m):
+        if o is not None:
+            refuse_unwritable(o)
+    if is_torch(w.array):
+        from adagrad.kernels import tensor_checks
+
+        tensor_checks.check_memory([o for o in (w, h, m) if o is not None], g)
+    return Update(w, g, indices, h, m)
+
+
+def gradient(at: str, grad: Any, w: Operand) -> Operand:
+    """A gradient, or the values of a row-sparse one, checked: TypeError or ValueError if it is none of ``w``'s."""
+    g, _ = _gradient(at, grad, w)
+    _require_same_place(g, w)
+    return g
+
+
+def _gradient(at: str, grad: Any, w: Operand) -> tuple[Operand, Array | None]:
+    """A gradient, or the values of a row-sparse one, and its row ids."""
     rows = as_row_sparse(f"grads{at}", grad)
     if rows is None:
-        g = operand(f"grads{at}", grad)
+        g, indices = operand(f"grads{at}", grad), None
         _require(g, "shape", g.shape, w.shape)
     else:
         if rows.shape != w.shape:
@@ -79,22 +104,13 @@ def check_update(at: str, weight: Array, grad: Any, history: Any, master: Any, r
     if g.format != w.format and not (g.format == "float32" and w.format in LOW_PRECISION):
         also = " or float32" if w.format in LOW_PRECISION else ""
         raise TypeError(f"{g.name}: dtype {g.format}: must be {w.format}{also}, for a weight of {w.format}")
-    for o in (h, m):
-        if o is not None:
-            _require(o, "dtype", o.format, computing, TypeError)
-    for o in (g, h, m):
-        if o is not None:
-            if is_torch(o.array) != is_torch(w.array):
-                raise TypeError(f"{o.name}: {_kind(o.array)}: must be {_kind(w.array)}, like the weight")
-            _require(o, "device", o.device, w.device)
-    for o in (w, h, m):
-        if o is not None:
-            refuse_unwritable(o)
-    if is_torch(w.array):
-        from adagrad.kernels import tensor_checks
+    return g, indices
 
-        tensor_checks.check_memory([o for o in (w, h, m) if o is not None], g)
-    return Update(w, g, indices, h, m)
+
+def _require_same_place(o: Operand, w: Operand) -> None:
+    if is_torch(o.array) != is_torch(w.array):
+        raise TypeError(f"{o.name}: {_kind(o.array)}: must be {_kind(w.array)}, like the weight")
+    _require(o, "device", o.device, w.device)
 
 
 def refuse_shared(updates: list[Update]) -> None:
@@ -166,5 +182,5 @@ def refuse_row(at: str, position: int, row: int, rows: int) -> None:
 
 
 def host_indices(indices: Array) -> np.ndarray:
-    memory: np.ndarray = indices.numpy() if is_torch(indices) else indices
+    memory: np.ndarray = indices.numpy() if is_torch(indices) else np.asarray(indices)
     return memory

@@ -22,9 +22,9 @@ def prepare(batch: Batch) -> Prepared:
     TypeError, ValueError, IndexError
         Naming the argument, its value and the rule it broke.
     """
-    found = [look_at(i, *batch.arrays(i), batch.rule) for i in range(len(batch.weights))]
+    found = [look_at(batch.at(i), *batch.arrays(i), batch.rule) for i in range(len(batch.weights))]
     refuse_shared([each for each in found if isinstance(each, Update)])
-    return Prepared([by_expression(f"[{i}]", each, *batch.rates(i), batch.rule) for i, each in enumerate(found)])
+    return Prepared([by_expression(batch.at(i), each, *batch.rates(i), batch.rule) for i, each in enumerate(found)])
 
 
 def by_expression(at: str, update: Update | Wrapped, lr: Any, wd: float, rule: Rule) -> Job:
@@ -47,6 +47,8 @@ def _check_rows(at: str, indices: Array, rows: int) -> None:
         from adagrad.kernels import tensor_checks
 
         tensor_checks.check_rows(at, indices, rows)
-    elif len(indices) and (indices.min() < 0 or indices.max() >= rows):
+        return
+    indices = np.asarray(indices)  # a user's class may refuse to be compared
+    if len(indices) and (indices.min() < 0 or indices.max() >= rows):
         position = int(np.flatnonzero((indices < 0) | (indices >= rows))[0])
         refuse_row(at, position, int(indices[position]), rows)

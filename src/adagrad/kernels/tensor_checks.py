@@ -42,27 +42,27 @@ def check_memory(written: Sequence[Operand], read: Operand) -> None:
             raise ValueError(f"{o.name}: strides {o.array.stride()}: overlaps itself")
 
 
-def check_wrapped(i: int, weight: Tensor, grad: Any, history: Tensor, master: Tensor | None, rule: Rule) -> None:
+def check_wrapped(at: str, weight: Tensor, grad: Any, history: Tensor, master: Tensor | None, rule: Rule) -> None:
     """What can be asked of any tensor."""
     computing = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"weights[{i}]: dtype {weight.dtype}: must be float16, bfloat16, float32 or float64")
+        raise TypeError(f"weights{at}: dtype {weight.dtype}: must be float16, bfloat16, float32 or float64")
     of_state = (("history in states", history), ("master copy in states", master))
     for name, tensor in of_state:
         if tensor is not None and tensor.dtype != computing:
-            raise TypeError(f"{name}[{i}]: dtype {tensor.dtype}: must be {computing}, for a weight of {weight.dtype}")
+            raise TypeError(f"{name}{at}: dtype {tensor.dtype}: must be {computing}, for a weight of {weight.dtype}")
     values = grad.values if isinstance(grad, RowSparse) else grad
     whole = tuple(weight.shape)
     wanted = history_shape(whole, row_wise=rule.row_wise)
     for (name, tensor), shape in zip((("grads", grad), *of_state), (whole, wanted, whole), strict=True):
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}[{i}]: shape {tuple(tensor.shape)}: must be {shape}")
+            raise ValueError(f"{name}{at}: shape {tuple(tensor.shape)}: must be {shape}")
     for name, tensor in (("weights", weight), *of_state):
         if tensor is not None and _overlaps_itself(tensor):
-            raise ValueError(f"{name}[{i}]: strides {tuple(tensor.stride())}: overlaps itself")
+            raise ValueError(f"{name}{at}: strides {tuple(tensor.stride())}: overlaps itself")
     for name, tensor in (("grads", values), *of_state):
         if tensor is not None and tensor.device != weight.device:
-            raise ValueError(f"{name}[{i}]: device {tensor.device}: must be {weight.device}")
+            raise ValueError(f"{name}{at}: device {tensor.device}: must be {weight.device}")
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:

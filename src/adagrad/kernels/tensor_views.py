@@ -21,9 +21,9 @@ Operands = tuple[Any, Any, Any, Any]
 """Weight, gradient, history and master copy or None."""
 
 
-def plain(i: int, weight: Tensor, grad: Tensor | RowSparse, history: Tensor, master: Tensor | None, *,
+def plain(at: str, weight: Tensor, grad: Tensor | RowSparse, history: Tensor, master: Tensor | None, *,
           row_wise: bool) -> Operands:  # fmt: skip
-    """The operands of the ``i``-th update as the dispatcher takes them.
+    """The operands of an update as the dispatcher takes them; ``at`` stands behind their names in messages.
 
     Raises
     ------
@@ -33,20 +33,20 @@ def plain(i: int, weight: Tensor, grad: Tensor | RowSparse, history: Tensor, mas
         For views that cannot be written through, and DTensors or sparse gradients that the rule cannot take in parts.
     """
     if any(map(is_dtensor, (weight, grad, history, master))):
-        weight, grad, history, master = _local(i, weight, grad, history, master, row_wise=row_wise)
+        weight, grad, history, master = _local(at, weight, grad, history, master, row_wise=row_wise)
     for name, tensor in (("weights", weight), ("history in states", history), ("master copy in states", master)):
         if isinstance(tensor, Tensor) and (tensor.is_neg() or tensor.is_conj()):
-            raise ValueError(f"{name}[{i}]: a negated or conjugated view: must be memory that can be written to")
+            raise ValueError(f"{name}{at}: a negated or conjugated view: must be memory that can be written to")
     if isinstance(grad, Tensor):
         if grad.layout == torch.sparse_coo:
-            weight, grad, history, master = _rows(i, weight, grad, history, master, row_wise=row_wise)
+            weight, grad, history, master = _rows(at, weight, grad, history, master, row_wise=row_wise)
         elif grad.layout != torch.strided:
-            raise TypeError(f"grads[{i}]: layout {grad.layout}: must be strided or sparse_coo")
+            raise TypeError(f"grads{at}: layout {grad.layout}: must be strided or sparse_coo")
         else:
             grad = grad.resolve_conj().resolve_neg()
     if weight.is_complex():
         if row_wise:
-            raise ValueError(f"weights[{i}]: dtype {weight.dtype}: row-wise history is for real numbers")
+            raise ValueError(f"weights{at}: dtype {weight.dtype}: row-wise history is for real numbers")
         weight, history = torch.view_as_real(weight), _as_real(history)
         if isinstance(grad, RowSparse):
             grad = RowSparse(_as_real(grad.values), grad.indices, (*grad.shape, 2))
@@ -60,7 +60,7 @@ def _as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if isinstance(tensor, Tensor) and tensor.is_complex() else tensor
 
 
-def _rows(i: int, weight: Tensor, grad: Tensor, history: Tensor, master: Tensor | None, *,
+def _rows(at: str, weight: Tensor, grad: Tensor, history: Tensor, master: Tensor | None, *,
           row_wise: bool) -> Operands:  # fmt: skip
     """A sparse COO gradient by rows. Several sparse dimensions become one, each entry a row; without any there is one.
     """
@@ -71,9 +71,9 @@ def _rows(i: int, weight: Tensor, grad: Tensor, history: Tensor, master: Tensor 
     written = [t for t in (weight, history, master) if t is not None]
     if row_wise or (count and not all(t.is_contiguous() for t in written)):
         need = "1 for row-wise history" if row_wise else "1, or the weight and its state contiguous"
-        raise ValueError(f"grads[{i}]: {count} sparse dimensions: must be {need}")
+        raise ValueError(f"grads{at}: {count} sparse dimensions: must be {need}")
     if grad.shape != weight.shape:
-        raise ValueError(f"grads[{i}]: shape {tuple(grad.shape)}: must be {tuple(weight.shape)}, the weight's")
+        raise ValueError(f"grads{at}: shape {tuple(grad.shape)}: must be {tuple(weight.shape)}, the weight's")
     sizes, rest = weight.shape[:count], weight.shape[count:]
     row = indices.new_zeros(indices.shape[1])
     is_inside = torch.ones_like(row, dtype=torch.bool)
@@ -101,19 +101,19 @@ def mark_changed(tensors: list[Tensor]) -> None:
 # ------------------------------------------------------------------------------------------------------------ DTensors
 
 
-def _local(i: int, weight: Any, grad: Any, history: Any, master: Any, *, row_wise: bool) -> Operands:
+def _local(at: str, weight: Any, grad: Any, history: Any, master: Any, *, row_wise: bool) -> Operands:
     """The local parts. A gradient that is placed otherwise, as a sum not yet taken, is redistributed first."""
     for name, tensor in (("grads", grad), ("history in states", history), ("master copy in states", master)):
         if tensor is not None and not (is_dtensor(weight) and is_dtensor(tensor)):
-            raise TypeError(f"{name}[{i}]: must be a DTensor like the weight, or neither of them")
+            raise TypeError(f"{name}{at}: must be a DTensor like the weight, or neither of them")
     mesh, placements = weight.device_mesh, weight.placements
     for name, tensor in (("history in states", history), ("master copy in states", master)):
         if tensor is not None and (tensor.device_mesh, tensor.placements) != (mesh, placements):
-            raise ValueError(f"{name}[{i}]: placements {tensor.placements}: must be {placements}, the weight's")
+            raise ValueError(f"{name}{at}: placements {tensor.placements}: must be {placements}, the weight's")
     if any(p.is_partial() for p in placements):
-        raise ValueError(f"weights[{i}]: placements {placements}: must be replicated or sharded")
+        raise ValueError(f"weights{at}: placements {placements}: must be replicated or sharded")
     if row_wise and not has_whole_rows(weight):
-        raise ValueError(f"weights[{i}]: placements {placements}: row-wise history needs whole rows")
+        raise ValueError(f"weights{at}: placements {placements}: row-wise history needs whole rows")
     if (grad.device_mesh, grad.placements) != (mesh, placements):
         grad = grad.redistribute(mesh, placements)
     return tuple(None if t is None else local(t) for t in (weight, grad, history, master))  # type: ignore[return-value]
