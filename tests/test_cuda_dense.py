@@ -350,16 +350,45 @@ def test_a_capture_finds_pinned_memory_after_another_took_it(monkeypatch: pytest
 
     empty = torch.empty
     monkeypatch.setattr(cuda, "_pinned", pinned)
-    monkeypatch.setattr(cuda, "_reserve", {})
-    monkeypatch.setattr(cuda, "_owed", [])
+    monkeypatch.setattr(cuda, "_slab", [])
     monkeypatch.setattr(cuda, "_captured", [])
     monkeypatch.setattr(torch, "empty", lambda *size, dtype, device: empty(*size, dtype=dtype))
-    for _ in range(3):  # graphs, each after a warm-up which finds its tables
-        for tables.is_capturing in (False, False, True):
+    for _ in range(3):  # graphs, some one after the other, after a warm-up which finds its tables
+        for tables.is_capturing in (False, False, True, True, True):
             tables.settings([0.1] * 9, [0.0] * 9, Rule())
             tables.settings([0.2] * 9, [0.0] * 9, Rule())
     assert True not in asked
-    assert len(cuda._captured) == 6
+    assert len(cuda._captured) == 18
+    starts = [host.data_ptr() for host in cuda._captured]
+    assert len({*starts}) == 18
+    tables.is_capturing = False
+    many = cuda.SLAB // 4  # a table that does not fit a slab
+    tables.settings([0.1] * many, [0.0] * many, Rule())
+    tables.is_capturing = True
+    for _ in range(3):
+        tables.settings([0.1] * many, [0.0] * many, Rule())
+    assert True not in asked
+
+
+@pytest.mark.parametrize("first", [0.0, -0.0])
+def test_zeros_of_either_sign_have_tables_of_their_own(first: float) -> None:
+    results = []
+    for value in (first, -first, first):
+        u = make((1,), "float32", lr=value, wd=0.0)
+        for tensor, number in ((u.weight, -0.0), (u.grad, 1.0), (u.history, 1.0)):
+            tensor.fill_(number)
+        run(Rule(), [u])
+        results.append(math.copysign(1.0, u.weight.item()))
+    expected = [math.copysign(1.0, -0.0 - value) for value in (first, -first, first)]
+    assert results == expected
+    u = make((1,), "float32", lr=0.5, wd=0.0)
+    scaled = []
+    for scale in (first, -first):
+        u = make((1,), "float32", lr=0.5, wd=0.0)
+        u.weight.fill_(-0.0)
+        run(Rule(rescale_grad=scale), [u])
+        scaled.append(math.copysign(1.0, u.weight.item()))
+    assert scaled[0] != scaled[1]
 
 
 def test_another_default_device(monkeypatch: pytest.MonkeyPatch) -> None:

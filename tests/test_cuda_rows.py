@@ -365,19 +365,21 @@ def test_a_row_out_of_range_makes_the_call_a_no_op(index_dtype: str, bad: int, r
     before = copies(everything)
     run(rule, dense, [good[0], wrong, good[1]])
     assert all(torch.equal(a, b) for a, b in zip(before, copies(everything), strict=True))
-    with pytest.raises(IndexError, match=rf"indices: row {bad}: must be in \[0, 7\)"):
+    # The lowest of all stands for no report, and is reported as the next.
+    with pytest.raises(IndexError, match=rf"indices: row {max(bad, 1 - 2**63)}: must be in \[0, 7\)"):
         check_row_ids(DEVICE)
     check_row_ids()
     check_rows(good, rule)
 
 
-def test_the_next_call_raises_and_changes_nothing() -> None:
-    wrong, good = make_rows([9], (9, 2)), make_rows([3], (9, 2))
+@pytest.mark.parametrize("row", [9, -(2**63)])
+def test_the_next_call_raises_and_changes_nothing(row: int) -> None:
+    wrong, good = make_rows([row], (9, 2), index_dtype="int64"), make_rows([3], (9, 2))
     run(Rule(), [], [wrong])
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     before = copies([good])
-    with pytest.raises(IndexError, match=r"row 9: must be in \[0, 9\)"):
+    with pytest.raises(IndexError, match=rf"row {max(row, 1 - 2**63)}: must be in \[0, 9\)"):
         run(Rule(), [], [good])
     assert all(torch.equal(a, b) for a, b in zip(before, copies([good]), strict=True))
     check_rows([good], Rule())

@@ -242,7 +242,7 @@ def test_a_state_that_lacks_something_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [("sum", None), ("sum", 1.0), ("sum", [1.0, 1.0]), ("master", 1.0), ("step", torch.ones(2)), ("step", "3"),
-     ("step", None)],
+     ("step", None), ("step", torch.tensor(True)), ("sum", torch.zeros(2).to_sparse()), ("sum", torch.zeros(2) * 1j)],
     ids=str,
 )  # fmt: skip
 def test_a_state_of_another_kind_is_refused(name: str, value: Any) -> None:

@@ -6,6 +6,7 @@ the kernels.
 
 from __future__ import annotations
 
+import collections
 import copy
 from collections.abc import Iterator
 from typing import Any
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from adagrad import AdaGrad, RowSparse
+from adagrad import AdaGrad, RowSparse, torch_step
 from adagrad.kernels import quick, table
 from adagrad.torch import Adagrad
 from support import assert_same_bits
@@ -51,7 +53,7 @@ def set_grads(params: list[nn.Parameter], seed: int) -> None:
 
 def train(params: list[nn.Parameter], **options: Any) -> Adagrad:
     optimizer = Adagrad(params, **options)
-    for step in range(3):
+    for step in range(8):
         set_grads(params, step)
         optimizer.step()
     return optimizer
@@ -95,7 +97,7 @@ def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 def test_calls(name: str, as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     ours = train(parameters(), **OPTIONS[name])
     # All of a rule in one call: what is dense, what is row-sparse.
-    assert as_if_on_cuda == [(3, 1, {"grad_scale": None, "found_inf": None})] * 3
+    assert as_if_on_cuda == [(3, 1, {"grad_scale": None, "found_inf": None})] * 8
     monkeypatch.undo()
     assert_same_training(ours, train(parameters(), **OPTIONS[name]))
 
@@ -163,6 +165,43 @@ def test_a_row_outside_its_weight_stops_groups_of_all_rules(as_if_on_cuda: list[
         assert changed == [step == 0] * 9
     optimizer.step()
     assert [optimizer.state[p]["step"].item() for p in params] == [2.0] * 3
+
+
+class Operators(TorchDispatchMode):
+    """Counts what PyTorch is asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_counts_on_the_device_advance_together(fused: bool | None) -> None:
+    params = [nn.Parameter(torch.ones(3)) for _ in range(50)]
+    optimizer = Adagrad(params, fused=fused)
+    found_inf = torch.zeros(1)
+    for p in params:
+        p.grad = torch.ones(3)
+    part = torch_step.Part(optimizer.defaults, optimizer.param_groups[0], [optimizer.state[p] for p in params], {})
+    with Operators() as seen:
+        part.advance(found_inf.reshape(()), [])
+    assert max(seen.counts.values()) < 10
+    assert [optimizer.state[p]["step"].item() for p in params] == [1.0] * 50
+    part.advance(torch.ones(()), [])
+    assert [optimizer.state[p]["step"].item() for p in params] == [1.0] * 50
+
+
+def test_learning_rates_are_divided_once_wherever_counts_are() -> None:
+    for lr, decay in ((0.3, 0.5), (0.1, 0.01), (0.01, 0.001)):
+        for counts in ([*range(300)], [torch.tensor(float(n), dtype=torch.float64) for n in range(300)]):
+            rates = torch_step._decayed(lr, decay, counts)
+            assert [float(rate) for rate in rates] == [lr / (1 + n * decay) for n in range(300)]
+        mixed = torch_step._decayed(torch.tensor(lr, dtype=torch.float64), decay, [3.0, torch.tensor(4.0).double()])
+        assert [float(rate) for rate in mixed] == [lr / (1 + n * decay) for n in (3, 4)]
 
 
 # ---------------------------------------------------------------------------------------------------------- on a GPU

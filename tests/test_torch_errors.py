@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 from adagrad import kernels
@@ -155,12 +156,16 @@ def test_gradient_of_another_layout() -> None:
         tensor_views.plain("[7]", p, torch.eye(4).to_sparse_csr(), torch.zeros(4, 4), None, row_wise=False)
 
 
-@pytest.mark.parametrize("row", [[[0, 0], [0, 9]], [[0, 3], [0, -1]], [[3, 0], [0, 0]]], ids=str)
-def test_an_entry_outside_does_not_become_another_row(row: list[list[int]]) -> None:
+@pytest.mark.parametrize(
+    ("row", "entry"),
+    [([[0, 0], [0, 9]], r"indices\[1\]=9: .* \[0, 4\)"), ([[0, 3], [0, -1]], r"indices\[1\]=3: .* \[0, 3\)"),
+     ([[3, 0], [0, 0]], r"indices\[0\]=3: .* \[0, 3\)"), ([[0, 1], [0, -1]], r"indices\[1\]=-1: .* \[0, 4\)")],
+)  # fmt: skip
+def test_an_entry_outside_does_not_become_another_row(row: list[list[int]], entry: str) -> None:
     p = nn.Parameter(torch.ones(3, 4))
     optimizer = Adagrad([p])
     p.grad = torch.sparse_coo_tensor(torch.tensor(row), torch.ones(2), (3, 4), check_invariants=False)
-    with pytest.raises(IndexError, match="=-1: must be in"):
+    with pytest.raises(IndexError, match=entry):
         optimizer.step()
     assert (p == 1).all()
 
@@ -462,6 +467,8 @@ def test_the_library_does_not_import_torch() -> None:
         (torch.tensor(True), r"step: torch\.bool of shape \(\)"),
         (torch.ones(1).expand(3), r"step: torch\.float32 of shape \(3,\): must be a tensor of one number"),
         (torch.ones(0), r"step: torch\.float32 of shape \(0,\)"),
+        (torch.ones(1).to_sparse(), r"step: torch\.sparse_coo: must be a plain tensor"),
+        (torch._neg_view(torch.ones(())), r"step: a view: must be a plain tensor"),
     ],
 )
 def test_counts_are_checked_before_anything_changes(count: Tensor, message: str) -> None:
@@ -474,6 +481,132 @@ def test_counts_are_checked_before_anything_changes(count: Tensor, message: str)
         optimizer.step()
     assert all((p == 1).all() for p in params)
     assert optimizer.state[params[0]]["step"] == 0
+
+
+def test_counts_that_were_made_in_inference_mode_advance() -> None:
+    p = nn.Parameter(torch.ones(2))
+    with torch.inference_mode():
+        optimizer = Adagrad([p], lr=0.5)
+    assert optimizer.state[p]["step"].is_inference()
+    version = p._version
+    for n in (1, 2):
+        p.grad = torch.ones(2)
+        optimizer.step()
+        assert optimizer.state[p]["step"] == n
+    assert p._version > version
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("sum", torch.zeros(4, 3), r"history in states\[0\]: shape \(4, 3\): must be \(3, 4\)"),
+        ("sum", torch.zeros(3, 1), r"history in states\[0\]: shape \(3, 1\): must be \(3, 4\)"),
+        ("master", torch.zeros(4, 3), r"master copy in states\[0\]: shape \(4, 3\): must be \(3, 4\)"),
+    ],
+)
+def test_states_of_another_shape_with_several_sparse_dimensions(name: str, tensor: Tensor, message: str) -> None:
+    p = nn.Parameter(torch.zeros(3, 4, dtype=torch.bfloat16))
+    optimizer = Adagrad([p], multi_precision=True)
+    optimizer.state[p][name] = tensor
+    indices, values = torch.tensor([[0, 1], [2, 3]]), torch.ones(2, dtype=torch.bfloat16)
+    p.grad = torch.sparse_coo_tensor(indices, values, (3, 4), check_invariants=True)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert (p == 0).all()
+    assert (tensor == 0).all()
+
+
+def test_a_master_copy_that_is_none() -> None:
+    p = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    optimizer = Adagrad([p], multi_precision=True)
+    p.grad = torch.ones_like(p)
+    for master, error, message in (
+        ("x", TypeError, "master: str: must be a tensor"),
+        (torch.zeros(3).to_sparse(), TypeError, r"master copy in states\[0\]: layout torch.sparse_coo"),
+    ):
+        optimizer.state[p]["master"] = master
+        with pytest.raises(error, match=message):
+            optimizer.step()
+    assert (p == 0).all()
+
+
+RELEASED = """
+import sys
+import torch
+from adagrad.torch import Adagrad
+p = torch.nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16))
+optimizer = Adagrad([p], multi_precision=True)
+p.grad = torch.ones_like(p)
+optimizer.step()
+(p if sys.argv[1] == "parameter" else optimizer.state[p]["master"]).untyped_storage().resize_(0)
+optimizer.step()
+"""
+
+
+@pytest.mark.parametrize(("which", "name"), [("parameter", "weights"), ("master", "master copy in states")])
+def test_memory_that_was_freed_is_refused(which: str, name: str) -> None:
+    done = subprocess.run([sys.executable, "-c", RELEASED, which], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"ValueError: {name}[0]: address 0: must have memory for its 1000 elements" in done.stderr
+
+
+def test_a_master_copy_is_made_anew_whatever_memory_the_new_values_have() -> None:
+    for _ in range(50):
+        p = nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16))
+        optimizer = Adagrad([p], multi_precision=True)
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+        for value in (5.0, 7.0):  # the second finds the memory that the first has freed
+            nn.utils.vector_to_parameters(torch.full((1000,), value, dtype=torch.bfloat16), [p])
+        optimizer.step()
+        assert p[0] == 7
+
+
+MODES = """
+import sys
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from adagrad.kernels import layout
+from adagrad.torch import Adagrad
+
+def train():
+    p = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = Adagrad([p])
+    p.grad = torch.ones(4, 3)
+    optimizer.step()
+
+def meta():
+    with torch.device("meta"):
+        train()
+
+def fake():
+    with FakeTensorMode():
+        train()
+
+def functional():
+    torch.func.grad(lambda x: (layout.layout(), x.sum())[1])(torch.ones(3))
+
+{"meta": meta, "fake": fake, "functional": functional}[sys.argv[1]]()
+found = layout.layout()
+sparse = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 3), (4, 3))
+assert layout.look_once(torch.ones(3), found) is not None
+assert found[layout.SPARSE] == torch._C._dispatch_keys(sparse).raw_repr()
+"""
+
+
+@pytest.mark.parametrize("mode", ["meta", "fake", "functional"])
+def test_a_first_use_within_a_mode_does_not_make_later_ones_slow(mode: str) -> None:
+    done = subprocess.run([sys.executable, "-c", MODES, mode], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("options", [{"lr_decay": 0.1}, {"multi_precision": True}])
+def test_fake_tensors(options: dict[str, Any]) -> None:
+    with FakeTensorMode():
+        p = nn.Parameter(torch.ones(4, 3, dtype=torch.bfloat16))
+        optimizer = Adagrad([p], **options)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
 
 
 def not_a_leaf() -> Tensor:
@@ -492,12 +625,27 @@ DIFFERENTIABLE: dict[str, tuple[Any, type[Exception], str]] = {
     "history of another dtype": (
         lambda p, o: o.state[p].update(sum=torch.zeros(4, 2, dtype=torch.float16)),
         TypeError,
-        r"dtype torch.float16",
+        r"history in states\[1\]: dtype float16: must be float32",
     ),
     "history that overlaps itself": (
         lambda p, o: o.state[p].update(sum=torch.zeros(4, 1).expand(4, 2)),
         ValueError,
-        r"history in states\[1\]: strides \(1, 0\): overlaps itself",
+        r"history in states\[1\]: strides \(4, 0\): overlaps itself",
+    ),
+    "history of another parameter": (
+        lambda p, o: o.state[p].update(sum=next(iter(o.state.values()))["sum"]),
+        ValueError,
+        r"history in states\[1\]: shares memory with history in states\[0\]",
+    ),
+    "gradient of another shape": (
+        lambda p, o: p.grad.set_(torch.ones(2)),
+        ValueError,
+        r"grads\[1\]: shape \(2,\): must be \(4, 2\)",
+    ),
+    "gradient that is the weight": (
+        lambda p, o: p.grad.set_(p.detach()),
+        ValueError,
+        r"weights\[1\]: shares memory with grads\[1\]",
     ),
 }
 

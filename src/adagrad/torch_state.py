@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from adagrad.kernels.counts import advance_counts, find_counts, read_counts
 from adagrad.kernels.dtensor import from_local, has_whole_rows, is_dtensor, local, spread
 from adagrad.kernels.layout import layout
+from adagrad.kernels.tensor_checks import PLAIN_TYPES
 from adagrad.rule import history_shape
 
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
@@ -74,14 +76,18 @@ def master(p: Tensor, state: dict[str, Any], *, is_ours: bool) -> Tensor | None:
     if p.dtype not in (torch.float16, torch.bfloat16):
         return None
     copy: Tensor | None = state.get("master")
+    if copy is not None and not isinstance(copy, Tensor):
+        raise TypeError(f"master: {type(copy).__name__}: must be a tensor, a copy of its parameter")
     if copy is not None and (is_ours or _is_rounding(p.detach(), copy)):
         return copy
     return p.detach().to(WIDE[p.dtype], memory_format=torch.preserve_format)
 
 
 def _is_rounding(p: Tensor, copy: Tensor) -> bool:
-    """Whether ``p`` is the rounding of ``copy``; of shapes or devices that differ others complain."""
-    if p.device.type == "meta" or copy.shape != p.shape or copy.device != p.device:
+    """Whether ``p`` is the rounding of ``copy``; of what has no values, or other ones, later checks complain."""
+    if p.device.type == "meta" or copy.shape != p.shape or copy.device != p.device or copy.layout != p.layout:
+        return True
+    if isinstance(p, FakeTensor) or any(type(t) in PLAIN_TYPES and t.numel() and not t.data_ptr() for t in (p, copy)):
         return True
     rounded = copy.to(p.dtype)
     return bool(((rounded == p) | (rounded.isnan() & p.isnan())).all())
@@ -90,14 +96,15 @@ def _is_rounding(p: Tensor, copy: Tensor) -> bool:
 # ------------------------------------------------------------------------------------------------------------- counts
 
 
-def _check(counts: list[Tensor]) -> None:
-    if set(map(type, counts)) == {Tensor} and set(map(Tensor.numel, counts)) == {1}:  # nearly always, and quick
-        counts = [count for count in counts if count.dtype == torch.bool]
+def _check(counts: list[Tensor], at: str = "") -> None:
     for count in counts:
         if not isinstance(count, Tensor):
-            raise TypeError("step: a count that is no tensor: must be a tensor of one number")
+            raise TypeError(f"{at}step: a count that is no tensor: must be a tensor of one number")
         if count.numel() != 1 or count.dtype == torch.bool:
-            raise ValueError(f"step: {count.dtype} of shape {tuple(count.shape)}: must be a tensor of one number")
+            raise ValueError(f"{at}step: {count.dtype} of shape {tuple(count.shape)}: must be a tensor of one number")
+        if count.layout != torch.strided or count.is_neg() or count.is_conj() or count.is_quantized:
+            kind = count.layout if count.layout != torch.strided else "quantized" if count.is_quantized else "a view"
+            raise ValueError(f"{at}step: {kind}: must be a plain tensor of one number, to be added to")
 
 
 class Counts:
@@ -119,7 +126,7 @@ class Counts:
             read_counts(self._addresses, numbers)
             values = numbers.tolist()
         else:
-            values = [float(count) if wait or count.device.type == "cpu" else count.double() for count in self._counts]
+            values = [float(count) if _is_known(count, wait) else count.double() for count in self._counts]
         alike = all(isinstance(value, float) for value in values) and len(set(values)) == 1
         return values[:1] if alike else values
 
@@ -128,8 +135,13 @@ class Counts:
         if self._plain:
             advance_counts(self._addresses)
         elif self._counts:
-            with torch.no_grad():
+            with torch.inference_mode():  # counts of parameters that were made in it are inference tensors
                 torch._foreach_add_(self._counts, 1)
+
+
+def _is_known(count: Tensor, wait: bool) -> bool:
+    """Whether the host may ask for the value of a count."""
+    return (wait or count.device.type == "cpu") and not isinstance(count, FakeTensor)
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
@@ -175,6 +187,10 @@ def _fitted(where: str, p: Tensor, name: str, value: Any, group: dict[str, Any])
     tensor = value.tensor
     if name not in ("sum", "master"):
         return tensor.to(p.device)
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{where}: {name}: layout {tensor.layout}: must be a dense (strided) tensor")
+    if tensor.is_complex() != p.is_complex():
+        raise ValueError(f"{where}: {name}: {tensor.dtype}: must be {WIDE.get(p.dtype, p.dtype)}, for {p.dtype}")
     shape = history_shape(tuple(p.shape), row_wise=group["row_wise"] and name == "sum")
     if tuple(tensor.shape) != shape:
         why = f"of the row-wise history of {tuple(p.shape)}" if group["row_wise"] else "the parameter's"
@@ -185,8 +201,9 @@ def _fitted(where: str, p: Tensor, name: str, value: Any, group: dict[str, Any])
 
 
 def _count(where: str, p: Tensor, value: Any, group: dict[str, Any]) -> Tensor:
-    is_number = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, numbers.Real)
-    if not is_number:
+    if isinstance(value, Tensor):
+        _check([value], f"{where}: ")
+    elif not isinstance(value, numbers.Real):
         raise ValueError(f"{where}: step: {type(value).__name__}: must be a number, or a tensor of one")
     if group["fused"]:
         return torch.as_tensor(value, dtype=torch.float32, device=p.device)

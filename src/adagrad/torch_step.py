@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from adagrad import checks
 from adagrad import rule as expression
@@ -70,8 +72,7 @@ class Part(Batch):
             lr = checks.finite("lr", lr)
         if decay == 0 or not self.weights:
             return [lr]
-        rates = [1 + count * decay for count in self.counts.values(wait=not self.on_cuda())]
-        return [_on(rate, lr) / rate for rate in rates]
+        return _decayed(lr, decay, self.counts.values(wait=not self.on_cuda()))
 
     def advance(self, found_inf: Tensor | None, skips: list[Tensor]) -> None:
         """Add 1 to the parameters' counts.
@@ -82,11 +83,14 @@ class Part(Batch):
         devices = {skip.device for skip in skips}
         if found_inf is None and not (devices and any(state["step"].device in devices for state in self.states)):
             self.counts.advance()
-        else:
-            for p, state in zip(self.weights, self.states, strict=True):
-                if found_inf is not None:
-                    state["step"] = state["step"].to(p.device, non_blocking=True)
-                state["step"].add_(_went(state["step"].device, found_inf, skips))
+            return
+        together: dict[torch.device, list[Tensor]] = {}
+        for p, state in zip(self.weights, self.states, strict=True):
+            if found_inf is not None:
+                state["step"] = state["step"].to(p.device, non_blocking=True)
+            together.setdefault(state["step"].device, []).append(state["step"])
+        for device, counts in together.items():
+            torch._foreach_add_(counts, _went(device, found_inf, skips))
 
     def keep_masters(self) -> None:
         """Put the master copies that a step has updated into the state."""
@@ -101,22 +105,37 @@ def _went(device: torch.device, found_inf: Tensor | None, skips: list[Tensor]) -
     flags = [skip.reshape(()) for skip in skips if skip.device == device]
     if found_inf is not None:
         flags.append(found_inf.to(device, non_blocking=True))
-    return functools.reduce(operator.mul, [flag == 0 for flag in flags]) if flags else 1
+    return functools.reduce(operator.mul, [flag == 0 for flag in flags]).float() if flags else 1
 
 
-def _on(rate: Any, lr: Any) -> Any:
-    """``lr`` on the device of ``rate``, where both are tensors."""
-    return lr.to(rate.device, non_blocking=True) if isinstance(rate, Tensor) and isinstance(lr, Tensor) else lr
+def _decayed(lr: Any, decay: float, counts: list[Any]) -> list[Any]:
+    """The learning rate after each number of steps before; a tensor where that, or ``lr``, is one."""
+    on_device = [count for count in counts if isinstance(count, Tensor)]
+    if not on_device:
+        return [lr / (1 + count * decay) for count in counts]
+    if len(on_device) < len(counts):
+        return [rate for count in counts for rate in _decayed(lr, decay, [count])]
+    divisors = torch._foreach_mul(on_device, decay)
+    torch._foreach_add_(divisors, 1)
+    # Tensors by tensors: a number divided by one is PyTorch's reciprocal times the number, which is rounded twice.
+    like = divisors[0]
+    start = lr.to(like.device, non_blocking=True) if isinstance(lr, Tensor) else like.new_full((), lr)
+    return list(torch._foreach_div([start.to(like.dtype)] * len(divisors), divisors))
 
 
-def _version(p: Tensor) -> tuple[int, int] | None:
-    """How often a tensor has been changed in place, and where it lies; None where nobody counts."""
+def _version(p: Tensor) -> tuple[Any, ...] | None:
+    """How often a tensor has been changed in place, and which memory it has; None where nobody counts.
+
+    Memory by a weak reference: an address alone would be that of the next memory, too.
+    """
     if p.is_inference():
         return None
+    if isinstance(p, FakeTensor):
+        return (p._version,)
     try:
-        return p._version, p.data_ptr()
-    except RuntimeError:  # a fake tensor, which lies nowhere
-        return p._version, 0
+        return p._version, p.data_ptr(), StorageWeakRef(p.untyped_storage())  # type: ignore[no-untyped-call]
+    except RuntimeError:  # one that wraps others has no memory of its own
+        return (p._version,)
 
 
 def _batches(parts: list[Part]) -> list[Batch]:
@@ -188,6 +207,7 @@ def update_differentiably(parts: list[Part]) -> None:
     """The same by the rule's expression, recorded by autograd; sparse gradients are coalesced."""
     writes = []
     counts = [part.counts for part in parts]
+    call.check(_batches(parts))
     for part in parts:
         for i, (p, grad, history) in enumerate(zip(part.weights, part.grads, part.histories, strict=True)):
             copy = part.masters[i] if part.masters else None
@@ -195,7 +215,6 @@ def update_differentiably(parts: list[Part]) -> None:
             rows: Any = ...
             if torch.is_grad_enabled() and p.is_leaf and p.requires_grad:
                 raise RuntimeError(f"parameter {i}: a leaf that requires grad: autograd cannot record its update")
-            _check(i, p, history, copy, part.rule)
             if grad.layout == torch.sparse_coo:
                 for d, indices in enumerate(grad._indices()):
                     tensor_checks.check_rows(f"[{i}]", indices, p.shape[d])
@@ -216,10 +235,3 @@ def update_differentiably(parts: list[Part]) -> None:
         count.advance()
         if part.masters:
             part.keep_masters()
-
-
-def _check(i: int, p: Tensor, history: Tensor, master: Tensor | None, rule: Rule) -> None:
-    """What the kernels' own checks would refuse, as far as it can be asked of any tensor."""
-    if p.is_complex():
-        p, history = torch.view_as_real(p), torch.view_as_real(history) if history.is_complex() else history
-    tensor_checks.check_wrapped(f"[{i}]", p, p, history, master, rule)

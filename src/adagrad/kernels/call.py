@@ -103,6 +103,11 @@ class _CudaLaunch:
         return cuda.update(groups, self.device, grad_scale=scale, found_inf=found)
 
 
+def check(batches: Sequence[Batch]) -> None:
+    """Raise what :func:`prepare` would, but for row ids and learning rates; nothing is compiled or planned."""
+    _refuse_shared([_Call(batch) for batch in batches])
+
+
 class _Plan:
     """What carries out a call, in this order."""
 

@@ -17,6 +17,7 @@ calls that are under way at the same time, what is said of the second may be mix
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -145,7 +146,8 @@ def _raise_reported(report: Tensor, *, arrived: bool) -> None:
     row, rows = int(words[0]), int(words[1]) - 1
     if rows < 0 or (row == NO_ROW and not arrived):
         return
-    words[:] = NO_ROW, 0
+    words[1] = 0  # first: of a report that arrives meanwhile, :func:`check` then says something
+    words[0] = NO_ROW
     raise IndexError(f"indices: row {row}: must be in [0, {rows}), the weight's rows; the call changed nothing")
 
 
@@ -153,11 +155,13 @@ def _raise_reported(report: Tensor, *, arrived: bool) -> None:
 
 
 _local = threading.local()
-_reserve: dict[int, list[Tensor]] = {}
-"""Pinned memory by its words, for captures, which may be unable to get any."""
+SLAB = 2**17
+"""Words of pinned memory that are ready for captures, which may be unable to get any; more where tables are large."""
 
-_owed: list[int] = []
-"""What captures have taken out of the reserve, to be put back by the next call that is not captured."""
+_slab: list[Tensor] = []
+"""What is left of it, if there is any yet."""
+
+_slab_lock = threading.Lock()
 
 _captured: list[Tensor] = []
 """Pinned memory that captured graphs read at each replay; nothing tells when a graph is gone, so it stays."""
@@ -214,15 +218,14 @@ class _Tables:
                 each.view(np.int64)[:, 2:] = pointers
             return self._upload(words.view(np.int64))
 
-        return self._recent(self._settings, (numbers, pointers, wds, rule), make)
+        # By their bits: 0.0 and -0.0 are equal, and differ in what they do.
+        key = *(array("d", values).tobytes() for values in (numbers, wds, rule.scalars)), pointers, rule.decoupled_decay
+        return self._recent(self._settings, key, make)
 
     def _recent(self, kept: list[tuple[Any, T]], key: Any, make: Callable[[], T]) -> T:
         """What ``make`` made for ``key`` lately; a graph under capture gets its own."""
         if self._capturing():
             return make()
-        while _owed:
-            size = _owed.pop()
-            _reserve[size].append(_pinned(size))
         for i, (known, made) in enumerate(kept):
             if known == key:
                 if i:
@@ -241,18 +244,13 @@ class _Tables:
         if self._device.type != "cuda":
             return torch.from_numpy(words.copy())
         # The allocator of pinned memory reuses a buffer only when the copies out of it are done. It may be unable to
-        # hand out new memory during a capture, so earlier uploads, on whichever stream, leave a reserve.
-        size = 1 << max(len(words) - 1, 0).bit_length()
-        reserve = _reserve.setdefault(size, [])
+        # hand out new memory during a capture, so earlier uploads, on whichever stream, leave some.
         if self._capturing():
-            host = reserve.pop() if reserve else _pinned(size)
-            _owed.append(size)
+            host = _from_slab(len(words))
             _captured.append(host)
         else:
-            host = _pinned(size)
-            if len(reserve) < KEPT:
-                reserve.append(_pinned(size))
-        host = host[: len(words)]
+            host = _pinned(len(words))
+            _fill_slab(16 * len(words))
         host.numpy()[:] = words
         return torch.empty(len(host), dtype=torch.int64, device=self._device).copy_(host, non_blocking=True)
 
@@ -261,6 +259,21 @@ def _bits(lr: Tensor) -> int:
     if lr.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"lr: a tensor of {lr.dtype}: must be float32 or float64")
     return 8 * lr.itemsize
+
+
+def _fill_slab(words: int) -> None:
+    """See to it that there is pinned memory for captures: for so many words, and half a slab."""
+    with _slab_lock:
+        if not _slab or len(_slab[0]) < max(words, SLAB // 2):
+            _slab[:] = [_pinned(max(words, SLAB))]
+
+
+def _from_slab(words: int) -> Tensor:
+    with _slab_lock:
+        if not _slab or len(_slab[0]) < words:
+            return _pinned(words)
+        taken, _slab[0] = _slab[0][:words], _slab[0][words:]
+        return taken
 
 
 def _pinned(size: int) -> Tensor:

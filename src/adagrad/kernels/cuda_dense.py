@@ -160,6 +160,7 @@ def update_rows(addresses: tl.tensor, firsts: tl.tensor, records: tl.tensor, ten
         g = effective_gradient(g, w, grad_scale, rescale, clip, decay)
         lanes = add_to_lanes(lanes, tl.where(mask, g * g, 0.0), ROWS, COLUMNS)
     h = h + mean_of_lanes(lanes, length, ROWS)
+    tl.debug_barrier()  # no warp may read what another has already written
     tl.store(history + row, h, mask=present)
 
     for left in range(0, length, COLUMNS):

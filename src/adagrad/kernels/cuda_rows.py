@@ -6,9 +6,10 @@ and the kernels find operands and settings of each in a table (see :mod:`adagrad
 The row ids are sorted, stably, so that a row's occurrences are a run of neighbours in their order. A run is cut into
 chunks of CHUNK occurrences from its first one. Work is divided by sorted position, not by row: a program takes TILE
 positions and sums the chunks that begin there. Runs of one chunk, most of them, it applies at once; the chunks of
-longer runs leave their sums for a second launch, which adds them in order and applies them. So no program does more
-than CHUNK additions one after the other, however frequent a row is, and a row's bits depend on its own values alone:
-the additions are those of :func:`adagrad.rule.sum_duplicates`. Nothing comes back to the host.
+longer runs leave their sums for a second launch, which adds them in order and applies them. So no program adds more
+than CHUNK occurrences, or one chunk sum for CHUNK of them, one after the other, however frequent a row is, and a row's
+bits depend on its own values alone: the additions are those of :func:`adagrad.rule.sum_duplicates`. Nothing comes back
+to the host.
 
 The sum of a chunk whose first position is p goes to slot ``2 (p // CHUNK) + (1 if it is its run's first)``. Among CHUNK
 neighbouring positions at most one chunk continues a run and at most one begins a run of several chunks, so no two
@@ -37,6 +38,8 @@ from adagrad.kernels.cuda_rule import (
 )
 
 CHUNK = tl.constexpr(rule.CHUNK)
+LOWEST = tl.constexpr(-(2**63) + 1)
+"""The lowest row id that is reported as it is: the one below stands for no report."""
 PROBES = tl.constexpr(128)
 STARTS = tl.constexpr(32)
 """First rows of weights that are looked at together."""
@@ -77,7 +80,7 @@ def put_keys(keys: tl.tensor, position: tl.tensor, row: tl.tensor, count: tl.ten
     if first < count:
         earlier = tl.atomic_xchg(skip, 1)
         if earlier == 0:  # one program of a call reports: what several write would be mixed
-            tl.store(report, tl.sum(tl.where(position == first, row, 0), axis=0))
+            tl.store(report, tl.maximum(tl.sum(tl.where(position == first, row, 0), axis=0), LOWEST))
             tl.store(report + 1, rows + 1)
 
 
@@ -204,10 +207,10 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
     of them when the history has one value a row: then the first pass is for the mean of squares. Operands and the
     index of their settings are arguments, or for several weights in their ``records``.
     """
-    windows = 1 if ROW_WISE else tl.cdiv(length, COLUMNS)
+    windows = 1 if ROW_WISE else (length - 1) // COLUMNS + 1  # a sum could be beyond 32 bits, here and below
     tile = (tl.program_id(0) // windows).to(tl.int64)
     left = tl.program_id(0) % windows * COLUMNS
-    right = length if ROW_WISE else left + COLUMNS
+    right = length if ROW_WISE else left + 1
     if LATER:
         position, row = find_long_run(ids, count, tile)
         head = position >= 0
@@ -240,6 +243,7 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
             g = effective_gradient(g, w, grad_scale, rescale, clip, decay)
             lanes = add_to_lanes(lanes, tl.where(mask, g * g, 0.0), TILE, COLUMNS)
         h = h + mean_of_lanes(lanes, length, TILE)
+        tl.debug_barrier()  # no warp may read what another has already written
         tl.store(history + row[:, None], h, mask=whole[:, None])
 
     for start in range(left, right, COLUMNS):

@@ -228,7 +228,7 @@ and the layout."""
 def _find(torch: Any, ml_dtypes: Any) -> np.ndarray | None:
     global _last
     # Modules that another thread is importing do not have all their names yet.
-    with_torch, with_bfloat16 = hasattr(torch, "Tensor"), hasattr(ml_dtypes, "bfloat16")
+    with_torch, with_bfloat16 = _has_tensors(torch), hasattr(ml_dtypes, "bfloat16")
     backend = getattr(getattr(torch, "backends", None), "cuda", None)
     # Before CUDA is initialized there is no CUDA tensor, and asking for its keys would initialize it.
     with_cuda = hasattr(torch, "cuda") and torch.cuda.is_initialized()
@@ -236,6 +236,12 @@ def _find(torch: Any, ml_dtypes: Any) -> np.ndarray | None:
     if (torch is None or (with_torch and backend is not None)) and with_bfloat16 == (ml_dtypes is not None):
         _last = torch, ml_dtypes, backend is not None and backend.is_built() and not with_cuda, found
     return found
+
+
+def _has_tensors(torch: Any) -> bool:
+    """Whether plain tensors can be made, to look at: not within a ``torch.func`` transform."""
+    functorch = getattr(getattr(torch, "_C", None), "_functorch", None)
+    return hasattr(torch, "Tensor") and (functorch is None or functorch.peek_interpreter_stack() is None)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from adagrad.arrays import Operand, overlaps_itself
 from adagrad.kernels.checked import refuse_row
@@ -20,8 +21,9 @@ PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
 def are_memory(given: Sequence[Any]) -> bool:
-    """Whether the tensors are their memory and nothing else: not of subclasses that give it another meaning."""
-    return all(_is_memory(type(tensor)) for tensor in given if isinstance(tensor, Tensor))
+    """Whether the tensors are their memory and nothing else: not of subclasses or transforms that wrap others."""
+    tensors = [tensor for tensor in given if isinstance(tensor, Tensor)]
+    return all(_is_memory(type(tensor)) and not is_functorch_wrapped_tensor(tensor) for tensor in tensors)
 
 
 def _is_memory(kind: type[Tensor]) -> bool:
@@ -52,6 +54,8 @@ def check_wrapped(at: str, weight: Tensor, grad: Any, history: Tensor, master: T
         if tensor is not None and tensor.dtype != computing:
             raise TypeError(f"{name}{at}: dtype {tensor.dtype}: must be {computing}, for a weight of {weight.dtype}")
     values = grad.values if isinstance(grad, RowSparse) else grad
+    if values.dtype not in (weight.dtype, computing if computing == torch.float32 else weight.dtype):
+        raise TypeError(f"grads{at}: dtype {values.dtype}: must be {weight.dtype}, for a weight of {weight.dtype}")
     whole = tuple(weight.shape)
     wanted = history_shape(whole, row_wise=rule.row_wise)
     for (name, tensor), shape in zip((("grads", grad), *of_state), (whole, wanted, whole), strict=True):

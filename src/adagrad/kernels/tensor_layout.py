@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from adagrad.arrays import tensor_format
 from adagrad.kernels.layout import (
@@ -55,7 +56,8 @@ def add_to(how: np.ndarray, *, with_cuda: bool) -> None:
     """Make a layout know tensors; where they are not laid out in a way that can be found, it knows none."""
     found = how.copy()
     try:
-        with torch.inference_mode(False):
+        # Tensors of a mode, as fake ones are, are laid out otherwise.
+        with torch.inference_mode(False), torch._C.DisableTorchFunction(), _disable_current_modes():
             if _find(found, with_cuda):
                 how[:] = found
                 _find_parts(found)  # where that fails, other tensors are known nevertheless
@@ -112,7 +114,7 @@ def _find_parts(how: np.ndarray) -> None:
 
 def _sparse(first: int) -> torch.Tensor:
     indices, values = torch.arange(first, first + 3, device="cpu")[None], torch.ones(3, 2, device="cpu")
-    return torch.sparse_coo_tensor(indices, values, (9, 2), is_coalesced=True, check_invariants=False)
+    return torch.sparse_coo_tensor(indices, values, (9, 2), device="cpu", is_coalesced=True, check_invariants=False)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from adagrad.kernels.dtensor import has_whole_rows, is_dtensor, local
+from adagrad.kernels.tensor_checks import check_rows
 from adagrad.row_sparse import RowSparse
 
 Operands = tuple[Any, Any, Any, Any]
@@ -74,7 +75,13 @@ def _rows(at: str, weight: Tensor, grad: Tensor, history: Tensor, master: Tensor
         raise ValueError(f"grads{at}: {count} sparse dimensions: must be {need}")
     if grad.shape != weight.shape:
         raise ValueError(f"grads{at}: shape {tuple(grad.shape)}: must be {tuple(weight.shape)}, the weight's")
+    for name, tensor in (("history in states", history), ("master copy in states", master)):
+        if tensor is not None and tensor.shape != weight.shape:
+            raise ValueError(f"{name}{at}: shape {tuple(tensor.shape)}: must be {tuple(weight.shape)}")
     sizes, rest = weight.shape[:count], weight.shape[count:]
+    if indices.device.type == "cpu":
+        for d, size in enumerate(sizes):
+            check_rows(at, indices[d], size)
     row = indices.new_zeros(indices.shape[1])
     is_inside = torch.ones_like(row, dtype=torch.bool)
     for d, size in enumerate(sizes):  # a number each, no tensor of them: the host does not wait to send it
