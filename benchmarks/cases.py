@@ -1,4 +1,4 @@
-"""The cases of the CPU and CUDA benchmarks: one table, which the tests run in small."""
+"""The cases of the CPU and CUDA benchmarks; the tests run them at small sizes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 SEED = 2011
-"""Of every random number here."""
+"""Seed of all random numbers here."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Dense:
 
     @property
     def bytes(self) -> int:
-        """Weight read and written, gradient read, float32 history read and written."""
+        """Bytes to move: weight read and written, gradient read, float32 history read and written."""
         item = 2 if "16" in self.dtype else 4
         return self.elements * (3 * item + 8)
 
@@ -45,12 +45,12 @@ class Rows:
     seed: int = SEED
 
     def indices(self) -> np.ndarray:
-        """The row ids: zipf(1.2) or uniform; as they come, or each once and ascending."""
+        """Return the row ids, zipf(1.2) or uniform; as drawn, or each once in ascending order."""
         rng = np.random.default_rng(self.seed)
         if self.ids == "uniform":
             ids = rng.integers(0, self.rows, self.lookups)
         else:
-            # Hashed, so that frequent rows lie anywhere in the table.
+            # Hashed, so that frequent rows are anywhere in the table.
             ids = rng.zipf(1.2, self.lookups).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(20)
             ids = (ids % np.uint64(self.rows)).astype(np.int64)
         return np.unique(ids) if self.distinct else ids
@@ -101,7 +101,7 @@ CASES: list[Case] = [*DENSE, *ROWS]
 
 
 def dtype_of(name: str) -> Any:
-    """The NumPy dtype of an element format; bfloat16 is ml_dtypes'."""
+    """Return the NumPy dtype of an element format; bfloat16 is from ml_dtypes."""
     if name == "bfloat16":
         import ml_dtypes
 
@@ -110,7 +110,7 @@ def dtype_of(name: str) -> Any:
 
 
 def fill(shape: tuple[int, ...], dtype: str = "float32", seed: int = SEED) -> np.ndarray:
-    """Numbers around 1, written in pieces so that no second array of the size is needed."""
+    """Return an array of numbers around 1, filled in pieces so that no second array of its size is needed."""
     array = np.empty(shape, dtype_of(dtype))
     flat, rng = array.reshape(-1), np.random.default_rng(seed)
     for start in range(0, flat.size, 1 << 20):

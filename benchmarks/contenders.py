@@ -1,4 +1,4 @@
-"""The library and its peers, each a contender that makes one optimizer step on a case's own memory where it can."""
+"""This and other libraries as contenders: each makes one optimizer step, if possible on the memory of the case."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Adagrad:
 
 
 class AdagradTorch:
-    """This library's torch front end."""
+    """This library's PyTorch API."""
 
     name = "adagrad.torch"
 
@@ -93,7 +93,7 @@ class Torch:
 
 
 class Optax:
-    """optax.adagrad under jit, its buffers donated; JAX keeps memory of its own."""
+    """optax.adagrad under jit, with donated buffers; JAX uses its own memory."""
 
     name = "optax"
 
@@ -120,7 +120,7 @@ class Optax:
 
 
 class JaxRows:
-    """The row update of JAX users: duplicates summed by a segment sum, rows gathered and scattered, under jit."""
+    """The usual row update in JAX: duplicates summed by a segment sum, rows gathered and scattered, under jit."""
 
     name = "JAX"
 
@@ -176,7 +176,7 @@ class Fbgemm:
         self.offsets = torch.arange(len(data.indices) + 1)
 
     def prepare(self) -> None:
-        """The forward pass, outside the time."""
+        """Run the forward pass, which is not timed."""
         self.output = self.table(self.indices, self.offsets)
 
     def __call__(self) -> None:
@@ -210,7 +210,7 @@ PACKAGES = ("adagrad", "numpy", "numba", "torch", "optax", "jax", "fbgemm-gpu-cp
 
 
 def contenders(case: Case, data: Data, threads: int, notes: set[str], names: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Those (of ``names``, or of all) that can run the case; who is not installed goes to ``notes``."""
+    """Return those (of ``names``, or of all) that can run the case; ``notes`` gets those not installed."""
     found = {}
     for make in CONTENDERS:
         if names and make.name not in names:
@@ -229,7 +229,7 @@ def contenders(case: Case, data: Data, threads: int, notes: set[str], names: tup
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that are installed."""
+    """Return the versions of the packages that are installed."""
     found = {}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -238,7 +238,7 @@ def versions() -> dict[str, str]:
 
 
 def torch_parameters(case: Case, data: Data) -> list[Any]:
-    """Parameters with gradients, on the case's memory."""
+    """Return parameters with gradients, on the memory of the case."""
     import torch
 
     params = [torch.nn.Parameter(_tensor(w)) for w in data.weights]

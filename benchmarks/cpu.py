@@ -1,10 +1,10 @@
-"""Times the library and its peers on the CPU, all in one run, and writes CSV, a table and plots.
+"""Time this and other libraries on the CPU in one run, and write CSV, a table and plots.
 
     python benchmarks/cpu.py [--quick] [--rounds N] [--only TEXT] [--out FOLDER]
 
-Rounds go through the cases in a new order each, and within a case through the contenders in a new order each: a fixed
-order gave ratios that were wrong by 1.5. A contender runs a few calls in a row, each timed; the figures are
-percentiles over all rounds.
+Each round takes the cases, and the contenders of a case, in a new random order: a fixed order gave ratios that were
+wrong by a factor of 1.5. A contender makes a few calls in a row, each timed; the figures are percentiles over all
+rounds.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from cases import CASES, SEED, Case, Dense, Rows
 from contenders import Data, contenders, versions
 
 BLOCK_SECONDS = 0.08
-"""A contender's calls in a row, in one round."""
+"""Duration of a contender's calls in one round."""
 
 
 def block(contender: Any, seconds: float) -> list[float]:
-    """Times of calls in a row: at least two, after those that warm the caches, half the time, which are not counted.
+    """Return the times of calls in a row: at least two; those in the first half warm the caches and are not counted.
 
-    A contender with tables of its own leaves large caches full of them: the next one takes up to ten calls to settle.
+    A contender with its own tables fills large caches with them: the next one takes up to ten calls to settle.
     """
     times: list[float] = []
     begin = time.perf_counter()
@@ -54,7 +54,7 @@ def block(contender: Any, seconds: float) -> list[float]:
 def measure(
     cases: list[Case], rounds: int, threads: int, names: tuple[str, ...] = ()
 ) -> tuple[dict[tuple[str, str], list[float]], set[str]]:
-    """All samples by (case, contender), and who was left out; of the contenders named, or of all."""
+    """Return all samples by (case, contender), and notes on contenders left out; of those named, or of all."""
     rng = random.Random(SEED)
     samples: dict[tuple[str, str], list[float]] = defaultdict(list)
     notes: set[str] = set()
@@ -74,7 +74,7 @@ def measure(
 
 
 def write_csv(path: Path, samples: dict[tuple[str, str], list[float]], threads: int) -> list[dict[str, Any]]:
-    """A row for each case and contender; times in microseconds."""
+    """Write and return a row for each case and contender; times in microseconds."""
     about = {
         "threads": threads,
         "machine": f"{_processor()}, {os.cpu_count()} cores",

@@ -1,13 +1,13 @@
-"""Times the library and its peers on a CUDA device, and writes CSV and a table.
+"""Time this and other implementations on a CUDA device, and write CSV and a table.
 
     python benchmarks/cuda.py [--quick] [--only TEXT] [--out FOLDER]
 
-Times are those of CUDA events around one step, in rounds that go through the contenders in a new order each; the
-figures are percentiles over all rounds. The limit is a device copy of the same bytes; for row-sparse cases a sort of
-the row ids plus a copy of the bytes of the rows. The bytes are those of float32 histories: torch's own, of 16 bits for
-16-bit parameters, are fewer.
+Times are those of CUDA events around one step, in rounds that take the contenders in a new random order; the figures
+are percentiles over all rounds. The limit is a device copy of the same bytes; for row-sparse cases a sort of the row
+ids plus a copy of the bytes of the rows. The bytes assume float32 histories; torch.optim.Adagrad moves fewer for 16-bit
+parameters, whose histories have 16 bits there.
 
-A peer that fails is left out with a note. The CSV is written case by case.
+An implementation that fails is left out with a note. The CSV is written after each case.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DEVICE = "cuda"
 
 @dataclass(frozen=True)
 class Tables:
-    """Several tables, as a recommender has: a row-sparse gradient for each."""
+    """Several tables, as in a recommender, with a row-sparse gradient for each."""
 
     name: str
     each: tuple[Rows, ...]
@@ -46,7 +46,7 @@ class Tables:
 
 @dataclass(frozen=True)
 class Fresh(Dense):
-    """Gradients at other addresses and another learning rate at each step: nothing can be kept from the last."""
+    """New gradient addresses and a new learning rate at each step, so that nothing can be reused from the last."""
 
 
 Case = Dense | Rows | Tables
@@ -77,7 +77,7 @@ CASES.append(
 
 
 class Copy:
-    """A device copy of the bytes that a step reads and writes; for rows, a sort of the ids before it."""
+    """A device copy of the bytes that a step reads and writes; for rows, after a sort of the ids."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.ids = None
@@ -104,7 +104,7 @@ def tables_of(case: Rows | Tables) -> tuple[Rows, ...]:
 
 
 def parameters(case: Case, device: torch.device) -> list[torch.nn.Parameter]:
-    """Parameters with gradients on the device."""
+    """Return parameters with gradients on the device."""
     if isinstance(case, Dense):
         dtype = getattr(torch, case.dtype)
         params = [torch.nn.Parameter(torch.rand(shape, dtype=dtype, device=device)) for shape in case.shapes]
@@ -122,13 +122,13 @@ def parameters(case: Case, device: torch.device) -> list[torch.nn.Parameter]:
 
 
 def step_of(optimizer: torch.optim.Optimizer, case: Case, step: Callable[[], Any] | None = None) -> Callable[[], Any]:
-    """A step of the optimizer; of a :class:`Fresh` case with what changes before it."""
+    """Return a step of the optimizer; for a :class:`Fresh` case with the changes before it."""
     step = step or optimizer.step
     if not isinstance(case, Fresh):
         return step
     (group,) = optimizer.param_groups
     params = group["params"]
-    sets = [[torch.rand_like(param) for param in params] for _ in range(20)]  # more than are kept of anything
+    sets = [[torch.rand_like(param) for param in params] for _ in range(20)]  # more than any cache keeps
     turn = itertools.count()
 
     def changed() -> None:
@@ -141,7 +141,7 @@ def step_of(optimizer: torch.optim.Optimizer, case: Case, step: Callable[[], Any
 
 
 def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """Ours, torch's and the copy; all optimizers on the same parameters."""
+    """Return this library's and torch's steps and the copy; all optimizers share the same parameters."""
     from adagrad.torch import Adagrad
 
     params = parameters(case, device)
@@ -165,7 +165,7 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Any]]
 
 
 def attempt(name: str, what: Callable[[], Any]) -> Any:
-    """What it gives; None, with a note, where this version has no such implementation, or the memory is short."""
+    """Return its result; None, with a note, if this version has no such implementation or memory is short."""
     try:
         return what()
     except Exception as error:
@@ -174,7 +174,7 @@ def attempt(name: str, what: Callable[[], Any]) -> Any:
 
 
 def runs(step: Callable[[], Any], device: torch.device) -> bool:
-    """True after three steps, which compile what must be compiled."""
+    """Run three steps, which compile whatever is needed, and return True."""
     for _ in range(3):
         step()
     torch.cuda.synchronize(device)
@@ -182,7 +182,7 @@ def runs(step: Callable[[], Any], device: torch.device) -> bool:
 
 
 def measure(case: Case, rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of single steps by contender."""
+    """Return the seconds of single steps by contender."""
     rng = random.Random(SEED)
     found = contenders(case, device)
     for name in sorted(found):
@@ -234,7 +234,7 @@ def main() -> None:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        torch.compiler.reset()  # what is compiled keeps parameters alive
+        torch.compiler.reset()  # compiled code keeps parameters alive
         gc.collect()
         torch.cuda.empty_cache()
     text = markdown(rows, set(), own="adagrad.torch")

@@ -1,4 +1,4 @@
-"""What the memory and the processor allow: the same bytes moved, the same exact arithmetic, and nothing else."""
+"""The hardware limit: the same bytes moved, or the same exact arithmetic, and nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _fast = {"nopython": True, "nogil": True, "error_model": "numpy", "cache": False
 
 @intrinsic  # type: ignore[untyped-decorator]
 def prefetch(typing: Any, address: Any) -> Any:
-    """Ask for the cache line at ``address``, to be written soon."""
+    """Prefetch the cache line at ``address`` for a write."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -60,14 +60,14 @@ def _exact_blocks(w: Any, g: Any, h: Any, lr: Any, eps: Any, blocks: int) -> Non
 
 @numba.jit(parallel=True, **_fast)
 def _exact_loop(w: Any, g: Any, h: Any, lr: Any, eps: Any, blocks: int, workers: int) -> None:
-    """The exact arithmetic, over and over on data in the first-level cache of each core."""
+    """Repeat the exact arithmetic on data in the first-level cache of each core."""
     for k in numba.prange(workers):
         _exact_blocks(w[k], g[k], h[k], lr, eps, blocks * (k + 1) // workers - blocks * k // workers)
 
 
 @numba.jit(parallel=True, **_fast)
 def _gather_modify_scatter(w: Any, h: Any, v: Any, rows: Any, extra: Any, workers: int) -> None:
-    """Each of the distinct rows read and written once, and every gradient row read once, in order."""
+    """Read and write each distinct row once, and read every gradient row once, in order."""
     n, m, columns = len(rows), len(extra), w.shape[1]
     w0, h0 = np.int64(w.ctypes.data), np.int64(h.ctypes.data)
     size = columns * w.itemsize
@@ -93,12 +93,12 @@ def _gather_modify_scatter(w: Any, h: Any, v: Any, rows: Any, extra: Any, worker
 
 
 def _numbers(array: np.ndarray) -> np.ndarray:
-    """Numbers as the integers of their bits: the same bytes to move, and adding them never slows down or overflows."""
+    """View numbers as integers: the same bytes to move, and additions cannot slow down or overflow."""
     return array.view(f"i{array.itemsize}")
 
 
 class Limit:
-    """The physical limit of a case, on the case's own memory."""
+    """The hardware limit of a case, on the memory of the case."""
 
     name = "limit"
 
@@ -106,7 +106,7 @@ class Limit:
         self.threads = threads
         if isinstance(case, Dense):
             operands = data.weights, data.grads, data.histories
-            # Many weights are laid end to end: the limit is one launch over all.
+            # Many weights are concatenated: the limit is one launch over all.
             self._arrays = [_numbers(np.concatenate([a.reshape(-1) for a in given]) if len(given) > 1
                                      else given[0].reshape(-1)) for given in operands]  # fmt: skip
         else:
@@ -134,7 +134,7 @@ class Limit:
 
 
 class ExactLoop:
-    """The rule's arithmetic for as many elements, float32 in the first-level cache: division and root bound it."""
+    """The rule's arithmetic for as many float32 elements in the first-level cache: bound by division and root."""
 
     name = "exact loop in L1"
     block = 2048

@@ -1,4 +1,4 @@
-"""The benchmark's rows as a Markdown table and as plots."""
+"""Report benchmark results as a Markdown table and plots."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COLORS = {
 
 
 def medians(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Microseconds by case and contender."""
+    """Return median microseconds by case and contender."""
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
         found[row["case"]][row["peer"]] = float(row["p50_us"])
@@ -37,7 +37,7 @@ def medians(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def bound(times: dict[str, float]) -> float:
-    """The limit of a case: its bytes or its arithmetic, whichever takes longer."""
+    """Return the limit of a case: its bytes or its arithmetic, whichever takes longer."""
     return max(times.get(name, 0.0) for name in LIMITS)
 
 
@@ -46,7 +46,7 @@ def _time(us: float) -> str:
 
 
 def table(rows: list[dict[str, Any]], notes: set[str], own: str = "adagrad") -> str:
-    """Medians; of peers also how many times those of ``own``, the library."""
+    """Return a table of medians; for other libraries also as a multiple of those of ``own``, this library."""
     found = medians(rows)
     peers = [name for name in COLORS if name not in OWN and any(name in times for times in found.values())]
     others = [name for name in OWN if name != own and any(name in times for times in found.values())]
@@ -64,7 +64,7 @@ def table(rows: list[dict[str, Any]], notes: set[str], own: str = "adagrad") -> 
 
 
 def plot_ratios(path: Path, rows: list[dict[str, Any]]) -> None:
-    """How many times the physical limit each contender takes, case by case."""
+    """Plot the time of each contender as a multiple of the physical limit, case by case."""
     found = medians(rows)
     height = 2.2 + 0.4 * len(found)
     figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
@@ -98,7 +98,7 @@ def plot_ratios(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def plot_scaling(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Time against the height of the table, the number of lookups and the size of a dense weight."""
+    """Plot the time against the number of rows, the number of lookups and the size of a dense weight."""
     series: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         what, x = row["case"].split()

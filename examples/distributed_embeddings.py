@@ -1,20 +1,20 @@
-"""Train an embedding table whose rows are spread over processes, each of which updates its own.
+"""Train an embedding table whose rows are distributed over processes; each process updates its own rows.
 
     torchrun --nproc-per-node 2 examples/distributed_embeddings.py        # gloo on CPUs, NCCL where there are GPUs
 
-Row i of the table lives in process i mod k. For its part of a batch a process asks the owners for the rows it needs,
-computes, and sends the gradient of each lookup back; the owner sums those of a row and updates it with row-sparse
-AdaGrad. The transport is all_to_all_single of torch.distributed. Nothing has the size of the table, and no
-process sees rows that nobody looked up.
+Row i of the table belongs to process i mod k. For its part of a batch a process requests the rows it needs from their
+owners, computes, and sends the gradient of each lookup back; the owner sums those of a row and updates it with
+row-sparse AdaGrad. Communication uses all_to_all_single of torch.distributed. Training needs nothing as large as the
+table, and rows that nobody looked up are not sent.
 
-Gradients arrive by rank, each process's in the order of its lookups: in the order of the whole batch. This library sums
-the gradients of a row in just this order, so the table is, bit for bit, what one process computes. At the end process 0
-trains alone on the same batches, to show it.
+Gradients arrive by rank, and within a rank in the order of its lookups: in the order of the whole batch. This library
+sums the gradients of a row in this order, so the table equals the result of one process bit for bit. At the end process
+0 trains alone on the same batches to show this.
 
-The task is to tell whether a user likes an item. Both have hidden tastes, and both have a row in the table (even rows
-are users, odd rows items); the model's log-odds are the inner product of the two rows.
+The task is to predict whether a user likes an item. Both have hidden tastes, and both have a row in the table (even
+rows are users, odd rows items); the model's log-odds are the inner product of the two rows.
 
-Needs PyTorch and tqdm:  pip install "adagrad[torch,examples]"
+Needs PyTorch and tqdm; from a clone:  pip install ".[torch,examples]"
 """
 
 import argparse
@@ -43,14 +43,14 @@ class RowSharded:
         self.sent = 0  # bytes that went to other processes
 
     def exchange(self, tensor: Tensor, give: list[int], take: list[int]) -> Tensor:
-        """Give each process its share of the rows of ``tensor``; what they give to this one, in the order of ranks."""
+        """Send each process its share of the rows of ``tensor``; return the rows received, in the order of ranks."""
         out = tensor.new_empty(sum(take), *tensor.shape[1:])
         dist.all_to_all_single(out, tensor.contiguous(), take, give)
         self.sent += (sum(give) - give[self.rank]) * tensor[:1].numel() * tensor.element_size()
         return out
 
     def look_up(self, ids: Tensor) -> Tensor:
-        """The rows with these numbers, wherever they are."""
+        """Return the rows with these numbers from all processes."""
         owner = ids % self.world
         self.order = owner.argsort(stable=True)  # stable: occurrences of a row stay in the order of the batch
         counts = owner.bincount(minlength=self.world)
@@ -62,23 +62,23 @@ class RowSharded:
         return rows.requires_grad_()
 
     def backward(self, gradient: Tensor) -> None:
-        """Bring the gradient of the rows that were looked up to where they are."""
+        """Send the gradient of the rows that were looked up to their owners."""
         values = self.exchange(gradient[self.order], self.give, self.take)
-        # Rows that occur more than once stay so: to sum them before the transport would save bytes, and add the numbers
-        # in another order than one process does.
+        # Duplicate rows are not summed before sending: that would save bytes, but add in another order than one process
+        # does.
         self.weight.grad = torch.sparse_coo_tensor(self.asked[None], values, self.weight.shape, check_invariants=False)
 
     def gather(self) -> Tensor:
-        """The whole table, for the comparison: a real one fits nowhere."""
+        """Return the whole table, for the comparison: a real one would not fit in one process."""
         parts = [torch.empty_like(self.weight) for _ in range(self.world)]
         dist.all_gather(parts, self.weight.detach())
         return torch.stack(parts, 1).flatten(0, 1)
 
 
 def batch(step: int, rank: int, size: int, tastes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A process's part of the batch of a step: pairs of row numbers, and whether the user liked the item."""
+    """Return a process's part of a batch: pairs of row numbers, and whether the user liked the item."""
     generator = torch.Generator().manual_seed(1 + step * 1_000_003 + rank)
-    popularity = torch.rand(size, 2, generator=generator) ** 3  # a few occur often, most hardly ever
+    popularity = torch.rand(size, 2, generator=generator) ** 3  # a few occur often, most rarely
     pairs = (popularity * (len(tastes) // 2)).long() * 2 + torch.tensor([0, 1])
     odds = (tastes[pairs[:, 0]] * tastes[pairs[:, 1]]).sum(1)
     likes = torch.rand(size, generator=generator) < odds.sigmoid()
@@ -86,19 +86,19 @@ def batch(step: int, rank: int, size: int, tastes: Tensor, device: torch.device)
 
 
 def loss_and_gradient(rows: Tensor, likes: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The loss of rows (user, item, user, item, ...), a mean over a batch of ``size``, and its gradient."""
+    """Return the loss of rows (user, item, user, item, ...), a mean over a batch of ``size``, and its gradient."""
     user, item = rows.unflatten(0, (-1, 2)).unbind(1)
     loss = log_loss((user * item).sum(1), likes, reduction="sum") / size
     return loss.detach(), torch.autograd.grad(loss, rows)[0]
 
 
 def train_alone(weight: Tensor, steps: int, size: int, world: int, tastes: Tensor) -> Tensor:
-    """The same in one process: an ordinary table, the whole batch at once."""
+    """Train in one process: an ordinary table, the whole batch at once."""
     weight = nn.Parameter(weight)
     optimizer = Adagrad([weight], **OPTIONS)
     for step in tqdm(range(steps), desc="one process", unit="step", disable=None):
         ids, gradients = [], []
-        for rank in range(world):  # in the parts they had: PyTorch's sums may depend on how much there is to sum
+        for rank in range(world):  # in the same parts: PyTorch's sums may depend on their length
             pairs, likes = batch(step, rank, size // world, tastes, weight.device)
             ids.append(pairs.flatten())
             gradients.append(loss_and_gradient(weight.detach()[ids[-1]].requires_grad_(), likes, size)[1])
@@ -110,7 +110,7 @@ def train_alone(weight: Tensor, steps: int, size: int, world: int, tastes: Tenso
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train an embedding table that is spread over processes, by rows.")
+    parser = argparse.ArgumentParser(description="Train an embedding table distributed over processes by rows.")
     parser.add_argument("--rows", type=int, default=20_000, help="rounded up to be even in each (default: %(default)s)")
     parser.add_argument("--columns", type=int, default=32, help="(default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=4096, help="pairs in a batch (default: %(default)s)")
@@ -165,7 +165,7 @@ def main() -> None:
         print(f"sent {bytes_sent:,} bytes a process and step; the model predicts {predicted:,.0f}")
         equal = torch.equal(trained, train_alone(start, options.steps, size, world, tastes))
         print("equal to one process, bit for bit" if equal else "NOT equal to one process")
-    dist.barrier()  # others wait for process 0 before they leave
+    dist.barrier()  # the others wait for process 0 before they exit
     dist.destroy_process_group()
     sys.exit(not equal)
 

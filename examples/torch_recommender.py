@@ -3,17 +3,17 @@
     python examples/torch_recommender.py
 
 The model is a small DLRM (Naumov et al., 2019): a table of vectors for each of 8 categorical features, a network for
-the numerical features, the inner products of all these vectors, a network on top that says how likely a click is.
+the numerical features, the inner products of all these vectors, and a network on top that predicts the odds of a click.
 
 The clicks are generated, so the truth is known. Each category has a hidden vector; the log-odds of a click are the sum
 of the inner products of the row's 8 hidden vectors, plus a linear function of the numbers, plus a constant. Categories
-occur as words do, a few often and most hardly ever. Clicks are drawn with these odds, so no model can have a lower
-expected loss than the odds themselves have: the line "the truth" in the picture.
+are distributed like words: a few occur often, most rarely. Clicks are drawn with these odds, so no model can have a
+lower expected loss than the odds themselves: the line "the truth" in the picture.
 
-Both optimizers start from the same weights and see the same rows, in turns, so that whatever else the computer does
-disturbs both alike. The picture shows that they learn the same, and how long a step of each takes.
+Both optimizers start from the same weights and take turns on the same rows, so that other load on the computer affects
+both equally. The picture shows that they learn the same, and how long a step of each takes.
 
-Needs PyTorch, tqdm and matplotlib:  pip install "adagrad[torch,examples]"
+Needs PyTorch, tqdm and matplotlib; from a clone:  pip install ".[torch,examples]"
 """
 
 import argparse
@@ -39,11 +39,11 @@ NUMBERS = 8  # numerical features
 HIDDEN = 2  # numbers in a hidden vector
 WIDTH = 32  # numbers in a vector of the model
 BATCH = 2048
-WARM_UP = 20  # steps that are not timed: kernels are compiled, memory is touched for the first time
+WARM_UP = 20  # untimed steps: kernels are compiled, memory is first used
 
 
 class Truth:
-    """Where the clicks come from."""
+    """The distribution of the clicks."""
 
     def __init__(self, rows: int, generator: torch.Generator) -> None:
         self.generator = generator
@@ -52,7 +52,7 @@ class Truth:
         self.frequency = torch.arange(1.0, rows + 1) ** -1.3
 
     def draw(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows: the numbers, the categories, the log-odds of a click, and whether there was one."""
+        """Draw rows: numbers, categories, the log-odds of a click, and whether there was one."""
         numbers = torch.randn(count, NUMBERS, generator=self.generator)
         drawn = torch.multinomial(self.frequency, count * FIELDS, replacement=True, generator=self.generator)
         categories = drawn.view(count, FIELDS)
@@ -65,7 +65,7 @@ class Truth:
 
 
 class Recommender(nn.Module):
-    """A small DLRM. The tables' gradients are sparse: a batch touches a few of their rows."""
+    """A small DLRM. The tables' gradients are sparse: a batch uses few of their rows."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Recommender(nn.Module):
 
 
 class Run:
-    """A model and its optimizer, the losses so far and the time of each step."""
+    """A model and its optimizer, with the losses so far and the time of each step."""
 
     def __init__(self, model: Recommender, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
@@ -103,7 +103,7 @@ class Run:
 
 
 def train(rows: int, steps: int, rate: float, seed: int) -> tuple[dict[str, Run], list[float], list[float]]:
-    """The runs by name; for each batch, the loss of the truth and that of always guessing the mean."""
+    """Return the runs by name and, for each batch, the loss of the truth and of always guessing the mean."""
     truth = Truth(rows, torch.Generator().manual_seed(seed))
     torch.manual_seed(seed)
     theirs = Recommender(rows)
@@ -127,7 +127,7 @@ def train(rows: int, steps: int, rate: float, seed: int) -> tuple[dict[str, Run]
 
 
 def draw(runs: dict[str, Run], best: list[float], guess: list[float], path: Path) -> None:
-    """The losses on the left, the time of a step on the right."""
+    """Plot the losses on the left, the time of a step on the right."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=[3, 2], layout="constrained")
     span = max(len(best) // 30, 1)
 
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="batches to train on")
     parser.add_argument("--rate", type=float, default=0.05, help="learning rate")
     parser.add_argument(
-        "--threads", type=int, default=1, help="one disturbs least, on a computer that does other things"
+        "--threads", type=int, default=1, help="1 varies least on a computer that is also used otherwise"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture", type=Path, default=Path("torch_recommender.png"), help="where to draw")
@@ -178,7 +178,7 @@ def main() -> None:
         parser.error(f"--steps {arguments.steps}: must be more than {WARM_UP}, the steps that are not timed")
 
     torch.set_num_threads(arguments.threads)
-    # torch.optim.Adagrad makes sparse tensors; PyTorch wants to be told whether to check them.
+    # torch.optim.Adagrad makes sparse tensors; PyTorch warns unless told whether to check them.
     torch.sparse.check_sparse_tensor_invariants.disable()
     runs, best, guess = train(arguments.rows, arguments.steps, arguments.rate, arguments.seed)
     last = slice(-100, None)

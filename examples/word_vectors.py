@@ -1,17 +1,17 @@
-"""Train GloVe word vectors with row-sparse AdaGrad, on the documentation of Python or on a text of yours.
+"""Train GloVe word vectors with row-sparse AdaGrad, on Python's documentation or on your own text.
 
     python examples/word_vectors.py                     # the reference manual that comes with every Python
     python examples/word_vectors.py my_text.txt         # any UTF-8 text, of 50,000 words or more
 
-GloVe (Pennington, Socher and Manning, 2014) looks for vectors whose inner products are the logarithms of the
-co-occurrence counts X. Its loss is a weighted least squares over the pairs of words that occur near each other:
+GloVe (Pennington, Socher and Manning, 2014) fits vectors whose inner products are the logarithms of the co-occurrence
+counts X. Its loss is a weighted least-squares loss over the pairs of words that occur near each other:
 
     f(X_ij) / 2 * (w_i . c_j + b_i + d_j - log X_ij)^2      with f(x) = min(1, (x / x_max)^0.75)
 
-A batch of pairs touches a few rows of the tables w, c, b and d, so their gradients are row-sparse. Frequent words
-get a gradient in every batch and rare words hardly ever: AdaGrad gives each number a step size that suits it.
+A batch of pairs uses a few rows of the tables w, c, b and d, so their gradients are row-sparse. Frequent words get a
+gradient in every batch and rare words hardly ever: AdaGrad adapts the step size of each number to this.
 
-Needs tqdm and matplotlib:  pip install "adagrad[examples]"
+Needs tqdm and matplotlib; from a clone:  pip install ".[examples]"
 """
 
 import argparse
@@ -33,14 +33,14 @@ import adagrad
 
 WORD = re.compile(r"[^\W\d]\w*(?:['’](?!s\b)\w+)?")  # words and identifiers: method, don't, __init__, float64
 PYTHON_WORDS = ["class", "exception", "function", "string", "list", "dictionary", "float", "import", "method", "async"]
-X_MAX = 10.0  # the paper's 100 is for billions of words
+X_MAX = 10.0  # the paper uses 100, for billions of words
 BATCH = 4096  # pairs
 COLOURS = [*(f"C{i}" for i in (0, 1, 2, 3, 4, 5, 6, 8, 9)), "navy"]  # C7 is grey
 
 
 @dataclass
 class Corpus:
-    """The words by falling count, the counts, and the text as word numbers."""
+    """The words by decreasing count, their counts, and the text as word numbers."""
 
     words: list[str]
     counts: np.ndarray
@@ -57,7 +57,7 @@ class Pairs:
 
 
 def read_text(path: Path | None) -> str:
-    """The text of the file, or without one the manual pages behind Python's `help("topics")`."""
+    """Return the text of the file, or by default the manual pages behind Python's `help("topics")`."""
     if path is not None:
         return path.read_text(encoding="utf-8")
     from pydoc_data.topics import topics
@@ -90,12 +90,12 @@ def count_pairs(corpus: Corpus, window: int) -> Pairs:
 def train(
     pairs: Pairs, size: int, dimensions: int, epochs: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, list[float]]:
-    """Minimise GloVe's loss; returns a vector for each word and the mean loss of each epoch."""
+    """Minimise GloVe's loss; return a vector for each word and the mean loss of each epoch."""
     w, c = ((rng.random((size, dimensions), np.float32) - 0.5) / dimensions for _ in range(2))
     b, d = np.zeros(size, np.float32), np.zeros(size, np.float32)
 
-    # The accumulators start at 1, as in the authors' program: the first steps are proportional to the gradients, not
-    # lr * sign. Weight decay keeps rare words from overfitting; it reaches only the rows of the batch, so it is cheap.
+    # The initial history is 1, as in the authors' program: the first steps are proportional to the gradients, not
+    # lr * sign. Weight decay keeps rare words from overfitting; it applies to the rows of the batch only: cheap.
     optimizer = adagrad.AdaGrad(learning_rate=0.2, wd=0.03, initial_accumulator_value=1.0, aggregate_num=np.inf)
     optimizer.set_wd_mult({2: 0.0, 3: 0.0})  # no decay for the biases b and d
     updater = adagrad.get_updater(optimizer)
@@ -116,7 +116,7 @@ def train(
                 slope = weight[batch] * error
                 total += 0.5 * float(slope @ error)
 
-                # A word is in many pairs of a batch. RowSparse may name a row many times: its values are summed.
+                # A word is in many pairs of a batch. RowSparse may contain duplicate rows: their values are summed.
                 gradients = [
                     adagrad.RowSparse(slope[:, None] * c_j, i, w.shape),
                     adagrad.RowSparse(slope[:, None] * w_i, j, c.shape),
@@ -131,7 +131,7 @@ def train(
 
 
 def directions(vectors: np.ndarray) -> np.ndarray:
-    """Unit vectors without the mean and the main direction, which all words share (Mu and Viswanath, 2018)."""
+    """Return unit vectors without the mean and main direction, which all words share (Mu and Viswanath, 2018)."""
     centred = vectors - vectors.mean(axis=0)
     main = np.linalg.svd(centred, full_matrices=False)[2][0]
     centred -= np.outer(centred @ main, main)
@@ -139,10 +139,10 @@ def directions(vectors: np.ndarray) -> np.ndarray:
 
 
 def telling_words(corpus: Corpus) -> np.ndarray:
-    """True for words that have a topic; False for single letters and the words found everywhere (the, of, is).
+    """Return True for words that have a topic; False for single letters and words found everywhere (the, of, is).
 
-    In any language words of a topic come in bursts and function words evenly. Over 200 parts of the text, an even
-    word's counts vary like a Poisson law's, with the variance near the mean; bursts add (mean * burstiness)^2.
+    In any language topic words come in bursts and function words evenly. Over 200 parts of the text, the counts of an
+    even word follow a Poisson distribution, with the variance near the mean; bursts add (mean * burstiness)^2.
     """
     size, parts = len(corpus.words), 200
     part = np.arange(len(corpus.ids)) * parts // len(corpus.ids)
@@ -150,18 +150,18 @@ def telling_words(corpus: Corpus) -> np.ndarray:
     mean = counts.mean(axis=0)
     bursty = (counts.var(axis=0) - mean) / mean**2 > 1.2
     long_enough = np.array([len(word) > 1 for word in corpus.words])
-    telling = long_enough & (bursty | (corpus.counts < 50))  # under 50 the variance tells nothing
+    telling = long_enough & (bursty | (corpus.counts < 50))  # below 50 the variance is not informative
     return telling if telling.sum() >= 10 else np.ones(size, bool)
 
 
 def choose_words(corpus: Corpus, telling: np.ndarray, wanted: list[str]) -> list[int]:
-    """The words to show: those wanted, or when most of them are missing the most frequent ones that have a topic."""
+    """Return the words to show: those wanted or, if most are missing, the most frequent words that have a topic."""
     present = [corpus.words.index(word) for word in wanted if word in corpus.words]
     return present if len(present) >= 5 else [int(i) for i in np.flatnonzero(telling)[:10]]
 
 
 def nearest(unit: np.ndarray, word: int, allowed: np.ndarray, n: int = 7) -> list[int]:
-    """The allowed words whose directions have the largest cosines with the word's, best first."""
+    """Return the allowed words whose directions have the largest cosines with the word's, best first."""
     cosine = unit @ unit[word]
     order = np.argsort(-cosine, kind="stable")
     return [int(i) for i in order if allowed[i] and i != word][:n]
@@ -173,8 +173,8 @@ def spread(centre: np.ndarray, extent: np.ndarray) -> np.ndarray:
         gap = centre[:, None] - centre
         overlap = np.maximum((extent[:, None] + extent) / 2 - np.abs(gap), 0.0)
         x, y = overlap[..., 0], overlap[..., 1]
-        push = np.stack([np.where(x < y, x, 0.0), np.where(y <= x, y, 0.0)], axis=2)  # the shorter way out
-        push[(x == 0) | (y == 0)] = 0.0  # not in each other's way
+        push = np.stack([np.where(x < y, x, 0.0), np.where(y <= x, y, 0.0)], axis=2)  # along the axis of less overlap
+        push[(x == 0) | (y == 0)] = 0.0  # no overlap
         centre = centre + 0.25 * (push * np.sign(gap)).sum(axis=1)
     return centre
 
@@ -197,7 +197,7 @@ def draw(
     right.set_title("Frequent words, each in the colour of the nearest large word (grey: none is near)", fontsize=14)
     right.margins(x=0.08)  # room for the words at the sides
     right.plot(*places.T, linestyle="none")  # sets the limits
-    figure.canvas.draw()  # and this the layout: from here on pixels stay where they are
+    figure.canvas.draw()  # fixes the layout: pixel positions do not change from here on
 
     cosine = unit[some] @ unit[shown].T
     labels = []
@@ -217,9 +217,9 @@ def draw(
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train GloVe word vectors with AdaGrad and show what they learned.")
     parser.add_argument("text", nargs="?", type=Path, help="a UTF-8 text file (default: the manual of Python)")
-    parser.add_argument("--dimensions", type=int, default=50, help="numbers in a vector (default: %(default)s)")
+    parser.add_argument("--dimensions", type=int, default=50, help="dimension of the vectors (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=60, help="passes over the pairs (default: %(default)s)")
-    parser.add_argument("--window", type=int, default=10, help="reach, in words (default: %(default)s)")
+    parser.add_argument("--window", type=int, default=10, help="context size, in words (default: %(default)s)")
     parser.add_argument("--min-count", type=int, default=5, help="drop rarer words (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("word_vectors_output"), help="folder (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same vectors")
@@ -252,7 +252,7 @@ def main() -> None:
 
     unit, telling = directions(vectors), telling_words(corpus)
     shown = choose_words(corpus, telling, PYTHON_WORDS if options.text is None else [])
-    allowed = telling & (corpus.counts >= 3 * options.min_count)  # vectors of rarer words are vague
+    allowed = telling & (corpus.counts >= 3 * options.min_count)  # vectors of rarer words are imprecise
     for word in shown:
         print(f"{corpus.words[word]:>14}: {', '.join(corpus.words[i] for i in nearest(unit, word, allowed))}")
 

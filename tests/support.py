@@ -13,7 +13,7 @@ import pytest
 
 import oracle
 from adagrad import RowSparse, kernels
-from adagrad.kernels import cpu_dense, cpu_rows, layout, quick
+from adagrad.kernels import cpu_dense, cpu_rows, fast_path, layout
 from adagrad.rule import Rule, is_torch
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -238,11 +238,11 @@ def apply(
 
 
 def update_plain(given: Sequence[Operands], hypers: Sequence[oracle.Hyper], threads: int | None = None) -> bool:
-    """Whether the quick way has updated all the operands, in place; rates are for each, or one for all."""
+    """Whether the fast path has updated all the operands, in place; rates are for each, or one for all."""
     lists = ([getattr(o, name) for o in given] for name in ("weight", "grad", "history"))
     masters = [o.master for o in given] if any(o.master is not None for o in given) else []
     lrs, wds = [h.lr for h in hypers], [h.wd for h in hypers]
-    return quick.update_plain(*lists, masters, [], lrs, wds, rule_of(hypers[0]), threads)
+    return fast_path.update_plain(*lists, masters, [], lrs, wds, rule_of(hypers[0]), threads)
 
 
 def set_layout(monkeypatch: pytest.MonkeyPatch, how: np.ndarray | None) -> None:
@@ -273,5 +273,5 @@ def always_parallel() -> Iterator[None]:
     """Within: every launch goes to the parallel kernels, whatever its size; the call's ``threads`` are the workers."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (cpu_dense, cpu_rows):
-            patch.setattr(module, "SMALL", 0)
+            patch.setattr(module, "PARALLEL_MIN", 0)
         yield

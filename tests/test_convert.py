@@ -155,10 +155,10 @@ def test_to_torch_makes_groups() -> None:
         (0.1, [1, 2]),
     ]
     assert [state["sum"].shape for state in saved["state"].values()] == [(2,), (2, 2), (1,)]
-    with pytest.raises(ValueError, match=r"groups: lr and wd .*0.1, 0.1.* in one: must be in groups of their own"):
+    with pytest.raises(ValueError, match=r"groups: lr and wd .*0.1, 0.1.* in one group: must be in separate groups"):
         convert.to_torch(states, optimizer)
     for groups in ([["bias"]], [["bias", "bias"], ["weight", "other"]], [["bias", "weight", "other", "more"]]):
-        with pytest.raises(ValueError, match=r"groups=.*: must have each index of the states once"):
+        with pytest.raises(ValueError, match=r"groups=.*: must contain each index of the states once"):
             convert.to_torch(states, optimizer, groups=groups)
 
 
@@ -181,7 +181,7 @@ def test_parts_of_a_tensor_are_refused() -> None:
 
     group = {"lr": 0.01, "eps": 1e-10, "params": [0]}
     saved = {"state": {0: {"step": 1, "sum": torch.ones(2).as_subclass(Sharded)}}, "param_groups": [group]}
-    with pytest.raises(ValueError, match=r"parameter 0.*: a part of a tensor: gather it first, by full_tensor"):
+    with pytest.raises(ValueError, match=r"parameter 0.*: a part of a tensor: gather it first, with full_tensor"):
         convert.from_torch(saved, AdaGrad(0.01, epsilon=1e-10))
 
 
@@ -280,8 +280,8 @@ def saved_with(**changes: Any) -> dict[str, Any]:
         (
             {"lr_decay": 0.5},
             {},
-            r"lr_decay=0.5 of parameter 0: its learning rate goes on falling, after 3 steps so far: pass learning_rate="
-            r"None, begin_num_update=3, lr_scheduler=lambda t: 0.1 / \(1 \+ \(t - 1\) \* 0.5\)",
+            r"lr_decay=0.5 of parameter 0: its learning rate continues to decay, after 3 steps so far: pass "
+            r"learning_rate=None, begin_num_update=3, lr_scheduler=lambda t: 0.1 / \(1 \+ \(t - 1\) \* 0.5\)",
         ),
         (
             {"lr_decay": 0.5},
@@ -298,7 +298,7 @@ def saved_with(**changes: Any) -> dict[str, Any]:
             {},
             "sum of parameter 0: float16: must be float32 or float64: in float16 it is",
         ),
-        ({"sum": torch.ones(2).bfloat16()}, {}, "bfloat16 it is rounded at every step, until it stops growing"),
+        ({"sum": torch.ones(2).bfloat16()}, {}, "bfloat16 it is rounded at every step until it stops growing"),
         ({"sum": torch.ones(2, dtype=torch.complex64)}, {}, "complex64: must be an array of float32 or float64"),
         ({"sum": torch.ones(2, dtype=torch.int64)}, {}, "int64: must be an array of float32 or float64"),
     ],
@@ -317,7 +317,7 @@ def test_a_history_of_elements_is_not_one_of_rows() -> None:
 
 @pytest.mark.parametrize("other", [{}, {"state": {}}, [], None, {"state": {0: {}}, "param_groups": [{"params": [0]}]}])
 def test_what_is_no_state_dict_is_refused(other: Any) -> None:
-    with pytest.raises(ValueError, match=r"state_dict: must be what torch.optim.Adagrad.state_dict\(\) gives"):
+    with pytest.raises(ValueError, match=r"state_dict: must be what torch.optim.Adagrad.state_dict\(\) returns"):
         convert.from_torch(other, AdaGrad(dialect="torch"))
     adam = torch.optim.Adam([p := torch.nn.Parameter(torch.ones(1))])
     p.sum().backward()
@@ -431,8 +431,8 @@ def test_leaves_have_the_order_of_jax() -> None:
             {"dialect": "mxnet"},
             "epsilon_inside=False: must be True: optax 0.2.8 divides by sqr",
         ),
-        ((), {}, "opt_state: 0 of ScaleByRssState in it: must be one"),
-        ([ScaleByRssState(f32(1))] * 2, {}, "opt_state: 2 of ScaleByRssState"),
+        ((), {}, "opt_state: contains 0 ScaleByRssState: must be one"),
+        ([ScaleByRssState(f32(1))] * 2, {}, "opt_state: contains 2 ScaleByRssState"),
         (
             (ScaleByRssState(f32(1)), TraceState(f32(1))),
             {},
@@ -442,25 +442,25 @@ def test_leaves_have_the_order_of_jax() -> None:
         (
             InjectHyperparamsState((ScaleByRssState(f32(1)),), {}),
             {},
-            "InjectHyper.*: convert its inner_state, and give the optimizer the schedules of its hyperparams",
+            "InjectHyper.*: convert its inner_state, and pass the schedules of its hyperparams to the optimizer",
         ),
         (
             ScaleByRssState({"a": MaskedNode(), "b": f32(1)}),
             {},
-            "MaskedNode: parameters that this part does not update: convert each part by itself, without them",
+            "MaskedNode: parameters that this part does not update: convert each part separately, without them",
         ),
         ({"a": f32(1)}, {}, "opt_state: dict: not a part"),
         (None, {}, "opt_state: NoneType: not a part"),
         (
             (ScaleByRssState(f32(1)), ScaleByScheduleState(7)),
             {},
-            r"count=7: optax goes on with its schedule from there, and so must the optimizer: pass learning_rate=None, "
+            r"count=7: optax continues its schedule from there, and so must the optimizer: pass learning_rate=None, "
             r"begin_num_update=7, lr_scheduler=lambda t: schedule\(t - 1\), since optax counts from 0",
         ),
         (
             (ScaleByRssState(f32(1)), ScaleByScheduleState(7)),
             {"learning_rate": None, "lr_scheduler": lambda t: 0.1, "begin_num_update": 6},
-            "count=7: optax goes on",
+            "count=7: optax continues its schedule",
         ),
         (ScaleByRssState(["x"]), {}, "history 0: <U1: must be an array of float32 or float64"),
         (ScaleByRssState(np.float16([1])), {}, "history 0: float16: must be float32"),
@@ -564,7 +564,7 @@ def variable(name: str, *numbers: float) -> SimpleNamespace:
         (
             [variable("w_accumulator", 1), variable("w_linear", 1)],
             {},
-            "variables: 'w_linear': must be those of keras.optimizers.Adagrad; of one that wraps it, inner_optimizer's",
+            "variables: 'w_linear': must be those of keras.optimizers.Adagrad; for a wrapper, those of its inner_optim",
         ),
         ([variable("dynamic_scale", 1), variable("w_accumulator", 1)], {}, "variables: 'dynamic_scale': must be those"),
         (
@@ -580,7 +580,7 @@ def variable(name: str, *numbers: float) -> SimpleNamespace:
         (
             [variable("iteration", 3), variable("w_accumulator", 1)],
             {},
-            "iteration=3: Keras goes on with its schedule from there.* since Keras counts from 0",
+            "iteration=3: Keras continues its schedule from there.* since Keras counts from 0",
         ),
     ],
 )
@@ -651,16 +651,16 @@ def test_fbgemm_tells_rows_from_elements() -> None:
     assert convert.to_fbgemm({0: np.ones((3, 1), np.float32)}, rows)[0].shape == (3,)
     assert convert.to_fbgemm({0: np.ones((3, 2), np.float32)}, elements)[0].shape == (3, 2)
     with pytest.raises(
-        ValueError, match=r"momentum1 of table 0: shape \(3,\): one value for each row: must go on with G"
+        ValueError, match=r"momentum1 of table 0: shape \(3,\): one value for each row: must continue with G"
     ):
         convert.from_fbgemm([f32(1, 2, 3)], elements)
-    with pytest.raises(ValueError, match=r"shape \(3, 2\): one value for each element: must go on with AdaGrad"):
+    with pytest.raises(ValueError, match=r"shape \(3, 2\): one value for each element: must continue with AdaGrad"):
         convert.from_fbgemm([np.ones((3, 2), np.float32)], rows)
     with pytest.raises(ValueError, match="momentum1 of table 0: one of 2 arrays: must be alone"):
         convert.from_fbgemm([[f32(1), f32(2)]], elements)
     with pytest.raises(ValueError, match="epsilon_inside=True: must be False: FBGEMM"):
         convert.from_fbgemm([f32(1)], GroupAdaGrad(dialect="mxnet1"))
-    with pytest.raises(ValueError, match=r"states: shape \(3,\): must have two dimensions: FBGEMM has tables"):
+    with pytest.raises(ValueError, match=r"states: shape \(3,\): must have two dimensions: FBGEMM has only tables"):
         convert.to_fbgemm({0: f32(1, 2, 3)}, elements)
 
 

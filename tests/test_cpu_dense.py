@@ -227,7 +227,7 @@ def test_subclasses_of_arrays(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("row_wise", [False, True], ids=["each", "row-wise"])
 @pytest.mark.parametrize("count", [1, 3, 40])
-def test_plain_lists_take_the_quick_way(kind: Kind, row_wise: bool, count: int) -> None:
+def test_plain_lists_take_the_fast_path(kind: Kind, row_wise: bool, count: int) -> None:
     """If this fails after an upgrade of NumPy, steps over many small arrays are slow, not wrong."""
     rng = np.random.default_rng(22)
     given = [operands(rng, kind, (3, 7), row_wise=row_wise) for _ in range(count)]
@@ -250,14 +250,14 @@ def test_plain_lists_take_the_quick_way(kind: Kind, row_wise: bool, count: int) 
 
 @pytest.mark.parametrize("how", ["small", "one is not small", "parallel"])
 @pytest.mark.parametrize("row_wise", [False, True], ids=["each", "row-wise"])
-def test_lists_of_several_formats_take_the_quick_way(row_wise: bool, how: str, request: pytest.FixtureRequest) -> None:
+def test_lists_of_several_formats_take_the_fast_path(row_wise: bool, how: str, request: pytest.FixtureRequest) -> None:
     """As a model has whose norms are float32 and whose other weights are bfloat16; here all formats, mixed."""
     if how == "parallel":
         request.getfixturevalue("always_parallel")
     rng, threads = np.random.default_rng(30), 2
     given = [operands(rng, kind, (5, 3 + i), row_wise=row_wise) for i in range(2) for kind in KINDS]
     if how == "one is not small":
-        given.insert(2, operands(rng, KINDS[0], (cpu_dense.SMALL // 50, 51), row_wise=row_wise))
+        given.insert(2, operands(rng, KINDS[0], (cpu_dense.PARALLEL_MIN // 50, 51), row_wise=row_wise))
     given[4:4] = [operands(rng, kind, (0, 3), row_wise=row_wise) for kind in KINDS[::-1]]
     hypers = [replace(HYPERS["all"], lr=0.1 * (i + 1), wd=0.01 * i, row_wise=row_wise) for i in range(len(given))]
     want = [expected(o, h) for o, h in zip(given, hypers, strict=True)]
@@ -275,15 +275,15 @@ def test_lists_of_several_formats_take_the_quick_way(row_wise: bool, how: str, r
         assert_same(o, w)
 
 
-def test_without_the_quick_way_to_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where NumPy's objects are not laid out as expected, the ordinary way gives the same."""
-    assert layouts.layout() is not None, "here they are"
+def test_without_the_fast_way_to_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where NumPy's objects are not laid out as expected, the general path gives the same."""
+    assert layouts.current_layout() is not None, "here they are"
     rng = np.random.default_rng(20)
     given = [operands(rng, FLOAT32, shape) for shape in [(40,), (0,), (3, 7), ()]]
     others = [o.copy() for o in given]
     apply(given, [HYPERS["all"]] * 4)
     set_layout(monkeypatch, None)
-    assert layouts.layout() is None
+    assert layouts.current_layout() is None
     apply(others, [HYPERS["all"]] * 4)
     for o, other in zip(given, others, strict=True):
         assert_same(o, other)

@@ -13,9 +13,9 @@ import pytest
 
 import oracle
 from adagrad import RowSparse
-from adagrad.kernels import call, cpu_rows, quick, row_groups, row_lists
+from adagrad.kernels import cpu_rows, fast_path, general_path, records, row_groups, row_lists
 from adagrad.kernels.batch import Batch
-from adagrad.kernels.rows import rows as plain_rows
+from adagrad.kernels.rows import inspect_rows
 from adagrad.rule import Rule
 from support import (
     DTYPES,
@@ -286,7 +286,7 @@ def test_neighbouring_memory_is_not_touched() -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("row_wise", [False, True], ids=["each", "row-wise"])
-def test_plain_updates_take_the_quick_way(kind: Kind, row_wise: bool) -> None:
+def test_plain_updates_take_the_fast_path(kind: Kind, row_wise: bool) -> None:
     """If this fails after an upgrade of NumPy, updates of few rows are slow, not wrong."""
     rng = np.random.default_rng(18)
     for dtype in (np.int32, np.int64):
@@ -294,7 +294,7 @@ def test_plain_updates_take_the_quick_way(kind: Kind, row_wise: bool) -> None:
         wrong = RowSparse(o.grad.values.astype(np.longdouble), o.grad.indices, (9, 4))
         given = [
             (o.weight, o.grad, o.history, o.master),
-            # Each of these is left to the ordinary way.
+            # Each of these is left to the general path.
             (o.weight, wrong, o.history, o.master),
             (o.weight, o.grad, o.history[:5], o.master),
             (o.weight[:, ::2], o.grad, o.history, o.master),
@@ -305,12 +305,12 @@ def test_plain_updates_take_the_quick_way(kind: Kind, row_wise: bool) -> None:
 
 def are_plain(given: list[tuple[Any, Any, Any, Any]], row_wise: bool) -> list[bool]:
     weights, grads, histories, masters = map(list, zip(*given, strict=True))
-    return [code >= 0 for code in plain_rows(weights, grads, histories, masters, row_wise=row_wise).codes]
+    return [code >= 0 for code in inspect_rows(weights, grads, histories, masters, row_wise=row_wise).codes]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "bfloat16" not in str(kind)], ids=str)
 @pytest.mark.parametrize("row_wise", [False, True], ids=["each", "row-wise"])
-def test_plain_tensors_take_the_quick_way(kind: Kind, row_wise: bool) -> None:
+def test_plain_tensors_take_the_fast_path(kind: Kind, row_wise: bool) -> None:
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(18)
     for dtype in (np.int32, np.int64):
@@ -325,7 +325,7 @@ def test_values_live_until_the_launch() -> None:
     """Another thread may give the gradient other values between the checks and the update."""
     weight, history, values = np.ones((3, 2), np.float32), np.zeros((3, 2), np.float32), np.ones((1, 2), np.float32)
     grad, gone = RowSparse(values, np.array([1]), (3, 2)), weakref.ref(values)
-    prepared = call.prepare([Batch(Rule(epsilon=0.0), [weight], [grad], [history], [], [0.5], [0.0])])
+    prepared = general_path.prepare([Batch(Rule(epsilon=0.0), [weight], [grad], [history], [], [0.5], [0.0])])
     del grad, values
     assert gone() is not None
     prepared.run()
@@ -337,7 +337,7 @@ def test_values_live_until_the_launch() -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("row_wise", [False, True], ids=["each", "row-wise"])
 @pytest.mark.parametrize("count", [1, 3])
-def test_lists_of_row_sparse_gradients_take_the_quick_way(kind: Kind, row_wise: bool, count: int) -> None:
+def test_lists_of_row_sparse_gradients_take_the_fast_path(kind: Kind, row_wise: bool, count: int) -> None:
     """All of a list, or nothing of it."""
     rng = np.random.default_rng(23)
     given = [rows(rng, kind, (9, 4), some(rng, 30, 9), row_wise=row_wise) for _ in range(count)]
@@ -386,13 +386,13 @@ def test_too_few_rates_are_not_read_beyond_their_end(sparse: bool, rates: Any) -
     given = [rows(rng, FLOAT32, (9, 4), [1, 2]) if sparse else operands(rng, FLOAT32, (9, 4)) for _ in range(3)]
     before = [o.copy() for o in given]
     lists = [[getattr(o, name) for o in given] for name in ("weight", "grad", "history")]
-    assert not quick.update_plain(*lists, [], [], *rates, rule_of(HYPERS["plain"]), None)
+    assert not fast_path.update_plain(*lists, [], [], *rates, rule_of(HYPERS["plain"]), None)
     for o, w in zip(given, before, strict=True):
         assert_same(o, w)
 
 
 @pytest.mark.usefixtures("always_parallel")
-def test_a_list_of_all_kinds_takes_the_quick_way() -> None:
+def test_a_list_of_all_kinds_takes_the_fast_path() -> None:
     """Formats, master copies, kinds of ids, counts of rows and rates of their own for each, none of it mixed up."""
     rng = np.random.default_rng(24)
     given = [
@@ -411,7 +411,7 @@ def test_a_list_of_all_kinds_takes_the_quick_way() -> None:
 @pytest.mark.parametrize("dense_first", [False, True])
 @pytest.mark.parametrize("row_wise", [False, True], ids=["each", "row-wise"])
 @pytest.mark.parametrize("kind", [FLOAT32, MASTER], ids=str)
-def test_gradients_of_both_kinds_take_the_quick_way(
+def test_gradients_of_both_kinds_take_the_fast_path(
     kind: Kind, row_wise: bool, dense_first: bool, threads: int, request: pytest.FixtureRequest
 ) -> None:
     if threads > 1:
@@ -477,7 +477,7 @@ def test_of_gradients_of_both_kinds_all_or_none_are_used() -> None:
         assert_same(o, w, f"weight {i}")
 
 
-def test_several_weights_and_dense_ones_in_one_call() -> None:
+def test_several_weights_and_dense_ones_in_one_general_path() -> None:
     rng = np.random.default_rng(14)
     given = [
         rows(rng, FLOAT32, (9, 4), some(rng, 30, 9)),
@@ -585,16 +585,16 @@ def test_workers_share_rows_of_a_table_of_features_evenly(count: int) -> None:
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 def test_row_ids_are_copied_and_checked(dtype: Any) -> None:
     def check_ids(ids: list[int], height: int = 5) -> bool:
-        given, facts = np.array(ids, dtype), np.zeros(row_groups.FACTS, np.int64)
-        facts[row_groups.ENTRIES], facts[row_groups.HEIGHT] = len(ids), height
-        facts[row_groups.ARE_LONG] = dtype == np.int64
-        facts[row_groups.BASE + row_groups.IDS] = given.ctypes.data
+        given, facts = np.array(ids, dtype), np.zeros(records.FACTS, np.int64)
+        facts[records.ENTRIES], facts[records.HEIGHT] = len(ids), height
+        facts[records.ARE_LONG] = dtype == np.int64
+        facts[records.BASE + records.IDS] = given.ctypes.data
         rows = row_groups.checked_rows("[3]", facts)
         assert rows.dtype == (np.int32 if height <= 2**31 else np.int64)
         assert rows.tolist() == ids
         assert not np.shares_memory(rows, given)
-        assert facts[row_groups.ROWS] == rows.ctypes.data
-        return bool(facts[row_groups.ARE_DISTINCT])
+        assert facts[records.ROWS] == rows.ctypes.data
+        return bool(facts[records.ARE_DISTINCT])
 
     assert check_ids([0, 1, 2, 4])
     assert check_ids([])
@@ -618,16 +618,16 @@ def test_workers_check_the_row_ids_together(dtype: Any, height: int, count: int)
     check = row_groups.checking(height > 2**31)
 
     def found(ids: list[int]) -> tuple[int, int, bool]:
-        given, facts = np.array(ids, dtype), np.zeros(row_groups.FACTS, np.int64)
+        given, facts = np.array(ids, dtype), np.zeros(records.FACTS, np.int64)
         rows = np.empty(len(ids), np.int64 if height > 2**31 else np.int32)
-        facts[row_groups.ENTRIES], facts[row_groups.HEIGHT] = len(ids), height
-        facts[row_groups.ARE_LONG] = dtype == np.int64
-        facts[row_groups.BASE + row_groups.IDS] = given.ctypes.data
+        facts[records.ENTRIES], facts[records.HEIGHT] = len(ids), height
+        facts[records.ARE_LONG] = dtype == np.int64
+        facts[records.BASE + records.IDS] = given.ctypes.data
         room = np.full((count, row_groups.FINDINGS), 77)
         bad, row = row_groups.check_ids(facts, rows.ctypes.data, room, check, count)
         if bad < 0:
             assert rows.tolist() == ids
-        return bad, row, bool(facts[row_groups.ARE_DISTINCT])
+        return bad, row, bool(facts[records.ARE_DISTINCT])
 
     for ids in ([], [0], [8, 8], list(range(9)), [0, 1, 2, 3, 4, 5, 6, 7, 7], [*range(9), *range(9)], [8, 7, 6, 5]):
         assert found(ids) == (-1, 0, ids == sorted(set(ids)))

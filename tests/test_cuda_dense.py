@@ -58,7 +58,7 @@ def run(rule: Rule, dense: Sequence[DenseUpdate], rows: Sequence[RowUpdate] = ()
     elements = [cuda_dense.of_tensors(*u, rule) for u in dense]
     runs = [cuda_row_lists.of_tensors(*u, rule) for u in rows]
     return cuda.update(
-        [cuda.Group(rule, cuda_dense.together(elements), cuda_row_lists.together(runs))], HERE, **options
+        [cuda.Group(rule, cuda_dense.concatenate(elements), cuda_row_lists.concatenate(runs))], HERE, **options
     )
 
 
@@ -176,7 +176,7 @@ def test_more_tensors_than_are_searched_at_once() -> None:
     check_update([make((1 + i % 3,), "float32", i, lr=1.0 + i) for i in range(260)], Rule())
 
 
-def test_mixed_dtypes_in_one_call() -> None:
+def test_mixed_dtypes_in_one_general_path() -> None:
     updates = [make((20,), dtype, i) for i, dtype in enumerate([*DTYPES, *DTYPES])]
     updates.append(make((20,), "bfloat16", 9, master=True))
     check_update(updates, Rule())
@@ -410,7 +410,7 @@ def test_tensors_live_until_the_launch() -> None:
     u = make((4,), "float32")
     grad = u.grad.clone()
     gone = weakref.ref(grad)
-    updates = cuda_dense.together([cuda_dense.of_tensors(*u._replace(grad=grad), Rule()) for _ in range(2)])
+    updates = cuda_dense.concatenate([cuda_dense.of_tensors(*u._replace(grad=grad), Rule()) for _ in range(2)])
     del grad
     assert gone() is not None
     del updates
@@ -463,7 +463,7 @@ for dtype, kind, wide, row_wise, has_master in cases:
     dense = cuda.cuda_dense.of_tensors(weight, grad, history, master, 0.1, 0.1, rule)
     ids = torch.zeros(200, dtype=torch.int64)
     rows = cuda.cuda_row_lists.of_tensors(weight, ids, values, history, master, number, 0.1, rule)
-    for some in ([rows] if dtype == kind != double else []) + [cuda.cuda_row_lists.together([rows, rows])]:
+    for some in ([rows] if dtype == kind != double else []) + [cuda.cuda_row_lists.concatenate([rows, rows])]:
         cuda.update([cuda.Group(rule, dense, some)], number.device, grad_scale=number, found_inf=number)
 
 operations = re.compile(r"\\b(?:fma|mad|add|sub|mul|div|r?sqrt|rcp|min|max)[a-z0-9.]*[.]f(?:32|64)\\b")

@@ -141,7 +141,7 @@ def step(row_wise, tables, found_inf):
     rule, ids = Rule(row_wise=row_wise), torch.arange(300)
     dense = cuda.cuda_dense.of_tensors(weight, weight.clone(), history, None, 0.1, 0.1, rule)
     rows = [cuda.cuda_row_lists.of_tensors(table, ids, values, sums, None, 0.1, 0.1, rule)] * tables
-    cuda.update([cuda.Group(rule, dense, cuda.cuda_row_lists.together(rows))], weight.device, found_inf=found_inf)
+    cuda.update([cuda.Group(rule, dense, cuda.cuda_row_lists.concatenate(rows))], weight.device, found_inf=found_inf)
 
 for row_wise, tables, found_inf in (False, 1, None), (False, 2, None), (True, 1, torch.zeros(())):
     launched.clear()

@@ -209,7 +209,7 @@ def test_sums_begin_with_the_first_value() -> None:
     assert not torch.signbit(u.weight).any()
 
 
-def test_several_updates_with_dense_ones_in_one_call() -> None:
+def test_several_updates_with_dense_ones_in_one_general_path() -> None:
     rows = [make_rows(zipf(50, 9, i), (9, 2 + i), dtype, i, lr=0.1 + i) for i, dtype in enumerate(DTYPES)]
     rows.insert(2, make_rows([], (4, 3)))
     twins = [u._replace(weight=u.weight.clone(), history=u.history.clone()) for u in rows]
@@ -298,7 +298,7 @@ def test_what_is_promised_of_addresses(moved: str | None, columns: int, dtype: s
         elsewhere = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=DEVICE)[1:].view(tensor.shape)
         updates[1] = updates[1]._replace(**{moved: elsewhere})
     rule = Rule(row_wise=row_wise)
-    found = cuda_row_lists.together([cuda_row_lists.of_tensors(*u, rule) for u in updates])
+    found = cuda_row_lists.concatenate([cuda_row_lists.of_tensors(*u, rule) for u in updates])
     ((form, which),) = cuda_row_lists.by_form(found, rule).items()
     assert cuda_row_lists.plan(found.facts, np.array(which), form)[2] == promised
 

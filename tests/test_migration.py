@@ -137,7 +137,7 @@ def test_clipping_at_zero_is_refused_with_the_reason() -> None:
     }  # fmt: skip
     found = mxnet_states._optimizer(mxnet_states._Attributes(record))
     with pytest.raises(
-        ValueError, match="clip_gradient=0: must be None or > 0: with 0 MXNet makes dense gradients zero"
+        ValueError, match="clip_gradient=0: must be None or > 0: with 0, MXNet sets dense gradients to zero"
     ):
         found.config()
 

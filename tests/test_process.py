@@ -631,7 +631,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(numba_jit, "time", clock)
-    for name in ("_stalls", "_respite"):
+    for name in ("_stalls", "_backoff"):
         monkeypatch.setattr(numba_jit, name, 0)
     return clock
 
@@ -644,17 +644,17 @@ def test_launches_that_stall_stay_on_the_calling_thread_for_a_while(clock: Clock
             clock.now += seconds
         return count
 
-    slow, quick = numba_jit.STALL + 100_000 * numba_jit.SLOW + 1e-6, 1e-4
+    slow, quick = numba_jit.STALL_SECONDS + 100_000 * numba_jit.SECONDS_PER_ELEMENT + 1e-6, 1e-4
     for _ in range(5):  # one stall is an accident: a page fault, a compilation
         assert [launch(slow), launch(quick), launch(quick)] == [2, 2, 2]
     assert launch(slow, work=10_000_000) == launch(slow, work=10_000_000) == 2, "much work may take its time"
     assert [launch(slow), launch(slow)] == [2, 2]
-    assert [launch(quick) for _ in range(numba_jit.RESPITE)] == [1] * numba_jit.RESPITE
+    assert [launch(quick) for _ in range(numba_jit.BACKOFF_LAUNCHES)] == [1] * numba_jit.BACKOFF_LAUNCHES
     assert launch(slow) == 2, "the machine is asked again"
-    assert [launch(quick) for _ in range(numba_jit.RESPITE)] == [1] * numba_jit.RESPITE
+    assert [launch(quick) for _ in range(numba_jit.BACKOFF_LAUNCHES)] == [1] * numba_jit.BACKOFF_LAUNCHES
     assert [launch(quick), launch(slow), launch(quick)] == [2, 2, 2], "it is free again, and an accident is one"
     assert [launch(slow), launch(slow), launch(quick)] == [2, 2, 1]
-    assert launch(quick, work=numba_jit.WORTH) == 2, "much work is worth a stall, and shows that there are cores"
+    assert launch(quick, work=numba_jit.ALWAYS_PARALLEL) == 2, "much work is worth a stall, and shows there are cores"
     assert launch(quick) == 2
 
 
@@ -678,7 +678,7 @@ def test_subnormal_numbers_do_not_depend_on_threads_or_on_what_the_caller_flushe
         from adagrad import kernels
         from adagrad.kernels import numba_jit
         from adagrad.rule import Rule
-        numba_jit.STALL = 1e9
+        numba_jit.STALL_SECONDS = 1e9
         subnormal, g = np.full(200_000, 1e-39, np.float32), np.full(200_000, 1e-3, np.float32)
         def zeros(threads):
             w, h = subnormal.copy(), np.zeros_like(g)

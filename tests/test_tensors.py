@@ -133,7 +133,7 @@ def embedding_gradient(indices: list[int], values: torch.Tensor) -> Any:
 @pytest.mark.parametrize("name", SPARSE_GRADIENTS)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.grad == kind.weight], ids=str)
 def test_compiled_code_looks_into_sparse_gradients(kind: Kind, name: str) -> None:
-    """The quick way takes those whose parts are plain, and the others are left as they were for the ordinary one."""
+    """The fast path takes those whose parts are plain, and the others are left as they were for the ordinary one."""
     make, is_plain = SPARSE_GRADIENTS[name]
     o = operands(np.random.default_rng(3), kind, (8, 3))
     values = tensors(operands(np.random.default_rng(4), kind, (5, 3))).weight
@@ -167,7 +167,7 @@ MISFITS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", MISFITS)
 @pytest.mark.parametrize("beside_dense", [False, True])
-def test_gradients_that_do_not_fit_are_left_to_the_ordinary_way(name: str, beside_dense: bool) -> None:
+def test_gradients_that_do_not_fit_are_left_to_the_general_path(name: str, beside_dense: bool) -> None:
     plain: Any = coo([1], torch.ones(1, 3), (8, 3))
     grads = [plain, MISFITS[name](), *([torch.ones(8, 3)] if beside_dense else [])]
     given: list[Any] = [Operands(torch.ones(8, 3), grad, torch.ones(8, 3)) for grad in grads]  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import oracle
 from adagrad import torch as front_end
 from adagrad import torch_compiler
-from adagrad.kernels import call, quick
+from adagrad.kernels import fast_path, general_path
 from adagrad.rule import Rule
 from adagrad.torch import Adagrad
 from support import assert_same_bits, to_numpy
@@ -993,7 +993,7 @@ def test_a_rate_on_a_device_is_not_read_by_the_host(count: int) -> None:
     """Those on a CUDA device go to its kernels; here "meta" stands for it."""
     tensors = [torch.ones(3, device="meta") for _ in range(count)]
     lrs = [torch.tensor(0.1, device="meta")] * count
-    assert not quick.update_plain(tensors, tensors, tensors, [], [], lrs, [0.0], Rule(), None)
+    assert not fast_path.update_plain(tensors, tensors, tensors, [], [], lrs, [0.0], Rule(), None)
 
 
 def test_a_parameter_that_comes_back_keeps_its_state() -> None:
@@ -1045,7 +1045,7 @@ def test_an_interrupt_that_is_noticed_after_the_kernels_loses_no_count(
         real(*given)
         raise KeyboardInterrupt
 
-    place, name = (quick, "update_plain") if is_plain else (call.Prepared, "run")
+    place, name = (fast_path, "update_plain") if is_plain else (general_path.Prepared, "run")
     real = getattr(place, name)
     p = nn.Parameter(torch.ones(3) if is_plain else torch.ones(6)[::2])
     optimizer = Adagrad([p])
@@ -1065,7 +1065,7 @@ def test_an_interrupt_before_the_kernels_counts_nothing(is_plain: bool, monkeypa
     p = nn.Parameter(torch.ones(3) if is_plain else torch.ones(6)[::2])
     optimizer = Adagrad([p])
     p.grad = torch.ones(3)
-    monkeypatch.setattr(*((quick, "update_plain") if is_plain else (call, "prepare")), interrupt)
+    monkeypatch.setattr(*((fast_path, "update_plain") if is_plain else (general_path, "prepare")), interrupt)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
     assert optimizer.state[p]["step"] == 0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adagrad import AdaGrad, RowSparse, torch_step
-from adagrad.kernels import quick, table
+from adagrad.kernels import fast_path, table
 from adagrad.torch import Adagrad
 from support import assert_same_bits
 
@@ -88,7 +88,7 @@ def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     monkeypatch.setattr(cuda, "update", update)
     formats = table.formats
     monkeypatch.setattr(table, "formats", lambda code: (1, formats(code)[1]))
-    monkeypatch.setattr(quick, "update_plain", lambda *lists: False)
+    monkeypatch.setattr(fast_path, "update_plain", lambda *lists: False)
     with np.errstate(all="ignore"):
         yield calls
 

@@ -118,7 +118,7 @@ REFUSED: dict[str, tuple[Callable[[Case], None], type[Exception], str]] = {
     "gradient without memory": (freed, ValueError, "grads[1]: address 0: must have memory for its 12 elements"),
     "negated weight": (negated, ValueError, "weights[1]: a negated or conjugated view"),
     "a count that is no tensor": (lambda case: case.optimizer.state[case.params[0]].__setitem__("step", 1.0), TypeError,
-                                  "step: a count that is no tensor: must be a tensor of one number"),
+                                  "step: not a tensor: must be a tensor of one number"),
     "lr is not a number": (set_option("lr", math.nan), ValueError, "lr=nan: must be finite"),
     "lr is a tensor that is not": (set_option("lr", torch.tensor(math.inf)), ValueError, "lr=inf: must be finite"),
     "negative eps": (set_option("eps", -1.0), ValueError, "eps=-1.0: must be >= 0"),
@@ -329,7 +329,7 @@ def test_meta_device() -> None:
 
 
 @pytest.mark.parametrize("row_wise", [False, True])
-def test_the_ordinary_way_gives_the_same_bits(row_wise: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_general_path_gives_the_same_bits(row_wise: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where tensors cannot be read by compiled code, each goes through the checks in Python."""
 
     def train() -> list[Tensor]:
@@ -349,7 +349,7 @@ def test_the_ordinary_way_gives_the_same_bits(row_wise: bool, monkeypatch: pytes
 
 def test_the_layout_of_this_pytorch_is_found() -> None:
     """If this fails after an upgrade, steps over many small tensors are slow, not wrong."""
-    how = layout.layout()
+    how = layout.current_layout()
     assert how is not None
     assert how[layout.TENSOR] == id(torch.Tensor)
     assert how[layout.SPARSE], "nor are sparse gradients known"
@@ -584,12 +584,12 @@ def fake():
         train()
 
 def functional():
-    torch.func.grad(lambda x: (layout.layout(), x.sum())[1])(torch.ones(3))
+    torch.func.grad(lambda x: (layout.current_layout(), x.sum())[1])(torch.ones(3))
 
 {"meta": meta, "fake": fake, "functional": functional}[sys.argv[1]]()
-found = layout.layout()
+found = layout.current_layout()
 sparse = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 3), (4, 3))
-assert layout.look_once(torch.ones(3), found) is not None
+assert layout.describe_once(torch.ones(3), found) is not None
 assert found[layout.SPARSE] == torch._C._dispatch_keys(sparse).raw_repr()
 """
 

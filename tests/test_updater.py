@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from adagrad import AdaGrad, GroupAdaGrad, Optimizer, RowSparse, Updater, checkpoint, get_updater, kernels, rule
-from adagrad.kernels import call, cpu_dense, dense_lists, expressions, row_lists
+from adagrad.kernels import cpu_dense, dense_lists, expressions, general_path, row_lists
 from adagrad.lr_scheduler import CosineScheduler, FactorScheduler, LRScheduler, MultiFactorScheduler, PolyScheduler
 from support import BFLOAT16, assert_same_bits, normal
 
@@ -741,7 +741,7 @@ def test_an_interrupt_is_counted_if_it_is_noticed_after_the_kernels(
     place, name = {
         "dense": (dense_lists, "_update"),
         "rows": (row_lists, "_update"),
-        "strided": (cpu_dense, "run") if late else (call, "look_at"),
+        "strided": (cpu_dense, "run") if late else (general_path, "look_at"),
         "expression": (rule, "step") if late else (expressions, "look_at"),
     }[way]
     real = getattr(place, name)

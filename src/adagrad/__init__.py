@@ -1,4 +1,4 @@
-"""The AdaGrad optimizer, exact and as fast as memory, for NumPy arrays and PyTorch tensors, dense and row-sparse."""
+"""The AdaGrad optimizer for NumPy arrays and PyTorch tensors, with dense and row-sparse gradients."""
 
 from adagrad import lr_scheduler
 from adagrad.adagrad import AdaGrad

@@ -24,7 +24,7 @@ elif TYPE_CHECKING:
 
 @register
 class AdaGrad(Optimizer):
-    r"""AdaGrad: one step size per element, which shrinks as the squares of its gradients add up.
+    r"""AdaGrad: one step size per element, which shrinks as its squared gradients accumulate.
 
     .. math::
 
@@ -32,27 +32,28 @@ class AdaGrad(Optimizer):
         h &= h + g^2 \\
         w &= w - \mathtt{lr} \cdot \frac{g}{\sqrt{h} + \epsilon}
 
-    with weight :math:`w`, gradient :math:`g` and history :math:`h`. The operations are rounded one by one, in this
-    order, in float64 for float64 weights and in float32 for all others; the history is kept in that precision.
+    with weight :math:`w`, gradient :math:`g` and history :math:`h`. Operations are rounded individually, in this order,
+    in float64 for float64 weights and in float32 for all others; the history has the same precision.
 
     Parameters
     ----------
     learning_rate : float, default 0.01
-        Initial learning rate; overwrites the ``base_lr`` of a given ``lr_scheduler``, unless it is None.
+        Initial learning rate; unless it is None, it overwrites the ``base_lr`` of an ``lr_scheduler``.
     epsilon : float, default 1e-6
-        Added to the root, against a division by 0. Finite, >= 0.
+        Added to the square root to avoid division by zero. Finite, >= 0.
     use_fused_step : bool, default True
-        Whether to use the kernels. If False, or for gradients that are not row-sparse, :meth:`step` is called.
+        Whether to use the compiled kernels; if False, plain array expressions. If a subclass overrides :meth:`step`,
+        dense gradients always go through it.
     initial_accumulator_value : float, default 0.0
-        What histories start from. Finite, >= 0.
+        Initial history. Finite, >= 0.
     dialect : str, default "mxnet"
-        Whose AdaGrad to follow: one of :data:`adagrad.dialects.DIALECTS`. Its defaults replace those of MXNet 2, above
-        and below, for all that is not given.
+        The framework to follow, one of :data:`~adagrad.dialects.DIALECTS`. Its defaults apply to every argument not
+        passed.
     epsilon_inside : bool, default False
-        Whether to divide by :math:`\sqrt{h + \epsilon}` instead.
+        Divide by :math:`\sqrt{h + \epsilon}` instead.
     decoupled_decay : bool, default False
-        Whether to leave :math:`\mathtt{wd} \cdot w` out of the gradient, and so out of the history, and add it to the
-        quotient instead.
+        Apply weight decay separately from the gradient, so that it does not enter the history:
+        ``w -= lr * (g / divisor + wd * w)``.
     **kwargs
         rescale_grad, param_idx2name, wd, clip_gradient, lr_scheduler, sym, begin_num_update, multi_precision,
         param_dict, aggregate_num: see :class:`~adagrad.Optimizer`.
@@ -60,7 +61,7 @@ class AdaGrad(Optimizer):
     Raises
     ------
     TypeError, ValueError
-        For an argument of a wrong kind or value; the message names it, its value and the rule it broke.
+        If an argument has the wrong type or value; the message names it.
 
     References
     ----------
@@ -106,10 +107,10 @@ class AdaGrad(Optimizer):
         self._rule_given: tuple[Any, ...] = ()
 
     def create_state(self, index: Index, weight: Array) -> Array:
-        """The history at its start: ``initial_accumulator_value`` everywhere.
+        """Create the initial history, filled with ``initial_accumulator_value``.
 
-        In the shape of the weight, or ``(n, 1, ...)`` where it is row-wise; float64 for a float64 weight, else float32;
-        a torch tensor on its device for a torch weight, else NumPy. ValueError for a 0-d weight where it is row-wise.
+        It has the shape of the weight, or ``(n, 1, ...)`` if row-wise; float64 for a float64 weight, else float32; a
+        torch tensor on the weight's device for a torch weight, else NumPy. ValueError for a 0-d weight if row-wise.
         """
         w, start = operand("weight", weight), "initial_accumulator_value"
         if self.row_wise and not w.shape:
@@ -119,14 +120,14 @@ class AdaGrad(Optimizer):
         if is_torch(weight):
             return weight.detach().new_full(shape, value, dtype=getattr(sys.modules["torch"], dtype))
         if w.array.flags.c_contiguous or self.row_wise:
-            # Zeros come from the system untouched: the rows of a large table cost memory when they are first used.
+            # np.zeros gets untouched pages from the system: rows of a large table take memory only when first used.
             return np.zeros(shape, dtype) if value == 0 else np.full(shape, value, dtype)
         return np.full_like(w.array, value, dtype=dtype)
 
     def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
-        """Update each weight once: by the kernels when ``use_fused_step`` is on, by array expressions when it is off.
+        """Update each weight once: by the kernels if ``use_fused_step``, else by array expressions.
 
-        The expressions are those of :mod:`adagrad.rule`; the results are the same, bit for bit. Parameters and errors
+        The expressions are those of :mod:`adagrad.rule`; the results are the same bit for bit. Parameters and errors
         as in :meth:`~adagrad.Optimizer.update`.
         """
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
@@ -134,7 +135,7 @@ class AdaGrad(Optimizer):
         self._carry_out(weights, grads, states, lrs, wds, counts, fused=self.use_fused_step)
 
     def fused_step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
-        """Update each weight once: those with row-sparse gradients by the row kernels, the others by :meth:`step`.
+        """Update each weight once, by the kernels; dense gradients by :meth:`step` if that is overridden.
 
         Parameters and errors as in :meth:`~adagrad.Optimizer.update`.
         """
@@ -150,7 +151,7 @@ class AdaGrad(Optimizer):
         if is_own_step or all(map(kernels.is_row_sparse, grads)):
             self._carry_out(weights, grads, states, lrs, wds, counts, fused=True)
             return
-        # A step of a subclass is to see the dense part; the whole list is checked before anything changes.
+        # The overridden step gets the dense part; the whole list is checked before anything changes.
         self._check_known(weights, grads, states, lrs, wds, fused=True)
         is_sparse = [kernels.is_row_sparse(grad) for grad in grads]
         dense = [i for i, each in enumerate(is_sparse) if not each]
@@ -174,9 +175,9 @@ class AdaGrad(Optimizer):
         self._count(counts)
 
     def update_multi_precision(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
-        """The same as :meth:`~adagrad.Optimizer.update`: the kernels know master copies, nothing is copied.
+        """Call :meth:`~adagrad.Optimizer.update`: the kernels handle master copies, nothing is copied.
 
-        A subclass with a step of its own gets what :meth:`Optimizer.update_multi_precision` gives it, as in MXNet.
+        For a subclass that overrides a step, :meth:`Optimizer.update_multi_precision` is used, as in MXNet.
         """
         kind = type(self)
         if kind.step is AdaGrad.step and kind.fused_step is AdaGrad.fused_step and kind.update is Optimizer.update:
@@ -193,7 +194,7 @@ class AdaGrad(Optimizer):
     def _check_known(
         self, weights: list[Any], grads: list[Any], states: list[Any], lrs: Any, wds: Any, *, fused: bool
     ) -> None:
-        """Check those updates whose states must be ours: a subclass may have others for a step of its own."""
+        """Check the updates whose states must be ours: a subclass may use others in a step that it overrides."""
         kind = type(self)
         own_step, own_rows = kind.step is not AdaGrad.step, kind.fused_step is not AdaGrad.fused_step
         which = [
@@ -212,9 +213,9 @@ class AdaGrad(Optimizer):
         return isinstance(state, np.ndarray) or is_torch(state)
 
     def rule(self) -> Rule:
-        """The rule's options and scalars as they are now; checked, since attributes may have been set meanwhile."""
+        """Return the rule's current options and scalars, checked, since attributes may have been set."""
         values = (self.rescale_grad, self.clip_gradient, self.epsilon, self.epsilon_inside, self.decoupled_decay)
-        given = (*map(type, values), *values)  # with their types: True equals 1.0, and is refused
+        given = (*map(type, values), *values)  # with their types: True equals 1.0, but is refused
         if given != self._rule_given or not self.rescale_grad:  # 0.0 equals -0.0
             self._rule = Rule(
                 rescale_grad=checks.finite("rescale_grad", self.rescale_grad),
@@ -232,7 +233,7 @@ class AdaGrad(Optimizer):
         check_indices(indices)
         lrs, wds = [0.0], [0.0]
         if not self._has_own_rates() and (self.lr_scheduler is None or lr_scheduler.is_ours(self.lr_scheduler)):
-            lrs, wds, _ = self._resolve(indices)  # else asking may change what the answer is the next time
+            lrs, wds, _ = self._resolve(indices)  # only ours: custom code may have state
         self._check_known(weights, grads, states, lrs, wds, fused=self.use_fused_step)
 
     def _saved(self) -> dict[str, Callable[[str, Any], Any]]:
@@ -244,7 +245,7 @@ class AdaGrad(Optimizer):
         }
 
     def set_config(self, config: Mapping[str, Any]) -> None:
-        # Checkpoints from before the dialects, and MXNet 2's, have neither option: what they hold had them off.
+        # Checkpoints from before the dialects lack both options, which were off then.
         super().set_config({"epsilon_inside": False, "decoupled_decay": False} | dict(config))
 
 

@@ -1,4 +1,4 @@
-"""What a call may be given: arrays of NumPy and torch, seen as memory of a known element format."""
+"""The arrays of a call: NumPy arrays and torch tensors, as memory of a known element format."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ LOW_PRECISION = ("float16", "bfloat16")
 _NATIVE = {np.dtype(name): name for name in FORMATS if name != "bfloat16"}
 
 WORK: Any = 1_000_000
-"""How many candidate solutions may be tried to tell two interleaved arrays apart."""
+"""Candidate solutions to try (``max_work``) when deciding whether two interleaved arrays share memory."""
 
 
 def computing_format(name: str) -> str:
-    """The format that the rule computes in, and keeps histories in, for weights of format ``name``."""
+    """Return the format of computations and histories for weights of format ``name``."""
     return "float64" if name == "float64" else "float32"
 
 
 class Operand(NamedTuple):
-    """An array of a call: what the caller gave, and for the CPU its memory as a NumPy array of plain numbers."""
+    """An array of a call and, if it is on the CPU, its memory as a NumPy array of plain numbers."""
 
     name: str
     array: Array
@@ -41,16 +41,15 @@ class Operand(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether a kernel can address it: C-contiguous, aligned, in the processor's byte order."""
+        """Whether a kernel can address it: C-contiguous, aligned, in native byte order."""
         memory = self.memory
         return memory is not None and memory.flags.c_contiguous and memory.flags.aligned and bool(memory.dtype.isnative)
 
 
 def operand(name: str, array: Any) -> Operand:
-    """See ``array`` as an operand.
+    """Return ``array`` as an operand.
 
-    Raises TypeError for what is not a NumPy array or a torch tensor, or has a dtype that is not a float of 16 (IEEE or
-    bfloat16), 32 or 64 bits.
+    TypeError if it is not a NumPy array or a torch tensor of float16, bfloat16, float32 or float64.
     """
     if is_torch(array):
         return _tensor(name, array)
@@ -69,7 +68,7 @@ def operand(name: str, array: Any) -> Operand:
 
 
 def tensor_format(tensor: Any) -> str:
-    """The name of a tensor's dtype."""
+    """Return the name of a tensor's dtype."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
@@ -91,7 +90,7 @@ def _tensor(name: str, tensor: Any) -> Operand:
 
 
 def bounds(memory: np.ndarray) -> tuple[int, int]:
-    """The addresses of the first byte of ``memory`` and of the byte after the last."""
+    """Return the addresses of the first byte of ``memory`` and of the byte after the last."""
     start = memory.ctypes.data
     if memory.size == 0 or memory.flags.c_contiguous:
         return start, start + memory.nbytes
@@ -105,7 +104,7 @@ def overlaps_itself(memory: np.ndarray) -> bool:
     """Whether two elements of ``memory`` share a byte."""
     if memory.size < 2 or memory.flags.c_contiguous:
         return False
-    reach = memory.itemsize  # bytes spanned by the dimensions of smaller stride
+    reach = memory.itemsize  # bytes spanned by the dimensions with smaller strides
     for stride, size in sorted((abs(s), n) for n, s in zip(memory.shape, memory.strides, strict=True) if n > 1):
         if stride < reach:
             break
@@ -122,7 +121,7 @@ def overlaps_itself(memory: np.ndarray) -> bool:
 
 
 def refuse_unwritable(o: Operand) -> None:
-    """ValueError where an operand that a call writes to is read-only, or overlaps itself."""
+    """Raise ValueError if an operand that a call writes to is read-only or overlaps itself."""
     if o.memory is not None:
         if not o.memory.flags.writeable:
             raise ValueError(f"{o.name}: read-only: must be writable")
@@ -131,7 +130,7 @@ def refuse_unwritable(o: Operand) -> None:
 
 
 def refuse_shared_memory(written: list[Operand], read: list[Operand]) -> None:
-    """ValueError where an array that the call writes to shares a byte with any other array of the call."""
+    """Raise ValueError if an array that the call writes to shares a byte with any other array of the call."""
     spans = [(*bounds(o.memory), True, o) for o in written if o.memory is not None]
     spans += [(*bounds(o.memory), False, o) for o in read if o.memory is not None]
     spans = sorted((s for s in spans if s[0] < s[1]), key=lambda span: span[:2])
@@ -141,7 +140,7 @@ def refuse_shared_memory(written: list[Operand], read: list[Operand]) -> None:
         for other in open_spans:
             if (span[2] or other[2]) and _share_a_byte(span[3], other[3]):
                 first, second = sorted((other[3].name, span[3].name), reverse=True)
-                raise ValueError(f"{first}: shares memory with {second}: what a call writes to must stand alone")
+                raise ValueError(f"{first}: shares memory with {second}: must not, since the call writes there")
         open_spans.append(span)
 
 
@@ -149,13 +148,13 @@ def _share_a_byte(first: Operand, second: Operand) -> bool:
     if first.memory is None or second.memory is None:
         return False
     if first.memory.flags.c_contiguous and second.memory.flags.c_contiguous:
-        return True  # their bounds overlap, and they fill them
+        return True  # their bounds overlap and have no gaps
     try:
         return bool(np.shares_memory(first.memory, second.memory, max_work=WORK))
     except RuntimeError:  # numpy's TooHardError
-        return True  # too intricate to tell apart: refused rather than risked
+        return True  # undecided within max_work: refused rather than risked
 
 
 def row_length(shape: tuple[int, ...]) -> int:
-    """The number of elements in a row of a weight of ``shape``."""
+    """Return the number of elements in a row of a weight of ``shape``."""
     return math.prod(shape[1:])

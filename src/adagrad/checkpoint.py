@@ -1,10 +1,10 @@
-"""The library's own state files: safetensors, with a header that notices every altered byte. No pickle, ever.
+"""The library's own state files: safetensors with checksums that detect every altered byte. No pickle, ever.
 
-``encode`` and ``decode`` turn a dict of states into bytes and back, ``save`` writes bytes so that a crash at any moment
+``encode`` and ``decode`` convert a dict of states to bytes and back; ``save`` writes bytes so that a crash at any time
 leaves either the old file or the new one. A state is an array, None, or a tuple or list of states.
 
-The file is plain safetensors (8 bytes of header length, a JSON header, the arrays' little-endian bytes), so that any
-safetensors reader opens it. What safetensors lacks stands in its metadata, whose values are strings:
+The file is plain safetensors (8 bytes of header length, a JSON header, the arrays' little-endian bytes), so any
+safetensors reader can open it. Everything else is in its metadata, whose values are strings:
 
     format, version  "adagrad-states" and the version of this layout
     header           JSON: "states" as [key, structure] pairs (0 and "0" are different keys; a structure is null, the
@@ -12,8 +12,8 @@ safetensors reader opens it. What safetensors lacks stands in its metadata, whos
                      and "optimizer", null or a dict in which floats are hexadecimal (exact, infinities included)
     crc32            CRC-32 of everything before it: the length, the tensor table, all of the above
 
-A tensor's CRC-32 covers its dtype and shape, then its bytes. The bytes are written and read here rather than with the
-safetensors package, whose functions hold two more copies of the data, and drop the metadata when they read from bytes.
+A tensor's CRC-32 covers its dtype and shape, then its bytes. The safetensors package is not used: its functions hold
+two more copies of the data, and drop the metadata when reading from bytes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _FORMAT = "adagrad-states"
 _VERSION = 1
 _CODES = {"float16": "F16", "float32": "F32", "float64": "F64", "bfloat16": "BF16"}
 _MEMORY = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2"}  # NumPy has no bfloat16: its bit pattern
-_DEPTH = 16  # of nested states and hyper-parameters: far more than any has, and safe to recurse into
+_DEPTH = 16  # most levels of nested states and hyper-parameters: more than any has, and safe to recurse into
 _CRC = re.compile(rb'"([0-9a-f]{8})"\}\} *')  # how a header ends
 
 
@@ -52,11 +52,11 @@ _CRC = re.compile(rb'"([0-9a-f]{8})"\}\} *')  # how a header ends
 
 
 def encode(states: Mapping[int | str, Any], optimizer: Mapping[str, Any] | None) -> bytes:
-    """The file for ``states``, with the hyper-parameters and counts in ``optimizer`` unless that is None.
+    """Return the file for ``states``, with the hyper-parameters and counts in ``optimizer`` unless that is None.
 
     Arrays are NumPy arrays or torch tensors on any device: float16, bfloat16, float32 or float64, of any strides and
-    byte order. ``optimizer`` holds None, bools, numbers, strings, and lists, tuples and dicts of them, with int or str
-    keys. At most one array at a time is copied, beside the bytes returned. TypeError for anything else.
+    byte order. ``optimizer`` contains None, bools, numbers, strings, and lists, tuples and dicts of them, with int or
+    str keys. TypeError for anything else. At most one array at a time is copied, besides the bytes returned.
     """
     leaves: list[tuple[str, Any]] = []
     keyed = [(_key(key), state) for key, state in states.items()]
@@ -74,8 +74,8 @@ def encode(states: Mapping[int | str, Any], optimizer: Mapping[str, Any] | None)
         inner = {"states": table, "tensors": list(zip(tensors, checksums, strict=True)), "optimizer": packed}
         return _header(tensors, json.dumps(inner, separators=(",", ":")))
 
-    # Checksums have a fixed width, so the header's length is known before they are, and one pass over the arrays will
-    # do. Reserving the whole at once keeps the buffer from growing, which would copy it.
+    # Checksums have a fixed width, so the header's length is known before them, and one pass over the arrays suffices.
+    # Allocating the whole buffer at once keeps it from growing, which would copy it.
     checksums = ["0" * 8] * len(leaves)
     start = len(header(checksums))
     file = io.BytesIO()
@@ -98,7 +98,7 @@ def _key(key: Any) -> int | str:
 
 
 def _outline(state: Any, name: str, leaves: list[tuple[str, Any]], depth: int = 0) -> Any:
-    """The structure of ``state`` as JSON; its arrays are appended to ``leaves``."""
+    """Return the structure of ``state`` as JSON; its arrays are appended to ``leaves``."""
     if state is None:
         return None
     if not isinstance(state, (tuple, list)):
@@ -111,7 +111,7 @@ def _outline(state: Any, name: str, leaves: list[tuple[str, Any]], depth: int = 
 
 
 def _raw(name: str, leaf: Any) -> NDArray[np.uint8]:
-    """The bytes of an array, in C order and little-endian; a copy only where they do not lie so already."""
+    """Return the bytes of an array, in C order and little-endian; copied only if they are not so already."""
     found = operand(f"state {name}", leaf)
     if found.memory is None:
         found = operand(f"state {name}", found.array.cpu())
@@ -124,7 +124,7 @@ def _checksum(entry: Mapping[str, Any], raw: Any) -> str:
 
 
 def _header(tensors: Mapping[str, Any], inner: str) -> bytes:
-    """The length and the JSON header, padded so that the arrays start at a multiple of 8 as safetensors asks."""
+    """Return the length and the JSON header, padded so that the arrays start at a multiple of 8 (for safetensors)."""
     metadata = {"format": _FORMAT, "version": str(_VERSION), "header": inner, "crc32": "0" * 8}
     text = json.dumps({**tensors, "__metadata__": metadata}, separators=(",", ":")).encode()
     prefixed = struct.pack("<Q", len(text) + -len(text) % 8) + text
@@ -133,7 +133,7 @@ def _header(tensors: Mapping[str, Any], inner: str) -> bytes:
 
 
 def _pack(value: Any, depth: int = 0) -> Any:
-    """``value`` as JSON that ``_unpack`` turns back into the same types and bits."""
+    """Return ``value`` as JSON, from which ``_unpack`` restores the same types and bits."""
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, (bool, int, str)):
@@ -154,11 +154,11 @@ def _pack(value: Any, depth: int = 0) -> Any:
 
 
 def decode(data: bytes) -> tuple[dict[int | str, State], dict[str, Any] | None]:
-    """The states and the optimizer's dict, or None, that ``encode`` turned into ``data``.
+    """Return the states and the optimizer's dict, or None, from which ``encode`` made ``data``.
 
-    Arrays are new, writable, C-contiguous and in the processor's byte order. bfloat16 comes back as ml_dtypes' where
-    that is installed, else as float32, which holds the same numbers. ValueError, with the reason, for data that is
-    truncated, altered or of another kind. Nothing is allocated that ``data`` is not long enough to fill.
+    Arrays are new, writable, C-contiguous and in native byte order. bfloat16 arrays have ml_dtypes' dtype if that is
+    installed, else float32, with the same values. ValueError, with the reason, if the data is truncated, altered or
+    something else. No more is allocated than ``data`` is long enough to fill.
     """
     view = memoryview(data).cast("B")
     (length,) = struct.unpack("<Q", view[:8]) if len(view) >= 8 else (0,)
@@ -231,18 +231,18 @@ def _list(value: Any, what: str) -> list[Any]:
 def _pair(value: Any, first: type | tuple[type, ...], what: str) -> tuple[Any, Any]:
     pair = _list(value, what)
     if len(pair) != 2 or isinstance(pair[0], bool) or not isinstance(pair[0], first):
-        raise _refusal(f"{what} is listed in a form that is unknown")
+        raise _refusal(f"{what} is listed in an unknown form")
     return pair[0], pair[1]
 
 
 def _array(name: str, entry: Any, body: memoryview, begin: int, checksum: Any) -> tuple[NDArray[Any], int]:
-    """The tensor ``name``, whose bytes must start at ``begin``, and where they end."""
+    """Return the tensor ``name``, whose bytes must start at ``begin``, and where they end."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or entry["dtype"] not in _MEMORY:
-        raise _refusal(f"tensor {name}: its dtype is none of {', '.join(_MEMORY)}")
+        raise _refusal(f"tensor {name}: its dtype is not one of {', '.join(_MEMORY)}")
     memory = np.dtype(_MEMORY[entry["dtype"]])
     shape = _list(entry.get("shape"), f"tensor {name}: its shape")
     if len(shape) > 64 or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
-        raise _refusal(f"tensor {name}: its shape is not made of sizes")
+        raise _refusal(f"tensor {name}: its shape is not a list of valid sizes")
     end = begin + math.prod(shape) * memory.itemsize
     if entry.get("data_offsets") != [begin, end]:
         raise _refusal(f"tensor {name}: its place in the file does not agree with its shape")
@@ -252,7 +252,7 @@ def _array(name: str, entry: Any, body: memoryview, begin: int, checksum: Any) -
         raise _refusal(f"tensor {name} is damaged: its CRC-32 differs")
     try:
         array: NDArray[Any] = np.ndarray(shape, memory, body[begin:end]).astype(memory.newbyteorder("="))
-    except ValueError as error:  # more dimensions than NumPy has, or sizes beyond memory beside a zero
+    except ValueError as error:  # more dimensions than NumPy supports, or sizes too large next to a zero
         raise _refusal(f"tensor {name}: {error}") from error
     return (_bfloat16(array) if entry["dtype"] == "BF16" else array), end
 
@@ -265,7 +265,7 @@ def _bfloat16(bits: NDArray[np.uint16]) -> NDArray[Any]:
 
 
 def _assemble(structure: Any, unused: dict[int, State], depth: int = 0) -> State:
-    """The state of this structure; takes its arrays out of ``unused``."""
+    """Return the state of this structure; removes its arrays from ``unused``."""
     if structure is None:
         return None
     if type(structure) is int and structure in unused:
@@ -273,7 +273,7 @@ def _assemble(structure: Any, unused: dict[int, State], depth: int = 0) -> State
     kind, parts = _tagged(structure, depth)
     made = [_assemble(part, unused, depth + 1) for part in parts]
     if kind not in ("tuple", "list"):
-        raise _refusal("a state has a structure that is unknown")
+        raise _refusal("a state has an unknown structure")
     return tuple(made) if kind == "tuple" else made
 
 
@@ -291,14 +291,14 @@ def _unpack(value: Any, depth: int = 0) -> Any:
         return {key: _unpack(part, depth + 1) for key, part in pairs}
     makers: dict[str, Callable[[list[Any]], Any]] = {"tuple": tuple, "list": list}
     if kind not in makers:
-        raise _refusal("a hyper-parameter has a form that is unknown")
+        raise _refusal("a hyper-parameter has an unknown form")
     return makers[kind]([_unpack(part, depth + 1) for part in parts])
 
 
 def _tagged(value: Any, depth: int) -> tuple[str, list[Any]]:
-    """The tag and the content of ``{tag: content}``."""
+    """Return the tag and the content of ``{tag: content}``."""
     if not isinstance(value, dict) or len(value) != 1 or (depth == _DEPTH and "float" not in value):
-        raise _refusal("its header has a structure that is unknown")
+        raise _refusal("its header has an unknown structure")
     ((tag, content),) = value.items()
     return tag, content if tag == "float" else _list(content, f"a {tag}")
 
@@ -307,11 +307,11 @@ def _tagged(value: Any, depth: int) -> tuple[str, list[Any]]:
 
 
 def save(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write ``data`` to ``path`` such that a crash at any moment leaves the old file or the new one, whole.
+    """Write ``data`` to ``path`` such that a crash at any moment leaves either the old file or the new one, complete.
 
-    It goes to a temporary file beside it, ``.adagrad-*.tmp``, onto the disk, and is then renamed. A failure removes
-    the temporary file; only a killed process or machine leaves it behind. The file keeps the mode of the one it
-    replaces. Where ``path`` is a symbolic link, the file that it points to is replaced.
+    The data is written to a temporary file in the same folder, ``.adagrad-*.tmp``, synced to disk, and renamed. A
+    failure removes the temporary file; only a killed process or machine leaves it behind. The new file keeps the mode
+    of the old one. If ``path`` is a symbolic link, the file that it points to is replaced.
     """
     target = os.path.realpath(os.fsdecode(path))
     mode: int | None = None
@@ -326,7 +326,7 @@ def save(path: str | os.PathLike[str], data: bytes) -> None:
     try:
         with open(descriptor, "wb") as file:
             if mode is not None and hasattr(os, "fchmod"):
-                os.fchmod(descriptor, stat.S_IMODE(mode))  # what the umask took from the mode above
+                os.fchmod(descriptor, stat.S_IMODE(mode))  # restores mode bits that the umask removed
             file.write(data)
             file.flush()
             os.fsync(descriptor)
@@ -335,7 +335,7 @@ def save(path: str | os.PathLike[str], data: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    with contextlib.suppress(OSError):  # a rename lasts once its folder is on the disk; Windows opens no folders
+    with contextlib.suppress(OSError):  # makes the rename durable; Windows cannot open folders
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

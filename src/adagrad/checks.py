@@ -1,4 +1,4 @@
-"""Argument checks. A message names the argument, its value and the rule it broke."""
+"""Argument checks. Messages name the argument, its value and the rule it broke."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ _LARGEST = 2**63 - 1
 
 
 def describe(value: object) -> str:
-    """``value`` as a message shows it: its repr, cut to a line."""
+    """Return the repr of ``value``, cut to one line, for messages."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def real(name: str, value: Any) -> float:
-    """``value`` as a float; TypeError unless it is a real number (a bool is not)."""
+    """Return ``value`` as a float; TypeError unless it is a real number (a bool is not)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={describe(value)}: must be a number, not {type(value).__name__}")
     try:
         return float(value)
     except OverflowError:
-        beyond: Any = value  # an integer that no float reaches
+        beyond: Any = value  # an integer beyond the range of floats
         return math.inf if beyond > 0 else -math.inf
 
 
 def finite(name: str, value: Any) -> float:
-    """``value`` as a finite float of any sign."""
+    """Return ``value`` as a finite float of any sign."""
     if type(value) is float and -math.inf < value < math.inf:
         return value
     number = real(name, value)
@@ -41,8 +41,8 @@ def finite(name: str, value: Any) -> float:
 
 
 def non_negative(name: str, value: Any) -> float:
-    """``value`` as a finite float >= 0."""
-    if type(value) in (float, int) and 0 <= value <= _MOST:  # the usual case, at every step: quickly
+    """Return ``value`` as a finite float >= 0."""
+    if type(value) in (float, int) and 0 <= value <= _MOST:  # fast path for the usual case, taken at every step
         return float(value)
     number = real(name, value)
     if not 0 <= number < math.inf:
@@ -51,7 +51,7 @@ def non_negative(name: str, value: Any) -> float:
 
 
 def positive_or_none(name: str, value: Any) -> float | None:
-    """``value`` as a finite float > 0, or None."""
+    """Return ``value`` as a finite float > 0, or None."""
     if value is None:
         return None
     number = real(name, value)
@@ -61,7 +61,7 @@ def positive_or_none(name: str, value: Any) -> float | None:
 
 
 def integer(name: str, value: Any, minimum: int) -> int:
-    """``value`` as an int >= ``minimum``, below 2^63."""
+    """Return ``value`` as an int >= ``minimum`` and below 2^63."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}={describe(value)}: must be an integer, not {type(value).__name__}")
     if value < minimum:
@@ -72,7 +72,7 @@ def integer(name: str, value: Any, minimum: int) -> int:
 
 
 def at_least_one(name: str, value: Any) -> float:
-    """``value``, finite and >= 1: an int, or a float if it is none."""
+    """Return ``value``, finite and >= 1, as an int if it is integral, else as a float."""
     if isinstance(value, numbers.Integral):
         return integer(name, value, 1)
     number = finite(name, value)
@@ -82,14 +82,14 @@ def at_least_one(name: str, value: Any) -> float:
 
 
 def string(name: str, value: Any) -> str:
-    """``value`` as a str."""
+    """Return ``value``; TypeError unless it is a str."""
     if not isinstance(value, str):
         raise TypeError(f"{name}={describe(value)}: must be a string, not {type(value).__name__}")
     return value
 
 
 def boolean(name: str, value: Any) -> bool:
-    """``value`` as a bool; a number is none."""
+    """Return ``value`` as a bool; TypeError unless it is one (a number is not)."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}={describe(value)}: must be True or False, not {type(value).__name__}")
     return bool(value)

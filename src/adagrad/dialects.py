@@ -1,8 +1,8 @@
-"""The AdaGrad of other frameworks, as presets of the options of :class:`~adagrad.AdaGrad`: one row for each.
+"""The AdaGrad of other frameworks, as presets of the options of :class:`~adagrad.AdaGrad`.
 
-The rule is that of :mod:`adagrad.rule` throughout; a dialect says where it has its constants, and what a framework
-takes where nothing is given. The facts are from the sources of the versions named, and were compared with what those
-compute; where a framework rounds in another order, the results are equal up to rounding.
+The rule is always that of :mod:`adagrad.rule`; a dialect sets the place of its constants, and a framework's defaults.
+The facts are from the sources of the versions named, and were compared with their results; where a framework rounds in
+another order, the results are equal up to rounding.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from adagrad import checks
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """What a framework calls AdaGrad.
+    """A framework's variant of AdaGrad.
 
     Attributes
     ----------
     framework : str
-        Its name and the version that was looked at.
+        Its name and the version examined.
     learning_rate : float or None
-        Its default; None where it has none or, as MXNet 1, asks the scheduler first.
+        Its default; None if it has none or, like MXNet 1, prefers the scheduler's.
     epsilon, initial_accumulator_value : float
         Its defaults.
     epsilon_inside : bool
         Whether it divides by ``sqrt(history + epsilon)`` rather than by ``sqrt(history) + epsilon``.
     decoupled_decay : bool
-        Whether weight decay stays out of the gradient, and so out of the history.
+        Whether weight decay is applied separately from the gradient, and so does not enter the history.
     row_wise_epsilon : float or None
-        The default of its row-wise AdaGrad, where that is another one.
+        The default of its row-wise AdaGrad, if it differs.
     """
 
     framework: str
@@ -44,14 +44,14 @@ class Dialect:
     row_wise_epsilon: float | None = None
 
     def numbers(self, learning_rate: Any, epsilon: Any, initial_accumulator_value: Any, row_wise: bool) -> list[Any]:
-        """The three arguments, with the dialect's defaults for those that were not given."""
+        """Return the three arguments, with the dialect's defaults for those not passed."""
         own_epsilon = self.row_wise_epsilon if row_wise and self.row_wise_epsilon is not None else self.epsilon
         defaults = (self.learning_rate, own_epsilon, self.initial_accumulator_value)
         given = (learning_rate, epsilon, initial_accumulator_value)
         return [own if isinstance(value, Default) else value for value, own in zip(given, defaults, strict=True)]
 
     def options(self, epsilon_inside: bool | None, decoupled_decay: bool | None) -> tuple[bool, bool]:
-        """The two options of the rule, with the dialect's for those that are None."""
+        """Return the two options of the rule, with the dialect's for those that are None."""
         return (
             self.epsilon_inside if epsilon_inside is None else checks.boolean("epsilon_inside", epsilon_inside),
             self.decoupled_decay if decoupled_decay is None else checks.boolean("decoupled_decay", decoupled_decay),
@@ -59,7 +59,7 @@ class Dialect:
 
 
 class Default(float):
-    """The default of an argument: a number like any other, of which one can tell that the caller did not give it."""
+    """Default value of an argument: a float that marks the argument as not passed by the caller."""
 
 
 # fmt: off
@@ -90,11 +90,11 @@ DIALECTS: Mapping[str, Dialect] = MappingProxyType(
         "mlx": _MLX,
     }
 )
-"""The dialects by name; ``"mxnet"`` is the default of :class:`~adagrad.AdaGrad`."""
+"""The dialects by name; :class:`~adagrad.AdaGrad` uses ``"mxnet"`` by default."""
 
 
 def find(name: str) -> Dialect:
-    """The dialect ``name``; ValueError for an unknown one, with the names that are known."""
+    """Return the dialect ``name``; ValueError, which lists the known names, if it is unknown."""
     if not isinstance(name, str):
         raise TypeError(f"dialect={checks.describe(name)}: must be a string, not {type(name).__name__}")
     if name not in DIALECTS:

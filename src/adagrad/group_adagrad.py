@@ -8,7 +8,7 @@ from adagrad.optimizer import register
 
 @register
 class GroupAdaGrad(AdaGrad):
-    r"""Row-wise AdaGrad: one history value, so one step size, for each row of a weight.
+    r"""Row-wise AdaGrad: one history value, and so one step size, for each row of a weight.
 
     .. math::
 
@@ -16,13 +16,13 @@ class GroupAdaGrad(AdaGrad):
         h_r &= h_r + \mathrm{mean}_j\, g_{rj}^2 \\
         w_{rj} &= w_{rj} - \mathtt{lr} \cdot \frac{g_{rj}}{\sqrt{h_r} + \epsilon}
 
-    The history has shape ``(n, 1, ...)`` for a weight of shape ``(n, ...)``: for embeddings of 64 columns a 64th of
-    the memory. A 1-d weight has rows of one element; a 0-d weight is refused. The mean has a fixed order of additions,
-    see :mod:`adagrad.rule`.
+    The history has shape ``(n, 1, ...)`` for a weight of shape ``(n, ...)``: for embeddings of 64 columns it takes a
+    64th of the memory. A 1-d weight has rows of one element; a 0-d weight is refused. The mean is summed in a fixed
+    order, see :mod:`adagrad.rule`.
 
-    Parameters, errors and methods are those of :class:`~adagrad.AdaGrad`. Unlike MXNet's, which refuses it, weight
-    decay is part of the gradient here, in the history as in the step. Of the dialects ``"mxnet"``, ``"mxnet1"`` and
-    ``"fbgemm"`` have a row-wise AdaGrad; others lend their defaults and the places of epsilon and decay.
+    Parameters, errors and methods are those of :class:`~adagrad.AdaGrad`. MXNet's refuses weight decay; here it is part
+    of the gradient, in the history as well as in the step. Only the dialects ``"mxnet"``, ``"mxnet1"`` and ``"fbgemm"``
+    have a row-wise AdaGrad; the others set their defaults and the place of epsilon and weight decay.
 
     References
     ----------

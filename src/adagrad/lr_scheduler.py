@@ -1,7 +1,7 @@
 """Learning-rate schedules: pure functions of the number of updates.
 
-Names, arguments and values are those of ``mxnet.lr_scheduler`` (2.0). MXNet's schedules change themselves when they
-are called; these do not, so that a schedule can be shared, called out of order and saved.
+Names, arguments and values are those of ``mxnet.lr_scheduler`` (2.0). MXNet's schedules change when called; these do
+not, so a schedule can be shared, called out of order and saved.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from adagrad import checks
 
 
 class LRScheduler:
-    """Base class: a warm-up, then whatever :meth:`after_warmup` of the subclass says.
+    """Base class: a warm-up, then :meth:`after_warmup`, which the subclass defines.
 
     A subclass may also override ``__call__`` alone, as in MXNet.
 
@@ -23,16 +23,16 @@ class LRScheduler:
     base_lr : float, default 0.01
         The initial learning rate, reached at the end of the warm-up.
     warmup_steps : int, default 0
-        Number of updates that the warm-up takes.
+        Number of updates in the warm-up.
     warmup_begin_lr : float, default 0
-        The learning rate that the warm-up starts from, at most ``base_lr``.
+        The learning rate at the start of the warm-up, at most ``base_lr``.
     warmup_mode : {'linear', 'constant'}, default 'linear'
-        Whether the warm-up rises in a line to ``base_lr`` or stays at ``warmup_begin_lr``.
+        Whether the warm-up rises linearly to ``base_lr`` or stays at ``warmup_begin_lr``.
 
     Raises
     ------
     TypeError, ValueError
-        For a wrong kind of argument or a negative one, and where ``warmup_begin_lr`` is above ``base_lr``.
+        If an argument has the wrong type or is negative, or ``warmup_begin_lr`` is above ``base_lr``.
     """
 
     def __init__(
@@ -53,13 +53,13 @@ class LRScheduler:
         self._warmup_final_lr: float | None = None
 
     def __call__(self, num_update: int) -> float:
-        """The learning rate at update ``num_update``, the largest number of updates that any weight has had."""
+        """Return the learning rate at update ``num_update``, the largest number of updates of any weight."""
         if num_update < self.warmup_steps:
             return self.get_warmup_lr(num_update)
         return self.after_warmup(num_update)
 
     def get_warmup_lr(self, num_update: int) -> float:
-        """The learning rate within the warm-up."""
+        """Return the learning rate within the warm-up."""
         if self.warmup_mode == "constant":
             return self.warmup_begin_lr
         rise = (self.warmup_final_lr - self.warmup_begin_lr) * num_update / self.warmup_steps
@@ -67,7 +67,7 @@ class LRScheduler:
 
     @property
     def warmup_final_lr(self) -> float:
-        """Where the warm-up ends: ``base_lr``, unless it was set apart, as in some of MXNet's state files."""
+        """Learning rate at the end of the warm-up: ``base_lr`` unless set separately, as in some MXNet state files."""
         return self.base_lr if self._warmup_final_lr is None else self._warmup_final_lr
 
     @warmup_final_lr.setter
@@ -75,14 +75,14 @@ class LRScheduler:
         self._warmup_final_lr = checks.non_negative("warmup_final_lr", value)
 
     def after_warmup(self, num_update: int) -> float:
-        """The learning rate at update ``num_update >= warmup_steps``."""
+        """Return the learning rate at update ``num_update >= warmup_steps``."""
         raise NotImplementedError(f"{type(self).__name__} must define after_warmup or __call__")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config().items())})"
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments that make this schedule, and ``warmup_final_lr`` where it was set apart."""
+        """Return the constructor arguments of this schedule, and ``warmup_final_lr`` if it was set separately."""
         names = ["base_lr", "warmup_steps", "warmup_begin_lr", "warmup_mode"]
         if self._warmup_final_lr is not None:
             names.append("warmup_final_lr")
@@ -95,7 +95,7 @@ class FactorScheduler(LRScheduler):
     Parameters
     ----------
     step : int or float
-        Number of updates between two multiplications, >= 1. As in MXNet it need not be whole.
+        Number of updates between two multiplications, >= 1. As in MXNet, it may be fractional.
     factor : float, default 1
         In (0, 1].
     stop_factor_lr : float, default 1e-8
@@ -106,7 +106,7 @@ class FactorScheduler(LRScheduler):
     Raises
     ------
     TypeError, ValueError
-        As there, and for a ``step`` or ``factor`` out of range.
+        As there, and if ``step`` or ``factor`` is out of range.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class FactorScheduler(LRScheduler):
         self._last: tuple[Any, float, float] = (None, 0, 0.0)
 
     def after_warmup(self, num_update: int) -> float:
-        # Repeated multiplication, not a power: it rounds as MXNet's does. It continues from the last result, if it can.
+        # Repeated multiplication, not a power, to round as MXNet does; it continues from the last result if possible.
         given = self.step, self.base_lr, self.factor, self.stop_factor_lr
         before, count, lr = self._last
         if before != given or num_update <= count:
@@ -159,7 +159,7 @@ class MultiFactorScheduler(LRScheduler):
     Raises
     ------
     TypeError, ValueError
-        As there, and for steps that do not increase or a ``factor`` out of range.
+        As there, and if the steps do not increase or ``factor`` is out of range.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class MultiFactorScheduler(LRScheduler):
 
 
 class _ToFinal(LRScheduler):
-    """From ``base_lr`` down to ``final_lr`` at ``max_update``; it stays there."""
+    """Base class for decay from ``base_lr`` to ``final_lr`` at ``max_update``, constant from then on."""
 
     def __init__(
         self,
@@ -216,7 +216,7 @@ class _ToFinal(LRScheduler):
         return self.final_lr + (self.base_lr - self.final_lr) * remaining
 
     def remaining(self, done: int, steps: int) -> float:
-        """The part of the way still to go after ``done`` of ``steps`` updates, rounded as MXNet does."""
+        """Return the remaining part of the decay after ``done`` of ``steps`` updates, rounded as in MXNet."""
         raise NotImplementedError(f"{type(self).__name__} must define remaining")
 
     def config(self) -> dict[str, Any]:
@@ -229,7 +229,7 @@ class PolyScheduler(_ToFinal):
     Parameters
     ----------
     max_update : int
-        The update at which ``final_lr`` is reached; the progress runs from the end of the warm-up to here.
+        The update at which ``final_lr`` is reached; progress is measured from the end of the warm-up to here.
     base_lr : float, default 0.01
     pwr : float, default 2
     final_lr : float, default 0
@@ -239,7 +239,7 @@ class PolyScheduler(_ToFinal):
     Raises
     ------
     TypeError, ValueError
-        As there, and where ``warmup_steps`` is not below ``max_update``.
+        As there, and if ``warmup_steps`` is not below ``max_update``.
     """
 
     def __init__(
@@ -268,7 +268,7 @@ class CosineScheduler(_ToFinal):
     Parameters
     ----------
     max_update : int
-        The update at which ``final_lr`` is reached; the progress runs from the end of the warm-up to here.
+        The update at which ``final_lr`` is reached; progress is measured from the end of the warm-up to here.
     base_lr : float, default 0.01
     final_lr : float, default 0
     warmup_steps, warmup_begin_lr, warmup_mode
@@ -277,7 +277,7 @@ class CosineScheduler(_ToFinal):
     Raises
     ------
     TypeError, ValueError
-        As there, and where ``warmup_steps`` is not below ``max_update``.
+        As there, and if ``warmup_steps`` is not below ``max_update``.
     """
 
     def __init__(
@@ -303,27 +303,27 @@ def _factor(factor: Any) -> float:
 
 
 MOST_DECAYS = 10**7
-"""Multiplications that a saved schedule may need to get to where it was: some two seconds."""
+"""Most multiplications that a saved schedule may need to reach its position: about two seconds."""
 
 
 def require_reachable(schedule: Any, num_update: int) -> None:
-    """ValueError for a schedule that would multiply without end to get to ``num_update``, as no training did."""
+    """Raise ValueError if the schedule would need more than MOST_DECAYS multiplications to reach ``num_update``."""
     if isinstance(schedule, FactorScheduler) and num_update // schedule.step > MOST_DECAYS:
         raise ValueError(f"num_update={num_update}: must be <= {MOST_DECAYS} steps of its FactorScheduler")
 
 
 def is_ours(scheduler: Any) -> bool:
-    """Whether ``scheduler`` is of one of the classes here, not of a user's."""
+    """Whether the class of ``scheduler`` is defined here, not user-defined."""
     return type(scheduler).__module__ == __name__
 
 
 def from_config(name: Any, config: Any) -> LRScheduler:
-    """The schedule whose class name and :meth:`LRScheduler.config` these are; ValueError for what is neither."""
+    """Return the schedule with this class name and :meth:`LRScheduler.config`; ValueError if they are invalid."""
     classes = {c.__name__: c for c in (FactorScheduler, MultiFactorScheduler, PolyScheduler, CosineScheduler)}
     if name not in classes or not isinstance(config, dict):
         raise ValueError(f"lr_scheduler={name!r}: must be one of {', '.join(classes)}")
     arguments = dict(config)
-    # base_lr may lie below where the warm-up begins, if it was set later, so it is set later here, too.
+    # base_lr may be below warmup_begin_lr if it was set later, so it is set later here, too.
     final = arguments.pop("warmup_final_lr", None)
     try:
         base, begin = (checks.non_negative(each, arguments.get(each)) for each in ("base_lr", "warmup_begin_lr"))

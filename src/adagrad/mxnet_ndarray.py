@@ -1,4 +1,4 @@
-"""The arrays in MXNet's files: what ``NDArray::Save`` wrote, checked to the byte before anything is allocated."""
+"""The arrays in MXNet's files, as written by ``NDArray::Save``; fully checked before anything is allocated."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Bytes:
     def shape(self) -> tuple[int, ...]:
         ndim = self.number("<i")
         if not 0 <= ndim <= 32:
-            raise ValueError(f"an array of {ndim} dimensions")
+            raise ValueError(f"an array has {ndim} dimensions")
         shape = struct.unpack(f"<{ndim}q", self.take(8 * ndim))
         if any(size < 0 for size in shape):
             raise ValueError(f"an array of shape {shape}")
@@ -48,8 +48,8 @@ _FLOATS = {0: "<f4", 1: "<f8", 2: "<f2", 12: "<u2"}  # 12 is bfloat16, seen as i
 
 
 def read_array(raw: Bytes, spare: int) -> tuple[NDArray[Any], int]:
-    """The array that ``NDArray::Save`` wrote, and what is left of ``spare``: bytes that absent rows may be filled in
-    with."""
+    """Return the array that ``NDArray::Save`` wrote, and the rest of ``spare``, the bytes that absent rows may still
+    take."""
     if raw.at:
         raise ValueError("two arrays share their bytes")
     magic, storage = raw.number("<I"), raw.number("<i")
@@ -60,7 +60,7 @@ def read_array(raw: Bytes, spare: int) -> tuple[NDArray[Any], int]:
     stored = raw.shape() if storage == _ROW_SPARSE else None
     shape = raw.shape()
     if magic == _V2 and not shape:
-        raise ValueError("an array without a value")
+        raise ValueError("an array has no value")
     device, _, flag = raw.number("<i"), raw.number("<i"), raw.number("<i")
     if device not in (1, 2, 3, 5):  # CPU, GPU, pinned and shared memory
         raise ValueError(f"an array on a device of kind {device}")
@@ -90,8 +90,8 @@ def _row_sparse(
     spare -= (shape[0] - len(rows)) * math.prod(shape[1:]) * dtype.itemsize
     if spare < 0:
         raise ValueError(
-            f"a row-sparse array with {len(rows)} of {shape[0]} rows: the file is too short to justify the memory that "
-            "the others need"
+            f"a row-sparse array with {len(rows)} of {shape[0]} rows: the file is too short to justify the memory for "
+            "the others"
         )
     dense = np.zeros(shape, held.dtype)
     dense[rows] = held

@@ -1,15 +1,15 @@
-"""Reads the pickles in which MXNet keeps states, without running them.
+"""Read the pickles in which MXNet saves states, without executing them.
 
-Such a file is a pickle, and a pickle is a program. ``pickle.Unpickler`` with a restricted ``find_class`` would not do:
-it still allocates what the program asks for (a memo slot numbered two billion, 8 GB of bytes in a file of 20),
-and what it calls is called by code that nobody can read here. So the forty opcodes that picklers of protocols 2 to 5
-emit for such objects are interpreted below, on plain data: a class is a name, calling one from a list makes an inert
-record, and everything else is refused by name. A new object of another class is an inert record, too, because a user's
-own scheduler is saved with an optimizer; it is refused wherever else it occurs.
+A pickle is a program. ``pickle.Unpickler`` with a restricted ``find_class`` would not suffice: it still allocates
+whatever the program requests (a memo slot numbered two billion, 8 GB of bytes in a file of 20), and its calls happen in
+code outside this library. So the forty opcodes that picklers of protocols 2 to 5 emit for such objects are interpreted
+below, on plain data: a class is a name, calling a known one makes an inert record, and everything else is refused by
+name. A new object of another class becomes an inert record, too, because a user-defined scheduler is saved with its
+optimizer; anywhere else it is refused.
 
 Memory stays within a small multiple of the file's size: strings and bytes are slices of it, memo slots are numbered in
-sequence, containers are counted, no array's bytes are used twice, and what row-sparse arrays leave out is filled in
-only as far as the file is long.
+sequence, containers are counted, no array's bytes are used twice, and rows that row-sparse arrays omit are filled in
+only up to the length of the file.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _CLASSES = {*OPTIMIZERS.values(), *SCHEDULERS.values()}
 
 
 def refusal(name: str) -> ValueError:
-    return ValueError(f"refused {name[:200]!r}: not among what AdaGrad's states need")
+    return ValueError(f"refused {name[:200]!r}: not needed for AdaGrad's states")
 
 
 def kind(value: Any) -> str:
@@ -72,8 +72,8 @@ class Array:
 
 
 class Record:
-    """An optimizer or scheduler: the name of its class, and its attributes. The name of a class that is not of those
-    listed above has its module before it, and a dot."""
+    """An optimizer or scheduler: the name of its class, and its attributes. The name of a class that is not listed
+    above is qualified by its module."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -91,15 +91,15 @@ _SCALARS |= {"b1": "?", "u1": "B", "u2": "H", "u4": "I", "u8": "Q"}
 
 
 class Machine:
-    """Runs the opcodes. ``stack``, ``marks`` and ``memo`` are the pickle machine's."""
+    """Interpreter of the opcodes. ``stack``, ``marks`` and ``memo`` are those of the pickle machine."""
 
     def __init__(self, view: memoryview) -> None:
         self.code = Bytes(view)
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: list[Any] = []
-        self.objects = 64 + len(view) // 8  # that may still be made: an array needs 4, and 55 bytes beside its values
-        self.spare = self.text = len(view)  # bytes for absent rows, and for text that stands for bytes (protocol 2)
+        self.objects = 64 + len(view) // 8  # may still be made: an array needs 4, and 55 bytes besides its values
+        self.spare = self.text = len(view)  # bytes left for absent rows, and for text that encodes bytes (protocol 2)
 
     def run(self) -> Any:
         if self.code.number("B") != 0x80 or not 2 <= self.code.number("B") <= 5:
@@ -110,7 +110,7 @@ class Machine:
                 raise ValueError(f"refused opcode {names.get(opcode, hex(ord(opcode)))}")
             _OPCODES[opcode](self)
         if len(self.stack) != 1 or self.marks or self.code.at != len(self.code.view):
-            raise ValueError("something is left over at its end")
+            raise ValueError("data is left over at its end")
         return self.stack[0]
 
     def push(self, value: Any) -> None:
@@ -129,7 +129,7 @@ class Machine:
 
     def top(self) -> Any:
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
-            raise ValueError("an opcode without its operand")
+            raise ValueError("an opcode lacks its operand")
         return self.stack[-1]
 
     def mark(self) -> None:
@@ -138,7 +138,7 @@ class Machine:
 
     def since_mark(self) -> list[Any]:
         if not self.marks:
-            raise ValueError("an opcode without its mark")
+            raise ValueError("an opcode lacks its mark")
         start = self.marks.pop()
         items = self.stack[start:]
         del self.stack[start - 1 :]
@@ -195,7 +195,7 @@ class Machine:
     def find(self, name: Any, module: Any) -> None:
         if not isinstance(name, str) or not isinstance(module, str):
             raise ValueError("a class whose name is not text")
-        if len(module) + len(name) > 200:  # a copy of it is made
+        if len(module) + len(name) > 200:  # it will be copied
             raise refusal(f"{module[:200]}.{name[:200]}")
         path = f"{module}.{name}"
         self.make(_Global(_GLOBALS.get(path, path)))
@@ -222,7 +222,7 @@ class Machine:
             case str() as path, _ if "." in path:
                 raise refusal(path)
             case kind, _:
-                raise ValueError(f"refused a call of {kind} with other arguments than such a file has")
+                raise ValueError(f"refused a call of {kind} with arguments that such a file does not have")
 
     def new(self, arguments: Any, cls: Any) -> None:
         name = getattr(cls, "kind", None)
@@ -235,13 +235,13 @@ class Machine:
             case Array(data=None) as array, {"handle": Bytes() as raw}:
                 array.data, self.spare = read_array(raw, self.spare)
             case Array(data=None), {"handle": None}:
-                pass  # refused where a state should be
+                pass  # refused as a state
             case Record(attributes=None) as record, dict():
                 record.attributes = state
             case _Dtype() as dtype, (3, "<" | ">" | "|" as order, None, None, None, -1, -1, 0):
                 dtype.form = order.replace("|", "<") + dtype.form[1:]
             case target, _:
-                raise ValueError(f"refused to set a {kind(target)} up from a {kind(state)}")
+                raise ValueError(f"refused to build a {kind(target)} from a {kind(state)}")
 
 
 def _text(size: str) -> Callable[[Machine], None]:

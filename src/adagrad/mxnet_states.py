@@ -1,6 +1,6 @@
-"""Reads the state files that MXNet 2.0 and 1.x wrote (``Trainer.save_states``, ``Updater.get_states``), without MXNet.
+"""Read the state files of MXNet 2.0 and 1.x (``Trainer.save_states``, ``Updater.get_states``), without MXNet.
 
-The file is a pickle, which :mod:`adagrad.mxnet_pickle` reads without running it.
+The file is a pickle, which :mod:`adagrad.mxnet_pickle` reads without executing it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _Number = TypeVar("_Number", int, float)
 
 @dataclass(frozen=True)
 class MXNetOptimizer:
-    """An optimizer as MXNet saved it. ``param_dict`` is missing: MXNet leaves it out of the file.
+    """An optimizer as saved by MXNet. There is no ``param_dict``: MXNet leaves it out of the file.
 
-    ``lr`` is what the constructor was given; where there is a ``scheduler``, its ``base_lr`` is what counts.
-    ``scheduler`` is the class name and the constructor's arguments that make MXNet's schedule anew, with the original
-    ``base_lr`` rather than the decayed one in the file. One argument is not the constructor's: ``warmup_final_lr`` is
-    among them where the warm-up ends elsewhere than at ``base_lr``, as after ``learning_rate`` overwrote that: make
-    the schedule with that as ``base_lr``, then set its ``base_lr``, which may lie below where the warm-up begins.
-    A user-defined scheduler is "custom": nothing is known of it.
+    ``lr`` is the constructor's argument; with a ``scheduler``, only that scheduler's ``base_lr`` matters.
+    ``scheduler`` is the class name and the constructor arguments with which MXNet's schedule is recreated, with the
+    original ``base_lr`` rather than the decayed one in the file. ``warmup_final_lr``, not a constructor argument, is
+    added if the warm-up does not end at ``base_lr``, as after ``learning_rate`` overwrote that: construct the schedule
+    with it as ``base_lr``, then set its ``base_lr``, which may be below ``warmup_begin_lr``. A user-defined scheduler
+    is "custom": nothing is known about it.
     """
 
     name: str
@@ -47,21 +47,21 @@ class MXNetOptimizer:
     decoupled_decay: bool = False
 
     def config(self) -> dict[str, Any]:
-        """The same in the form that ``Optimizer.set_config`` takes; histories start at 0, as all of MXNet's do.
+        """Return this in the form that ``Optimizer.set_config`` takes; the initial history is 0, as always in MXNet.
 
-        Raises ValueError for ``clip_gradient=0``, which cannot be continued with.
+        ValueError for ``clip_gradient=0``, with which training cannot continue.
         """
         if self.clip_gradient == 0:
             raise ValueError(
-                "clip_gradient=0: must be None or > 0: with 0 MXNet makes dense gradients zero, and does not clip "
-                "row-sparse ones; to go on without clipping, load a file that was saved without the optimizer"
+                "clip_gradient=0: must be None or > 0: with 0, MXNet sets dense gradients to zero and does not clip "
+                "row-sparse ones; to continue without clipping, load a file that was saved without the optimizer"
             )
         plain = {name: value for name, value in vars(self).items() if name not in ("name", "scheduler")}
         return {"class": self.name, "lr_scheduler": self.scheduler, "initial_accumulator_value": 0.0} | plain
 
 
 def is_mxnet_states(data: bytes) -> bool:
-    """Whether ``data`` starts as a pickle does, and not as safetensors that happen to begin so."""
+    """Whether ``data`` starts like a pickle, and is not a safetensors file that happens to start so."""
     start = bytes(data[:9])
     if start[:1] in (b"(", b"}", b"]") and data[-1:] == b"." and start[8:] != b"{":
         return True  # a pickle of protocol 0 or 1, which is refused
@@ -69,10 +69,10 @@ def is_mxnet_states(data: bytes) -> bool:
 
 
 def decode(data: bytes) -> tuple[dict[int | str, State], MXNetOptimizer | None]:
-    """The states in ``data``, and the optimizer where the file holds one.
+    """Return the states in ``data``, and the optimizer if the file contains one.
 
     Arrays are new, writable and in C order, of the dtype in the file; bfloat16 is widened to float32. ValueError, with
-    the reason, for a file that is truncated, altered, of another kind, or asks for what such a file does not need.
+    the reason, if the file is truncated, altered, something else, or contains what such a file does not need.
     """
     try:
         found = Machine(memoryview(data).cast("B")).run()
@@ -96,25 +96,25 @@ def decode(data: bytes) -> tuple[dict[int | str, State], MXNetOptimizer | None]:
 
 
 def _state(value: Any, seen: set[int], depth: int = 0) -> State:
-    """The state in ``value``, whose arrays and containers must be in no other state: MXNet shares none."""
+    """Return the state in ``value``; its arrays and containers must not be shared: MXNet shares none."""
     if value is None:
         return None
     if not isinstance(value, (Array, tuple, list)) or depth > 8:
         raise ValueError(f"a state that is neither an array nor a tuple of them: {kind(value)}")
     if id(value) in seen:
         raise ValueError("two states share an array")
-    if value != ():  # of which there is only one
+    if value != ():  # () is a singleton
         seen.add(id(value))
     if isinstance(value, Array):
         if value.data is None:
-            raise ValueError("an array without a value")
+            raise ValueError("an array has no value")
         return value.data
     parts = [_state(part, seen, depth + 1) for part in value]
     return tuple(parts) if isinstance(value, tuple) else parts
 
 
 class _Attributes:
-    """The attributes of an optimizer or scheduler, each checked when it is asked for; others are ignored."""
+    """The attributes of an optimizer or scheduler, each checked when it is read; others are ignored."""
 
     def __init__(self, record: Record) -> None:
         self.name = record.name
@@ -122,7 +122,7 @@ class _Attributes:
 
     def get(self, key: str, *types: type) -> Any:
         if key not in self.values:
-            raise ValueError(f"{self.name} without {key}")
+            raise ValueError(f"{self.name} has no {key}")
         return self.checked(key, self.values[key], *types)
 
     def checked(self, key: str, value: Any, *types: type) -> Any:
@@ -159,9 +159,9 @@ def _optimizer(found: _Attributes) -> MXNetOptimizer:
     num_update, lr = found.count("num_update"), found.real_or_none("lr")
     schedule = found.get("lr_scheduler", Record, type(None))
     if lr is None and schedule is None:
-        raise ValueError(f"{found.name} with neither lr nor lr_scheduler")
+        raise ValueError(f"{found.name} has neither lr nor lr_scheduler")
     aggregate = found.values.get("aggregate_num")
-    first = "float_stable_eps" in found.values  # MXNet 1, whose rule is another
+    first = "float_stable_eps" in found.values  # MXNet 1, which has another rule
     return MXNetOptimizer(
         name=found.name,
         rescale_grad=found.real("rescale_grad"),
@@ -188,12 +188,12 @@ def _optimizer(found: _Attributes) -> MXNetOptimizer:
 
 
 def _scheduler(record: Record, lr: float | None, num_update: int) -> tuple[str, dict[str, Any]] | str:
-    """The schedule from its start. MXNet's decays in place: the file must agree with where that led to by now."""
+    """Return the schedule from its start. MXNet's decays in place: the file must agree with its current position."""
     if not record.is_known:
         return "custom"
     found = _Attributes(record)
     if found.name not in SCHEDULERS.values():
-        raise ValueError(f"{found.name} as a scheduler")
+        raise ValueError(f"{found.name} cannot be a scheduler")
     now, warm = found.real("base_lr"), found.real("warmup_final_lr")
     arguments: dict[str, Any] = {
         "warmup_steps": found.count("warmup_steps"),
@@ -201,13 +201,13 @@ def _scheduler(record: Record, lr: float | None, num_update: int) -> tuple[str, 
         "warmup_mode": found.get("warmup_mode", str),
     }
     if found.name in ("PolyScheduler", "CosineScheduler"):
-        starts = [found.real("base_lr_orig")]  # what these two start from even where lr was given
+        starts = [found.real("base_lr_orig")]  # these two start from it even if lr was given
         arguments |= {"max_update": found.count("max_update"), "final_lr": found.real("final_lr")}
         if found.name == "PolyScheduler":
             arguments["pwr"] = found.real("power")
         expected = [arguments["final_lr"] if num_update > arguments["max_update"] else now]
     else:
-        # lr overwrote what a scheduler that was given with it began with; one that was set later begins as made.
+        # lr overwrote the base_lr of a scheduler passed with it; one that was set later starts from its own.
         starts = [warm] if lr is None else [lr, warm]
         factor, count = found.real("factor"), found.steps("count", [found.get("count", int, float)])[0]
         if found.name == "FactorScheduler":
@@ -226,7 +226,7 @@ def _scheduler(record: Record, lr: float | None, num_update: int) -> tuple[str, 
     if not agreeing:
         raise ValueError(
             f"{found.name}.base_lr={now}: its schedule gives {expected[0]} at num_update {num_update}, "
-            "so something else has changed it, and it cannot be continued from here"
+            "so something else has changed it, and the schedule cannot be continued"
         )
     arguments["base_lr"] = base = agreeing[0]
     if warm != base and (arguments["warmup_steps"] or arguments["warmup_begin_lr"] > base):

@@ -1,4 +1,4 @@
-"""The optimizer base class: hyper-parameters, the steps, checkpoints of both, the registry."""
+"""The optimizer base class: hyper-parameters, update steps, checkpoints and the registry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ O = TypeVar("O", bound="type[Optimizer]")  # noqa: E741
 
 
 class Options(TypedDict, total=False):
-    """Those arguments of :class:`Optimizer` that its subclasses pass on to it."""
+    """The arguments of :class:`Optimizer` that its subclasses forward to it."""
 
     rescale_grad: float
     param_idx2name: Mapping[int, str] | None
@@ -41,42 +41,42 @@ class Optimizer(Rates):
     Parameters
     ----------
     rescale_grad : float, default 1.0
-        Gradients are multiplied by it first; often ``1 / batch_size``. Finite, of any sign.
+        Factor applied to gradients first; often ``1 / batch_size``. Finite, of any sign.
     param_idx2name : dict of int to str, optional
-        Names of the indices that multipliers may be given by.
+        Maps indices to names, by which multipliers can be set.
     wd : float, default 0.0
         Weight decay: ``wd * weight`` is added to the gradient. Finite, >= 0.
     clip_gradient : float, optional
         Gradients are clipped to ``[-clip_gradient, clip_gradient]``, before weight decay is added. Finite, > 0.
     learning_rate : float, optional
-        If given, it overwrites the ``base_lr`` of ``lr_scheduler``. If None: the scheduler's, or 0.01 without one.
+        If given, overwrites the ``base_lr`` of ``lr_scheduler``. If None, the scheduler's is used, or 0.01 without one.
     lr_scheduler : callable, optional
         The learning rate as a function of ``num_update``; see :mod:`adagrad.lr_scheduler`.
     sym : object, optional
-        Whatever has ``attr_dict()`` and ``list_arguments()``: ``__lr_mult__`` and ``__wd_mult__`` of its arguments
+        An object with ``attr_dict()`` and ``list_arguments()``; ``__lr_mult__`` and ``__wd_mult__`` of its arguments
         become multipliers.
     begin_num_update : int, default 0
-        The count that every weight starts from.
+        The initial update count of every weight.
     multi_precision : bool, default False
-        Whether float16 and bfloat16 weights get a float32 master copy that the rule acts on.
+        Whether to keep a float32 master copy of float16 and bfloat16 weights, to which the rule is applied.
     param_dict : mapping of index to object, optional
-        Objects with ``lr_mult`` and ``wd_mult``, asked at every step; they come before all other multipliers.
+        Objects with ``lr_mult`` and ``wd_mult``, read at every step; they override all other multipliers.
     aggregate_num : int or numpy.inf, optional
-        How many weights :class:`~adagrad.Updater` hands to one step; 1 by default. The results are the same. It hands
-        over all at once where no subclass, attribute or scheduler of a user's could see the difference; multipliers are
-        then asked for before any weight changes.
+        How many weights :class:`~adagrad.Updater` passes to one step; 1 by default. The results are the same. It passes
+        all at once where no user-defined subclass, attribute or scheduler could see the difference; multipliers are
+        then read before any weight changes.
     use_fused_step : bool, optional
-        Whether :meth:`update` calls :meth:`fused_step`, else :meth:`step`; by default False here.
+        Whether :meth:`update` calls :meth:`fused_step` rather than :meth:`step`; False by default in this class.
 
     Raises
     ------
     TypeError, ValueError
-        For an argument of a wrong kind or value; the message names it, its value and the rule it broke.
+        If an argument has the wrong type or value; the message names it.
 
     Attributes
     ----------
     learning_rate : float
-        The learning rate now.
+        The current learning rate.
     num_update : int
         The largest number of updates of any weight.
     """
@@ -109,7 +109,7 @@ class Optimizer(Rates):
 
     @staticmethod
     def register(klass: O) -> O:
-        """Class decorator: make ``klass`` known to :meth:`create_optimizer` by its name in lower case."""
+        """Register a class for :meth:`create_optimizer`, under its name in lower case; a class decorator."""
         if not isinstance(klass, type):
             raise TypeError(f"klass={checks.describe(klass)}: must be a class")
         name = klass.__name__.lower()
@@ -125,7 +125,7 @@ class Optimizer(Rates):
 
     @staticmethod
     def create_optimizer(name: str, **kwargs: Any) -> Optimizer:
-        """The registered optimizer ``name``, in any case, made with ``kwargs``; ValueError for an unknown name."""
+        """Create the registered optimizer ``name``, in any case, with ``kwargs``; ValueError if it is unknown."""
         klass = Optimizer.opt_registry.get(checks.string("name", name).lower())
         if klass is None:
             known = ", ".join(sorted(Optimizer.opt_registry))
@@ -135,11 +135,11 @@ class Optimizer(Rates):
     # ------------------------------------------------------------------------------------------------------- the steps
 
     def create_state(self, index: Index, weight: Array) -> Any:
-        """The state of ``weight`` at its start; None here."""
+        """Create the initial state of ``weight``; None in this class."""
         return None
 
     def create_state_multi_precision(self, index: Index, weight: Array) -> Any:
-        """The state; for a float16 or bfloat16 weight under ``multi_precision`` after a float32 master copy."""
+        """Create the state; with ``multi_precision``, (float32 master copy, state) for a low-precision weight."""
         w = operand("weight", weight)
         if not (self.multi_precision and w.format in LOW_PRECISION):
             return self.create_state(index, weight)
@@ -147,33 +147,33 @@ class Optimizer(Rates):
         return master, self.create_state(index, master)
 
     def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
-        """One update of each weight by array expressions, which a subclass defines."""
+        """Update each weight once by array expressions; to be defined by a subclass."""
         raise NotImplementedError(f"{type(self).__name__} must define step")
 
     def fused_step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
-        """One update of each weight by kernels, which a subclass defines."""
+        """Update each weight once by kernels; to be defined by a subclass."""
         raise NotImplementedError(f"{type(self).__name__} must define fused_step")
 
     def update(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
-        """Update weights: :meth:`fused_step` with everything if ``use_fused_step``, else :meth:`step` with everything.
+        """Update weights in place, by :meth:`fused_step` if ``use_fused_step``, else by :meth:`step`.
 
         Parameters
         ----------
         indices : int or str, or a list of them
-            What tells the weights apart for counts and multipliers; each at most once in a call.
+            Keys of the weights, for counts and multipliers; unique within a call.
         weights : array, or a list of arrays
             NumPy arrays or torch tensors of any shape and strides; float16, bfloat16, float32 or float64. Updated in
             place.
         grads : array, RowSparse or sparse COO tensor, or a list of them
-            Each of its weight's shape; of its dtype, or float32 for a float16 or bfloat16 weight. Never written to.
-        states : what :meth:`create_state_multi_precision` returned, or a list of it
+            Each with its weight's shape and dtype, or float32 for a float16 or bfloat16 weight. Never modified.
+        states : result of :meth:`create_state_multi_precision`, or a list of them
             Updated in place.
 
         Raises
         ------
         TypeError, ValueError, IndexError
-            Naming the argument, its value and the rule it broke; then nothing has changed. On CUDA a row id outside
-            its weight turns the call into nothing; a later call, or :func:`adagrad.torch.check_row_ids`, raises.
+            If an argument is invalid; the message names it, and nothing is changed. On CUDA a row id out of range makes
+            the call a no-op; a later call, or :func:`adagrad.torch.check_row_ids`, raises.
         """
         if not isinstance(indices, (list, tuple)):
             indices, weights, grads, states = [indices], [weights], [grads], [states]
@@ -183,9 +183,9 @@ class Optimizer(Rates):
             self.step(indices, weights, grads, states)
 
     def update_multi_precision(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
-        """The same, where states may hold master copies: :meth:`update` gets the master copy in the weight's place.
+        """Update weights whose states may hold master copies: :meth:`update` gets these in place of the weights.
 
-        For subclasses that know nothing of low precision; the low-precision weight is the master copy's rounding.
+        For subclasses that do not handle low precision; the low-precision weight becomes the rounded master copy.
         """
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
         low = [
@@ -199,28 +199,29 @@ class Optimizer(Rates):
         self.update(indices, masters, full, inner)
         for is_low, weight, master in zip(low, weights, masters, strict=True):
             if is_low:
-                with np.errstate(all="ignore"):  # whatever is too large or too small, as the kernels round it
+                with np.errstate(all="ignore"):  # overflow and underflow round as in the kernels
                     operand("weight", weight).array[...] = cast(master, weight)
 
     def _may_take_all_at_once(self) -> bool:
-        """Whether one step for all weights of an updater is the same as several: what runs in a step is ours."""
+        """Whether one step for all weights equals several: no user-defined code runs in a step."""
         return False
 
     def check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
-        """Raise what an update with these lists would raise; for callers that split a list over several updates."""
+        """Raise the errors that an update with these lists would raise; for callers that split a list into updates."""
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
     def config(self) -> dict[str, Any]:
-        """Hyper-parameters and counts as plain data, for checkpoints.
+        """Return hyper-parameters and counts as plain data, for checkpoints.
 
-        A scheduler of one's own, ``param_dict`` and ``sym`` are not in it, nor what changes no result
+        It does not contain a custom scheduler, ``param_dict`` or ``sym``, nor the options that change no result
         (``aggregate_num``, ``use_fused_step``).
 
         Raises
         ------
         ValueError
-            For attributes, the scheduler's too, that were set to what a constructor refuses: they could not be loaded.
+            If an attribute, also of the scheduler, was set to a value that the constructor refuses: it could not be
+            loaded.
         """
         scheduler: Any = self.lr_scheduler
         if scheduler is not None:
@@ -242,7 +243,7 @@ class Optimizer(Rates):
         return config
 
     def _saved(self) -> dict[str, Callable[[str, Any], Any]]:
-        """Attributes that checkpoints hold, and what checks them."""
+        """Names of the attributes saved in checkpoints, with their checks."""
         return {
             "rescale_grad": checks.finite,
             "wd": checks.non_negative,
@@ -252,10 +253,10 @@ class Optimizer(Rates):
         }
 
     def set_config(self, config: Mapping[str, Any]) -> None:
-        """Take over what :meth:`config` of an optimizer of the same class gave.
+        """Restore what :meth:`config` of an optimizer of the same class returned.
 
-        A scheduler of one's own stays, whatever was saved. Where one of the saved optimizer's own is missing here, the
-        learning rate stays, with a UserWarning. ValueError for what does not fit; then nothing has changed.
+        A custom scheduler here is kept, whatever was saved. If the saved optimizer had a custom scheduler and this one
+        has none, the learning rate is kept, with a UserWarning. ValueError if it does not fit; nothing is changed.
         """
         if config.get("class") != type(self).__name__:
             raise ValueError(f"optimizer {config.get('class')!r}: must be {type(self).__name__!r}, like the one here")
@@ -267,7 +268,7 @@ class Optimizer(Rates):
         if here is not None and not lr_scheduler.is_ours(here):
             new["lr_scheduler"] = here
         elif config["lr_scheduler"] == "custom" and here is None:
-            del new["lr"]  # that of an optimizer with a scheduler, which means nothing without
+            del new["lr"]  # meaningless without the saved optimizer's scheduler
             warnings.warn(
                 "the saved optimizer used a custom scheduler, which no file holds: keeping "
                 f"learning_rate={self.learning_rate!r}; set lr_scheduler to continue the schedule",
@@ -278,9 +279,9 @@ class Optimizer(Rates):
             setattr(self, name, value)
 
     def _checked(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The attributes that :meth:`config` tells, without a scheduler of one's own, which it does not.
+        """Return the checked attributes in ``config``, which does not contain a custom scheduler.
 
-        KeyError, TypeError, ValueError or AttributeError for what does not fit.
+        KeyError, TypeError, ValueError or AttributeError if it does not fit.
         """
         new = {name: check(name, config[name]) for name, check in self._saved().items() if name in config}
         new["lr"] = None if config["lr"] is None else checks.non_negative("lr", config["lr"])
@@ -297,19 +298,19 @@ class Optimizer(Rates):
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        # As in MXNet: param_dict holds the model's parameters. A copy, or what is unpickled, is to be given its own.
+        # As in MXNet: param_dict holds the model's parameters, so a copy or unpickled object must be given its own.
         return {**vars(self), "param_dict": {}}
 
 
 def kind_of(state: Any) -> str:
-    """What a state is, as a message says it."""
+    """Describe the structure of a state, for messages."""
     if not isinstance(state, (tuple, list)):
         return "one history"
     return "a pair (master copy, history)" if len(state) == 2 else f"{len(state)} entries"
 
 
 def _check_low_precision(which: list[int], weights: list[Any], grads: list[Any], states: list[Any]) -> None:
-    """What must be right before gradients are cast up and master copies rounded down, for no step sees it."""
+    """Check what no step sees: low-precision weights and gradients, before these are cast up and masters down."""
     written: list[Operand] = []
     read: list[Operand] = []
     for i in which:
@@ -342,7 +343,7 @@ def _aggregate_num(value: Any) -> float:
 
 
 def as_lists(indices: Any, weights: Any, grads: Any, states: Any) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
-    """The arguments of an update as lists of one length, single ones wrapped; indices are hashable and distinct."""
+    """Return the arguments of an update as lists of equal length; indices must be hashable and distinct."""
     if not isinstance(indices, (list, tuple)):
         indices, weights, grads, states = [indices], [weights], [grads], [states]
     n = len(indices)
@@ -358,7 +359,7 @@ def as_lists(indices: Any, weights: Any, grads: Any, states: Any) -> tuple[list[
         raise TypeError(f"indices={checks.describe(indices)}: must be integers or strings") from None
     if not distinct:
         raise ValueError(f"indices={checks.describe(indices)}: must be distinct within one call")
-    # Lists of one's own: what another thread does to the caller's cannot free arrays in use.
+    # Copies of the lists: another thread that changes the caller's cannot free arrays in use.
     return list(indices), list(weights), list(grads), list(states)
 
 

@@ -1,8 +1,9 @@
-"""Learning rates and weight decays of single weights, and the counts of their updates."""
+"""Learning rate, weight decay and update count of each weight."""
 
 from __future__ import annotations
 
 import numbers
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,13 +12,13 @@ from typing import Any
 from adagrad import checks
 
 Index = int | str
-"""What tells the weights of an optimizer apart."""
+"""Key of a weight in an optimizer."""
 
 
 class Rates:
-    """The part of an optimizer that knows how often each weight was updated, and its lr and wd therefore.
+    """The part of an optimizer that counts the updates of each weight and determines its lr and wd.
 
-    Parameters are those of :class:`~adagrad.Optimizer`, which says what they mean.
+    For the parameters see :class:`~adagrad.Optimizer`.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Rates:
         self.wd_mult: dict[Index, float] = {}
         self.set_lr_mult({})
         self.set_wd_mult({})
-        if lr_scheduler is not None and learning_rate is not None:  # last: a constructor that fails changes nothing
+        if lr_scheduler is not None and learning_rate is not None:  # last: a failing constructor changes nothing
             self._overwrite_base_lr(lr_scheduler, learning_rate)
 
     @staticmethod
@@ -82,7 +83,7 @@ class Rates:
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate now: the scheduler's at ``num_update``, or the one that was set."""
+        """The current learning rate: the scheduler's at ``num_update``, or the one that was set."""
         return self._lr_at(self.num_update)
 
     def _lr_at(self, num_update: int) -> float:
@@ -91,17 +92,17 @@ class Rates:
         return 0.01 if self.lr is None else self.lr
 
     def set_learning_rate(self, lr: float) -> None:
-        """Set the learning rate; raises UserWarning, as MXNet does, when a scheduler decides on it."""
+        """Set the learning rate; raises UserWarning, as MXNet does, if there is a scheduler."""
         if self.lr_scheduler is not None:
-            raise UserWarning(f"lr={lr!r}: the optimizer has a learning-rate scheduler, which decides on it")
+            raise UserWarning(f"lr={lr!r}: the learning rate is set by the optimizer's lr_scheduler")
         self.lr = checks.non_negative("lr", lr)
 
     def set_lr_mult(self, args_lr_mult: Mapping[Index, float]) -> None:
-        """Set multipliers of the learning rate, by index or name, anew; those of ``sym`` stay unless named."""
+        """Replace the learning-rate multipliers, by index or name; those of ``sym`` stay unless given here."""
         self.lr_mult = self._multipliers("args_lr_mult", "__lr_mult__", args_lr_mult)
 
     def set_wd_mult(self, args_wd_mult: Mapping[Index, float]) -> None:
-        """Set multipliers of the weight decay, by index or name, anew; those of ``sym`` stay unless named."""
+        """Replace the weight-decay multipliers, by index or name; those of ``sym`` stay unless given here."""
         self.wd_mult = self._multipliers("args_wd_mult", "__wd_mult__", args_wd_mult)
 
     def _multipliers(self, argument: str, attribute: str, given: Mapping[Index, float]) -> dict[Index, float]:
@@ -118,7 +119,7 @@ class Rates:
         return found
 
     def _multiplier(self, index: Index, attribute: str, multipliers: Mapping[Index, float]) -> float:
-        """MXNet's order: the parameter's own, else the index's, else its name's."""
+        """Return the multiplier in MXNet's order: ``param_dict``, then by index, then by name."""
         if index in self.param_dict:
             return _own_multiplier(index, self.param_dict[index], attribute)
         if index in multipliers:
@@ -128,14 +129,14 @@ class Rates:
         return 1.0
 
     def _get_lr(self, index: Index) -> float:
-        """The learning rate of the weight ``index`` now. A subclass may decide on it here, or for a list below.
+        """Return the current learning rate of the weight ``index``.
 
-        As in MXNet, this asks :meth:`_get_lrs`, not the other way round.
+        Subclasses may override this or :meth:`_get_lrs`, which this calls, as in MXNet.
         """
         return self._get_lrs([index])[0]
 
     def _get_wd(self, index: Index) -> float:
-        """The weight decay of the weight ``index``; likewise."""
+        """Return the weight decay of the weight ``index``; likewise."""
         return self._get_wds([index])[0]
 
     def _get_lrs(self, indices: Sequence[Index]) -> list[float]:
@@ -152,7 +153,7 @@ class Rates:
     # ----------------------------------------------------------------------------------------------------- the counts
 
     def _update_count(self, index: Index | Sequence[Index]) -> None:
-        """Count an update of the weight ``index``, or of each of several; for ``step`` methods of subclasses."""
+        """Count an update of the weight ``index``, or of each in a list; for ``step`` methods of subclasses."""
         for each in index if isinstance(index, (list, tuple)) else (index,):
             if each not in self._resolved:
                 count = self._index_update_count.get(each, self.begin_num_update) + 1
@@ -160,13 +161,14 @@ class Rates:
                 self.num_update = max(self.num_update, count)
 
     def _resolve(self, indices: Sequence[Index]) -> tuple[list[float], list[float], dict[Index, int]]:
-        """lr and wd of each index (or one for all) and its new count, counted in order; nothing has changed yet."""
+        """Return lr and wd of each index (or one for all) and its new count, in order, without changing anything."""
         if self._resolved:
             pairs = [self._resolved[index] for index in indices]
             return [lr for lr, _ in pairs], [wd for _, wd in pairs], {}
         counts, begin = self._index_update_count, self.begin_num_update
-        check_indices(indices)
-        if self._has_own_rates():
+        if not {int, str}.issuperset(map(type, indices)):
+            check_indices(indices)
+        if _overridable(type(self)) != _OURS:
             return self._ask(indices)
         if self.lr_scheduler is None and not (self.param_dict or self.lr_mult or self.wd_mult):
             lr, wd = checks.non_negative("lr", self.learning_rate), checks.non_negative("wd", self.wd)
@@ -186,20 +188,11 @@ class Rates:
         return lrs, wds, new
 
     def _has_own_rates(self) -> bool:
-        """Whether a subclass, or something set on this object, has a say in learning rates, weight decays or counts."""
-        kind = type(self)
-        return not (
-            kind.learning_rate is Rates.learning_rate
-            and kind._get_lr is Rates._get_lr
-            and kind._get_lrs is Rates._get_lrs
-            and kind._get_wd is Rates._get_wd
-            and kind._get_wds is Rates._get_wds
-            and kind._update_count is Rates._update_count
-            and _OVERRIDABLE.isdisjoint(vars(self))
-        )
+        """Whether a subclass overrides learning rates, weight decays or counts."""
+        return bool(_overridable(type(self)) != _OURS)
 
     def _ask(self, indices: Sequence[Index]) -> tuple[list[float], list[float], dict[Index, int]]:
-        """:meth:`_resolve` where a subclass decides: each index is counted before it is asked about, as in MXNet."""
+        """Do :meth:`_resolve` through overridden methods: each index is counted before its rates, as in MXNet."""
         counts, reached = self._index_update_count, self.num_update
         before = {index: counts.get(index) for index in indices}
         lrs: list[float] = []
@@ -214,7 +207,7 @@ class Rates:
             self._set_counts(before, reached)
 
     def _set_counts(self, before: Mapping[Index, int | None], reached: int) -> None:
-        """Set counts back to what they were; None for a weight that had not been counted."""
+        """Restore previous counts; None for a weight that had no count."""
         self.num_update = reached
         for index, count in before.items():
             if count is None:
@@ -223,7 +216,7 @@ class Rates:
                 self._index_update_count[index] = count
 
     def _count(self, new: Mapping[Index, int]) -> None:
-        """Take over the counts that :meth:`_resolve` gave."""
+        """Store the counts that :meth:`_resolve` returned."""
         if new:
             self._index_update_count.update(new)
             self.num_update = max(self.num_update, *new.values())
@@ -232,9 +225,9 @@ class Rates:
     def _counted(
         self, indices: Sequence[Index], lrs: Sequence[float], wds: Sequence[float], new: Mapping[Index, int]
     ) -> Iterator[None]:
-        """Within: the indices are counted and their lr and wd resolved, whatever a called ``step`` asks for.
+        """Context in which the indices are counted and their lr and wd fixed, whatever a called ``step`` resolves.
 
-        The counts are what they were where that raises.
+        The counts are restored if it raises.
         """
         rates = zip(lrs, wds, strict=True) if len(lrs) > 1 else [(lrs[0], wds[0])] * len(indices)
         counts, reached = self._index_update_count, self.num_update
@@ -250,11 +243,12 @@ class Rates:
             self._resolved = {}
 
 
-_OVERRIDABLE = frozenset({"_get_lr", "_get_lrs", "_get_wd", "_get_wds", "_update_count"})
+_overridable = operator.attrgetter("learning_rate", "_get_lr", "_get_lrs", "_get_wd", "_get_wds", "_update_count")
+_OURS = _overridable(Rates)
 
 
 def _from_text(name: str, value: Any) -> float:
-    """A multiplier that a symbol's attributes hold, as text mostly."""
+    """Convert a multiplier from a symbol's attributes, usually text."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -275,9 +269,7 @@ def _own_multiplier(index: Index, parameter: Any, attribute: str) -> float:
 
 
 def check_indices(indices: Sequence[Any]) -> None:
-    """TypeError unless they are what a checkpoint can hold: integers or strings."""
-    if {int, str}.issuperset(map(type, indices)):
-        return
+    """Raise TypeError unless all are integers or strings, which a checkpoint can hold."""
     for index in indices:
         if isinstance(index, bool) or not isinstance(index, (str, numbers.Integral)):
             kind = type(index).__name__

@@ -12,26 +12,26 @@ from adagrad.rule import Array, is_torch
 
 
 class RowSparse:
-    """A gradient that is present for some rows of a weight.
+    """A gradient for some rows of a weight.
 
-    Rows may come in any order and more than once; the values of a row that occurs more than once are summed. Rows that
-    do not occur are not touched by an update: not by weight decay either. The arrays are referred to, not copied.
+    Rows may come in any order; the values of duplicate rows are summed. An update changes only the rows present, also
+    by weight decay. The arrays are not copied.
 
     Parameters
     ----------
     values : array of shape (n, *shape[1:])
-        NumPy array or torch tensor; the dtype of the weight, or float32 for a float16 or bfloat16 weight.
+        NumPy array or torch tensor of the weight's dtype, or float32 for a float16 or bfloat16 weight.
     indices : array of shape (n,), int32 or int64
-        The row of each entry of ``values``, in ``range(shape[0])`` (checked when it is used).
+        The row of each entry of ``values``, in ``range(shape[0])`` (checked at the update).
     shape : tuple of int
-        The shape of the weight, of one dimension or more.
+        The shape of the weight, with at least one dimension.
 
     Raises
     ------
     TypeError
-        For values or indices that are not arrays, or indices that are not int32 or int64.
+        If values or indices are not arrays, or indices are not int32 or int64.
     ValueError
-        For shapes that do not fit each other.
+        If the shapes do not match.
 
     Examples
     --------

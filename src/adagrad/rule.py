@@ -1,4 +1,4 @@
-"""The AdaGrad rule as whole-array expressions: the statement of the maths, and the oracle of the kernels.
+"""The AdaGrad rule as whole-array expressions: the definition of the maths, and the reference for the kernels.
 
 The rule (Duchi, Hazan, Singer, JMLR 12, 2011, section 1.3 and figure 1, diagonal case)::
 
@@ -6,15 +6,15 @@ The rule (Duchi, Hazan, Singer, JMLR 12, 2011, section 1.3 and figure 1, diagona
     history = history + grad * grad
     weight  = weight - lr * (grad / (sqrt(history) + epsilon))
 
-Each operation is rounded to the computing dtype (float64 for float64 weights, else float32), in exactly this
-order. Scalars are computed in double and rounded once. ``clip`` is skipped when ``clip_gradient`` is None, the
-``wd`` term when ``wd`` is 0; a NaN passes through ``clip``.
+Each operation is rounded to the computing dtype (float64 for float64 weights, else float32), in exactly this order.
+Scalars are computed in double precision and rounded once. ``clip`` is skipped if ``clip_gradient`` is None, the ``wd``
+term if ``wd`` is 0; a NaN passes through ``clip``.
 
-Two options place the constants where other frameworks have them: ``epsilon_inside`` divides by
-``sqrt(history + epsilon)``; ``decoupled_decay`` leaves ``wd * weight`` out of the gradient and adds it to the
-quotient, so that it is multiplied by ``lr`` but not adapted. ``row_wise`` keeps one history value for each row:
-``history + mean(grad * grad)``, where column ``j`` of the flattened row adds into lane ``j mod 16``, the lanes combine
-by halves and one division by the row's length ends it: a fixed order that vectorises.
+Two options place the constants as in other frameworks: ``epsilon_inside`` divides by ``sqrt(history + epsilon)``;
+``decoupled_decay`` leaves ``wd * weight`` out of the gradient and adds it to the quotient, so that it is multiplied by
+``lr`` but not adapted. ``row_wise`` keeps one history value for each row: ``history + mean(grad * grad)``, where column
+``j`` of the flattened row is added to lane ``j mod 16``, the lanes are combined by halves, and their sum is divided by
+the row's length: a fixed order that vectorises.
 
 The functions take NumPy arrays or torch tensors on any device; temporaries are as large as the arrays.
 """
@@ -34,15 +34,15 @@ Array: TypeAlias = Any
 """A NumPy array or a torch tensor."""
 
 LANES = 16
-"""Partial sums of a row's mean of squares."""
+"""Number of partial sums of a row's mean square."""
 
 CHUNK = 128
-"""Occurrences of one row that are summed one after the other before their sum joins the row's total."""
+"""Number of occurrences of a row that are summed sequentially before their sum is added to the row's total."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What is common to all weights of a call: the rule's options and its scalars except ``lr`` and ``wd``."""
+    """The options and scalars of the rule that are common to all weights of a call: all but ``lr`` and ``wd``."""
 
     rescale_grad: float = 1.0
     clip_gradient: float | None = None
@@ -53,10 +53,10 @@ class Rule:
 
     @functools.cached_property
     def scalars(self) -> np.ndarray:
-        """As the kernels take them: ``rescale_grad``, the bound of ``clip``, epsilon under the root and beside it.
+        """The scalars for the kernels: ``rescale_grad``, the clip bound, epsilon inside and outside the root.
 
-        The bound is infinity where nothing is clipped: then no comparison holds. One of the epsilons is 0, and adding 0
-        to a number >= 0 changes no bit.
+        The bound is infinity if nothing is clipped: then no comparison holds. One of the epsilons is 0, and adding 0 to
+        a number >= 0 changes no bit.
         """
         bound = math.inf if self.clip_gradient is None else self.clip_gradient
         inside, outside = (self.epsilon, 0.0) if self.epsilon_inside else (0.0, self.epsilon)
@@ -64,16 +64,16 @@ class Rule:
 
 
 def is_torch(array: object) -> bool:
-    """Whether ``array`` is a torch tensor, found out without importing torch."""
+    """Whether ``array`` is a torch tensor, without importing torch."""
     # Another thread may be importing it.
     tensor = getattr(sys.modules.get("torch"), "Tensor", None)
     return tensor is not None and isinstance(array, tensor)
 
 
 def update(weight: Array, grad: Array, history: Array, lr: Any, wd: Any, rule: Rule) -> tuple[Array, Array]:
-    """The new weight and history, all three arrays in the computing dtype; nothing is written to.
+    """Return the new weight and history; all three arrays have the computing dtype and are not modified.
 
-    Shapes: ``weight`` and ``grad`` alike, ``history`` too, or ``(n, 1, ...)`` when ``rule.row_wise``.
+    All have the same shape, except that ``history`` has ``(n, 1, ...)`` if ``rule.row_wise``.
     """
     grad = effective_gradient(grad, weight, wd, rule)
     history = history + (mean_square(grad) if rule.row_wise else grad * grad)
@@ -85,7 +85,7 @@ def update(weight: Array, grad: Array, history: Array, lr: Any, wd: Any, rule: R
 
 
 def effective_gradient(grad: Array, weight: Array, wd: Any, rule: Rule) -> Array:
-    """The gradient that enters the history: rescaled, clipped and, with coupled decay, with ``wd * weight`` added."""
+    """Return the gradient that enters the history: rescaled, clipped and, with coupled decay, plus ``wd * weight``."""
     grad = grad * _scalar(rule.rescale_grad, grad)
     if rule.clip_gradient is not None:
         bound = _scalar(rule.clip_gradient, grad)
@@ -97,13 +97,13 @@ def effective_gradient(grad: Array, weight: Array, wd: Any, rule: Rule) -> Array
 
 
 def denominator(history: Array, rule: Rule) -> Array:
-    """What the gradient is divided by: ``sqrt(history) + epsilon`` or ``sqrt(history + epsilon)``."""
+    """Return the divisor of the gradient: ``sqrt(history) + epsilon`` or ``sqrt(history + epsilon)``."""
     epsilon = _scalar(rule.epsilon, history)
     return _sqrt(history + epsilon) if rule.epsilon_inside else _sqrt(history) + epsilon
 
 
 def mean_square(grad: Array) -> Array:
-    """Mean of ``grad * grad`` over each row, shape ``(n, 1, ...)``, in the fixed order of the module's text."""
+    """Return the mean of ``grad * grad`` over each row, shape ``(n, 1, ...)``, in the order of the module docstring."""
     square = (grad * grad).reshape(grad.shape[0], math.prod(grad.shape[1:]))
     length = square.shape[1]
     lanes = square.new_zeros(len(square), LANES) if is_torch(grad) else np.zeros((len(square), LANES), grad.dtype)
@@ -114,7 +114,7 @@ def mean_square(grad: Array) -> Array:
 
 
 def mean_of_lanes(lanes: Array, length: int) -> Array:
-    """The mean of rows of ``length`` elements, shape ``(n, 1)``, of which ``lanes`` holds the partial sums."""
+    """Return the mean of rows of ``length`` elements, shape ``(n, 1)``, from their partial sums ``lanes``."""
     while lanes.shape[1] > 1:
         half = lanes.shape[1] // 2
         lanes = lanes[:, :half] + lanes[:, half:]
@@ -122,15 +122,15 @@ def mean_of_lanes(lanes: Array, length: int) -> Array:
 
 
 def history_shape(shape: tuple[int, ...], *, row_wise: bool) -> tuple[int, ...]:
-    """The history's shape for a weight's: the same, or one value a row."""
+    """Return the shape of the history of a weight of ``shape``."""
     return (shape[0], *(1 for _ in shape[1:])) if row_wise else tuple(shape)
 
 
 def sum_duplicates(indices: Array, values: Array) -> tuple[Array, Array]:
-    """The distinct rows, ascending, and the sum of the values of each.
+    """Return the distinct rows, ascending, and the sum of the values of each.
 
-    A row's occurrences are added in their order, in chunks of ``CHUNK`` counted from the first; the chunks' sums are
-    added in order. So a row's sum depends on that row's values alone. ``values`` has the computing dtype.
+    A row's occurrences are added in their order, in chunks of ``CHUNK`` counted from the first; the chunk sums are
+    added in order. So a row's sum depends only on that row's values. ``values`` has the computing dtype.
     """
     ids = indices.cpu().numpy() if is_torch(indices) else np.asarray(indices)
     order = np.argsort(ids, kind="stable")
@@ -155,7 +155,7 @@ def sum_duplicates(indices: Array, values: Array) -> tuple[Array, Array]:
 
 
 def step(weight: Array, grad: Array, history: Array, master: Array | None, lr: Any, wd: Any, rule: Rule) -> None:
-    """One dense update in place. ``master``, if there is one, is what the rule acts on; ``weight`` is its rounding."""
+    """Do one dense update in place. The rule is applied to ``master``, if any; ``weight`` is then its rounding."""
     with np.errstate(all="ignore"):
         current = cast(weight if master is None else master, history)
         new, accumulated = update(current, cast(grad, history), cast(history, history), lr, wd, rule)
@@ -168,7 +168,7 @@ def step(weight: Array, grad: Array, history: Array, master: Array | None, lr: A
 def step_rows(
     weight: Array, indices: Array, values: Array, history: Array, master: Array | None, lr: Any, wd: Any, rule: Rule
 ) -> None:
-    """One row-sparse update in place: the rows in ``indices`` and no others, decay included, duplicates summed."""
+    """Do one row-sparse update in place, of the rows in ``indices`` only, decay included; duplicates are summed."""
     with np.errstate(all="ignore"):
         rows, grad = sum_duplicates(indices, cast(values, history))
         current = cast((weight if master is None else master)[rows], history)
@@ -180,29 +180,29 @@ def step_rows(
 
 
 def cast(array: Array, like: Array) -> Array:
-    """``array`` in the dtype of ``like``; for NumPy in the native byte order."""
+    """Cast ``array`` to the dtype of ``like``; for NumPy in native byte order."""
     if is_torch(array):
         return array.to(like.dtype)
-    # Of no dimensions, NumPy makes a scalar of a result, and ml_dtypes puts one in without regard to the byte order.
+    # NumPy turns a 0-d result into a scalar, and ml_dtypes assigns a scalar without regard to the byte order.
     return np.asarray(array).astype(like.dtype.newbyteorder("="), copy=False)
 
 
 def _sqrt(array: Array) -> Array:
-    """The root, correctly rounded."""
+    """Return the correctly rounded square root."""
     if not is_torch(array):
         return np.sqrt(array)
     root = array.sqrt()
     if type(array) is sys.modules["torch"].Tensor and array.device.type == "cpu":
-        # torch's root of CPU tensors (MKL's) is off by a unit in the last place here and there; NumPy's is exact. It is
-        # written where autograd, if it records, keeps the root for its derivative. Tensors within a torch.func
-        # transform have no memory of their own: these keep torch's.
+        # torch's root of CPU tensors (MKL's) is occasionally off by one unit in the last place; NumPy's is exact. It
+        # overwrites torch's in place, where autograd, if it records, keeps the root for the derivative. Tensors within
+        # a torch.func transform have no memory of their own and keep torch's.
         with suppress(RuntimeError), np.errstate(invalid="ignore"):
             np.sqrt(array.detach().numpy(), out=root.detach().numpy())
     return root
 
 
 def _scalar(value: Any, like: Array) -> Any:
-    """``value`` rounded once to the dtype of ``like``; a tensor stays as it is."""
+    """Round ``value`` once to the dtype of ``like``; a tensor is returned unchanged."""
     if not is_torch(like):
         return like.dtype.type(value)
     if is_torch(value) or like.dtype == sys.modules["torch"].float64:

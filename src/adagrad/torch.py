@@ -1,4 +1,4 @@
-"""AdaGrad as a ``torch.optim.Optimizer``, a drop-in for ``torch.optim.Adagrad``."""
+"""AdaGrad as a ``torch.optim.Optimizer``, a drop-in replacement for ``torch.optim.Adagrad``."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ __all__ = ["Adagrad", "check_row_ids"]
 
 
 def check_row_ids(device: torch.device | str | int | None = None) -> None:
-    """Wait for a CUDA device, or for all, and raise what updates there have met: after the last step, say.
+    """Synchronise one CUDA device, or all, and raise any pending row-id error, for example after the last step.
 
-    An update does not wait to know whether its row ids are in range. It changes nothing where one is not, and a later
-    update raises; so does this. It is for the optimizers of :mod:`adagrad`, too.
+    An update does not wait for the check of its row ids. If one is out of range, it changes nothing, and a later update
+    or this function raises. This also covers the optimizers of :mod:`adagrad`.
 
     Raises
     ------
     IndexError
-        An update met a row id outside its weight.
+        If an update found a row id outside its weight.
     """
     used = sys.modules.get("adagrad.kernels.cuda")
     if used is not None:
@@ -43,7 +43,7 @@ def check_row_ids(device: torch.device | str | int | None = None) -> None:
 
 
 class Adagrad(Optimizer):
-    r"""AdaGrad with the arguments, the state and the checkpoints of ``torch.optim.Adagrad``, on this library's kernels.
+    r"""AdaGrad with the arguments, state and checkpoints of ``torch.optim.Adagrad``, using this library's kernels.
 
     .. math::
 
@@ -51,13 +51,13 @@ class Adagrad(Optimizer):
         h &= h + g^2 \\
         w &= w - \frac{\mathtt{lr}}{1 + (t - 1)\,\mathtt{lr\_decay}} \cdot \frac{g}{\sqrt{h} + \mathtt{eps}}
 
-    with parameter :math:`w`, gradient :math:`g` (negated by ``maximize``), history :math:`h` and the parameter's count
-    of steps :math:`t`. The operations are rounded one by one, in this order, in float64 for float64 parameters and in
-    float32 for all others; complex numbers count as pairs of real ones.
+    with parameter :math:`w`, gradient :math:`g` (negated by ``maximize``), history :math:`h` and the parameter's step
+    count :math:`t`. Operations are rounded individually, in this order, in float64 for float64 parameters and in
+    float32 for all others; complex numbers are treated as pairs of real ones.
 
-    Sparse COO gradients, as ``nn.Embedding(sparse=True)`` makes them, are not coalesced: entries of one row are summed
-    in their order, and only rows that occur are touched, by ``weight_decay`` too. There are kernels for CPU and CUDA;
-    on other devices, and for tensor subclasses, the rule is a handful of PyTorch's own operations.
+    Sparse COO gradients, as from ``nn.Embedding(sparse=True)``, are not coalesced: duplicate rows are summed in their
+    order, and only the rows present are updated, also by ``weight_decay``. There are kernels for CPU and CUDA; on other
+    devices, and for tensor subclasses, the rule is computed by PyTorch's own operations.
 
     Parameters
     ----------
@@ -69,45 +69,44 @@ class Adagrad(Optimizer):
     weight_decay : float, default 0
         Added to the gradient as ``weight_decay * w``.
     initial_accumulator_value : float, default 0
-        What histories start from; a group may have its own.
+        Initial history; may differ between groups.
     eps : float, default 1e-10
     foreach, fused : bool, optional
-        Accepted for compatibility: the results and the kernels are the same. With ``torch.amp.GradScaler`` and
-        ``fused=True`` the kernels unscale, and skip steps without a wait for the device; by default they do, too, but
-        leave it to GradScaler where others have a say in the step: hooks, a ``step`` put around this one, several
-        processes. With ``fused=False`` it is GradScaler that unscales. As in PyTorch, ``fused=True`` keeps the counts
-        on the parameters' device.
+        Accepted for compatibility: results and kernels are the same. With ``torch.amp.GradScaler`` and ``fused=True``
+        the kernels unscale, and skip steps without waiting for the device. The default is the same, except that
+        GradScaler unscales if there are step hooks, a user-defined ``step`` or several processes. With ``fused=False``
+        GradScaler unscales. As in PyTorch, ``fused=True`` keeps the step counts on the parameters' device.
     maximize : bool, default False
     differentiable : bool, default False
-        Whether autograd records the step: for parameters that are not leaves. Slow.
+        Whether autograd records the step, for non-leaf parameters. Slow.
     clip_value : float, optional
         Gradients are clipped to ``[-clip_value, clip_value]`` before weight decay is added. Finite, > 0.
     row_wise : bool, default False
-        Whether histories have one value a row: the mean of the row's squares is added to it. ``sum`` has shape
-        ``(n, 1, ...)`` then.
+        Whether histories have one value per row, to which the mean of the row's squares is added. ``sum`` then has
+        shape ``(n, 1, ...)``.
     multi_precision : bool, default False
-        Whether float16 and bfloat16 parameters get a float32 copy, ``master`` in the state, that the rule acts on; the
-        parameter is its rounding. Where something else has changed the parameter in place, the next step makes a new
-        copy. Changes through ``p.data``, of a DTensor's local part or by another process are not counted by PyTorch:
+        Whether to keep a float32 copy of float16 and bfloat16 parameters, ``master`` in the state, to which the rule is
+        applied; the parameter is its rounding. If something else changed the parameter in place, the next step makes a
+        new copy. PyTorch does not count changes through ``p.data``, of a DTensor's local part or by another process:
         delete ``master`` from the state after those.
     dialect : str, default "torch"
-        Whose AdaGrad to follow: one of :data:`adagrad.dialects.DIALECTS`. Its defaults replace those of PyTorch, above
-        and below, for all that is not given.
+        The framework to follow, one of :data:`~adagrad.dialects.DIALECTS`. Its defaults apply to every argument not
+        passed.
     epsilon_inside : bool, default False
-        Whether to divide by :math:`\sqrt{h + \mathtt{eps}}` instead.
+        Divide by :math:`\sqrt{h + \mathtt{eps}}` instead.
     decoupled_decay : bool, default False
-        Whether to leave ``weight_decay * w`` out of the gradient, and so out of the history, and add it to the quotient
-        instead.
+        Apply weight decay separately from the gradient, so that it does not enter the history:
+        ``w -= lr * (g / divisor + weight_decay * w)``.
 
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, its value and the rule it broke. A step that is refused has changed nothing.
+        If an argument has the wrong type or value; the message names it.
 
     Notes
     -----
-    The state of a parameter is ``step`` (a tensor of one number) and ``sum`` (the history), in float32 for float16 and
-    bfloat16 parameters, which torch.optim.Adagrad rounds when it loads them.
+    The state of a parameter is ``step`` (a one-element tensor) and ``sum`` (the history, float32 for float16 and
+    bfloat16 parameters; torch.optim.Adagrad rounds it when loading).
 
     References
     ----------
@@ -171,10 +170,10 @@ class Adagrad(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """GradScaler reads it: whether `step` takes the attributes grad_scale and found_inf into account.
+        """Whether `step` uses the attributes grad_scale and found_inf; read by GradScaler.
 
-        Unless it was asked for, hooks and a step of a user's find gradients that GradScaler has unscaled, as with
-        torch.optim.Adagrad, and processes may agree on what they found, as ``ShardedGradScaler`` makes them.
+        Unless `fused` was passed, hooks and a user-defined step see gradients that GradScaler has unscaled, as with
+        torch.optim.Adagrad, and processes can exchange found_inf, as ``ShardedGradScaler`` does.
         """
         fused, differentiable = self.defaults["fused"], self.defaults["differentiable"]
         if fused is not None or differentiable:
@@ -183,7 +182,7 @@ class Adagrad(Optimizer):
         return not (several or self._has_step_hooks() or self._has_own_step())
 
     def _has_own_step(self) -> bool:
-        """Whether a user has put another step around ours, in a subclass or on this object."""
+        """Whether a subclass or an attribute of this object overrides or wraps `step`."""
         return _bare(vars(self).get("step", type(self).step)) is not _STEP
 
     def _has_step_hooks(self) -> bool:
@@ -191,13 +190,13 @@ class Adagrad(Optimizer):
         return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, with options of its own; their state is made here."""
+        """Add a group of parameters with its own options, and create their state."""
         if isinstance(param_group, dict):
             check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            # As in PyTorch, a parameter that comes back keeps its state.
+            # As in PyTorch, a parameter that is added again keeps its state.
             self.state.update({p: new_state(p, group) for p in group["params"] if not self.state.get(p)})
         except Exception:
             self.param_groups.pop()
@@ -215,11 +214,11 @@ class Adagrad(Optimizer):
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """What PyTorch puts around `step`, once for a class: hooks, and a record for a profiler.
+        """Wrap `step` in hooks and a profiler record, as PyTorch does once per class.
 
-        Here only where there are hooks or a profiler, or a closure, which may add a hook. PyTorch makes the record in
-        any case, which takes longer than the whole update of a small parameter; what observes without its profiler, as
-        an ``ExecutionTraceObserver`` alone does, finds none here.
+        Here the wrapper is used only with hooks, a profiler or a closure, which may add a hook. PyTorch always makes
+        the record, which takes longer than the whole update of a small parameter; an observer without the profiler,
+        such as an ``ExecutionTraceObserver`` alone, finds no record here.
         """
         observed = Optimizer.profile_hook_step(func)
 
@@ -227,7 +226,7 @@ class Adagrad(Optimizer):
         def step(self: Adagrad, *args: Any, **kwargs: Any) -> Any:
             if is_dynamo_compiling() or args or kwargs or self._has_step_hooks():
                 return observed(self, *args, **kwargs)
-            # A profiler of this thread, or of all that have been started.
+            # A profiler of this thread, or any profiler that was started.
             if _profiler_enabled() or profiler._is_profiler_enabled:
                 return observed(self)
             return func(self)
@@ -240,14 +239,14 @@ class Adagrad(Optimizer):
         Parameters
         ----------
         closure : callable, optional
-            Evaluates the model again and returns the loss, which is returned.
+            Reevaluates the model and returns the loss, which this method returns.
 
         Raises
         ------
         TypeError, ValueError, IndexError
-            What cannot be updated; then nothing has changed. (What a tensor subclass raises of itself may leave those
-            of its kind changed that come before it.) On CUDA a row id outside its parameter turns the step
-            into nothing, and a later step, or :func:`check_row_ids`, raises.
+            If a parameter cannot be updated; nothing is changed. (If a tensor subclass itself raises, earlier
+            parameters of such classes may have changed.) On CUDA a row id outside its parameter makes the step a no-op,
+            and a later step, or :func:`check_row_ids`, raises.
         """
         loss = None
         if closure is not None:
@@ -278,10 +277,10 @@ class Adagrad(Optimizer):
             update(parts, grad_scale, found_inf)
 
     def _states(self) -> list[list[dict[str, Any]]]:
-        """The states of each group's parameters."""
+        """Return the states of each group's parameters."""
         groups = self.param_groups
         params = groups[0]["params"] if len(groups) == 1 else [p for group in groups for p in group["params"]]
-        # The states mostly lie in the parameters' order. To look them up costs more: the hash of a tensor is Python.
+        # The states are usually in the parameters' order. Looking them up costs more: tensors are hashed in Python.
         states = list(self.state.values())
         if len(params) != len(states) or not all(map(operator.is_, self.state, params)) or not all(states):
             for group in groups:
@@ -296,16 +295,16 @@ class Adagrad(Optimizer):
     # --------------------------------------------------------------------------------------------------- checkpoints
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state that this class or ``torch.optim.Adagrad`` saved; options that it lacks stay as they are.
+        """Load a state saved by this class or ``torch.optim.Adagrad``; options that it lacks keep their values.
 
-        What the latter saved has PyTorch's rule, whatever the dialect here.
+        A state saved by the latter sets PyTorch's rule, whatever the dialect here.
 
         Raises
         ------
         ValueError
-            For other groups than these, or a state of another kind or shape; then nothing has changed.
+            If the groups differ from these, or a state has another type or shape; nothing is changed.
         """
-        # Registered last, it sees what all other hooks made of the dict.
+        # Registered last, so that it sees the dict as all other hooks left it.
         handle = self.register_load_state_dict_pre_hook(as_saved)
         try:
             super().load_state_dict(state_dict)
@@ -328,9 +327,9 @@ class Adagrad(Optimizer):
 
 
 def _bare(step: Any) -> Any:
-    """A step without what PyTorch and this module have put around it: for hooks, and for schedules to count.
+    """Return a step without the wrappers of PyTorch and this module, for hooks and for schedulers to count steps.
 
-    By the modules that wrappers were written in: attributes of a function go on to what a user puts around it.
+    Wrappers are recognised by the module that defines them, because a user's wrapper copies function attributes.
     """
     step = getattr(step, "__func__", step)
     while hasattr(step, "__wrapped__") and step.__globals__["__name__"] in _WRAPPING:

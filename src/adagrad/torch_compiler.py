@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 
 
 def apart_from_compiler(func: Callable[..., Any]) -> Callable[..., Any]:
-    """``func``, never traced by torch.compile: to keep that out takes 3 us, here only where it listens to a thread."""
+    """Keep torch.compile from tracing ``func``; this takes 3 us, here only if the compiler is active in the thread."""
     kept_out = torch._disable_dynamo(func)  # type: ignore[attr-defined]
 
     @functools.wraps(func)
@@ -22,10 +22,10 @@ def apart_from_compiler(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def what_tells_the_compiler() -> Callable[[], Any]:
-    """A function that returns what listens to this thread, or None.
+    """Return a function that returns the compiler's callback of the current thread, or None.
 
-    Where PyTorch does not tell, something may. In 2.6 and 2.7 it must not be asked: each answer takes a reference away
-    from what it returns, and up to Python 3.11 the references to None run out, after 100,000 steps or so.
+    If PyTorch does not provide it, a callback is assumed. PyTorch 2.6 and 2.7 must not be asked: each call drops a
+    reference to the returned object, and up to Python 3.11 those to None run out after about 100,000 steps.
     """
     version = tuple(int(number) for number in torch.__version__.split(".")[:2])
     eval_frame = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)

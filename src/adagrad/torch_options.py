@@ -1,4 +1,4 @@
-"""The options of a group of :class:`adagrad.torch.Adagrad`: their names, their checks, and what they say of a step."""
+"""The options of a parameter group of :class:`adagrad.torch.Adagrad`: names, checks, and the rule that they give."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from adagrad import checks
 from adagrad.rule import Rule
 
 RULE = ("epsilon_inside", "decoupled_decay")
-"""Options of the rule that torch.optim.Adagrad does not have; its checkpoints mean False."""
+"""Options of the rule that torch.optim.Adagrad lacks; for its checkpoints they are False."""
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """The options of a group; messages begin as those of torch.optim.Adagrad do."""
+    """Check the options of a group; messages begin like those of torch.optim.Adagrad."""
     lr = options["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element: lr has shape {tuple(lr.shape)}")
@@ -41,7 +41,7 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 def number(value: Any) -> Any:
-    """A hyper-parameter that may be a tensor of one number."""
+    """Return a hyper-parameter, which may be a one-element tensor, as a number."""
     return float(value.detach()) if isinstance(value, Tensor) else value
 
 
@@ -51,7 +51,7 @@ _options_of = operator.itemgetter(  # in the order of the parameters of _rule_an
     "maximize", "clip_value", "eps", "epsilon_inside", "decoupled_decay", "row_wise", "weight_decay", "lr_decay"
 )
 _USUAL = frozenset((bool, int, float, type(None)))
-"""Types of options that are equal only if they stay equal: tensors, for one, can change."""
+"""Immutable types of options: those of other types, such as tensors, may change between steps."""
 
 
 @functools.lru_cache(maxsize=64, typed=True)
@@ -71,13 +71,13 @@ def _rule_and_decays(maximize: bool, clip_value: Any, eps: Any, inside: bool, de
 
 
 _last: tuple[tuple[Any, ...], Any] = (tuple(object() for _ in range(8)), None)
-"""The options that were asked about last, all of them of usual types, and the answer."""
+"""The last options looked up, if all are of usual types, and the result."""
 
 
 def rule_and_decays(group: dict[str, Any]) -> tuple[Rule, float, float]:
-    """The rule of a group, its weight decay and its decay of the learning rate; checked at every step.
+    """Return the rule of a group, its weight decay and its learning-rate decay; checked at every step.
 
-    Quicker for the very options that were asked about last, as they mostly are.
+    Fast if the options are the same objects as in the last call, the usual case.
     """
     global _last
     options = _options_of(group)

@@ -1,4 +1,4 @@
-"""The state of :class:`adagrad.torch.Adagrad`: how it begins, and how it comes back from checkpoints."""
+"""The state of :class:`adagrad.torch.Adagrad`: its creation, and loading from checkpoints."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from adagrad.kernels.counts import advance_counts, find_counts, read_counts
 from adagrad.kernels.dtensor import from_local, has_whole_rows, is_dtensor, local, spread
-from adagrad.kernels.layout import layout
+from adagrad.kernels.layout import current_layout
 from adagrad.kernels.tensor_checks import PLAIN_TYPES
 from adagrad.rule import history_shape
 
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
-"""The dtype of histories and master copies, where it is not the parameter's."""
+"""The dtype of histories and master copies, where it differs from the parameter's."""
 
 
 def new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-    """The state of a parameter that has not been updated yet.
+    """Create the state of a parameter.
 
-    ``step``, a tensor of one number; ``sum``, the history; under ``multi_precision`` the ``master`` copy, so that a
-    checkpoint finds a place for its own. The first step makes another where the parameter was given values meanwhile.
+    ``step``, a one-element tensor; ``sum``, the history; with ``multi_precision`` the ``master`` copy, so that a
+    checkpoint can be loaded into it. The first step makes a new copy if the parameter has changed since.
     """
     if group["fused"]:
         step = torch.zeros((), dtype=torch.float32, device=p.device)
@@ -46,7 +46,7 @@ def new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
 
 def _row_wise_history(p: Tensor, group: dict[str, Any], start: float, dtype: torch.dtype) -> Tensor:
     if p.ndim == 0:
-        raise ValueError("row_wise=True: parameter of shape (): must have rows: one dimension or more")
+        raise ValueError("row_wise=True: parameter of shape (): must have rows: at least one dimension")
     if p.is_complex():
         raise ValueError(f"row_wise=True: parameter of {p.dtype}: must be real")
     if getattr(p, "_fsdp_flattened", False):
@@ -68,10 +68,10 @@ def _called(p: Tensor, group: dict[str, Any]) -> str:
 
 
 def master(p: Tensor, state: dict[str, Any], *, is_ours: bool) -> Tensor | None:
-    """The master copy of a parameter of low precision; None for others.
+    """Return the master copy of a low-precision parameter; None for others.
 
-    A new one if the state has none, or one that the parameter is not the rounding of: something else has changed the
-    parameter since. That is not asked where the parameter ``is_ours``: as our last step left it.
+    It is a new one if the state has none, or if the parameter is not its rounding because something else has changed
+    it. That is not checked if the parameter ``is_ours``: unchanged since our last step.
     """
     if p.dtype not in (torch.float16, torch.bfloat16):
         return None
@@ -84,7 +84,7 @@ def master(p: Tensor, state: dict[str, Any], *, is_ours: bool) -> Tensor | None:
 
 
 def _is_rounding(p: Tensor, copy: Tensor) -> bool:
-    """Whether ``p`` is the rounding of ``copy``; of what has no values, or other ones, later checks complain."""
+    """Whether ``p`` is the rounding of ``copy``; True if they cannot be compared: later checks raise."""
     if p.device.type == "meta" or copy.shape != p.shape or copy.device != p.device or copy.layout != p.layout:
         return True
     if isinstance(p, FakeTensor) or any(type(t) in PLAIN_TYPES and t.numel() and not t.data_ptr() for t in (p, copy)):
@@ -99,27 +99,27 @@ def _is_rounding(p: Tensor, copy: Tensor) -> bool:
 def _check(counts: list[Tensor], at: str = "") -> None:
     for count in counts:
         if not isinstance(count, Tensor):
-            raise TypeError(f"{at}step: a count that is no tensor: must be a tensor of one number")
+            raise TypeError(f"{at}step: not a tensor: must be a tensor of one number")
         if count.numel() != 1 or count.dtype == torch.bool:
             raise ValueError(f"{at}step: {count.dtype} of shape {tuple(count.shape)}: must be a tensor of one number")
         if count.layout != torch.strided or count.is_neg() or count.is_conj() or count.is_quantized:
             kind = count.layout if count.layout != torch.strided else "quantized" if count.is_quantized else "a view"
-            raise ValueError(f"{at}step: {kind}: must be a plain tensor of one number, to be added to")
+            raise ValueError(f"{at}step: {kind}: must be a plain tensor of one number")
 
 
 class Counts:
-    """The counts of steps of a list of parameters, each a tensor of one number, wherever they are."""
+    """The step counts of a list of parameters, each a one-element tensor, on any device."""
 
     def __init__(self, counts: list[Tensor]) -> None:
         self._counts = counts
         self._addresses = np.empty(len(counts), np.int64)
-        how = layout()
-        self._plain = how is not None and find_counts(id(counts), how, self._addresses)
+        layout = current_layout()
+        self._plain = layout is not None and find_counts(id(counts), layout, self._addresses)
         if not self._plain:
             _check(counts)
 
     def values(self, *, wait: bool) -> list[Any]:
-        """One for each parameter, or one for all; those on a device as float64 there, unless ``wait`` says to wait."""
+        """Return one for each parameter, or one for all; without ``wait``, those on a device as float64 tensors."""
         values: list[Any]
         if self._plain:
             numbers = np.empty(len(self._counts))
@@ -135,12 +135,12 @@ class Counts:
         if self._plain:
             advance_counts(self._addresses)
         elif self._counts:
-            with torch.inference_mode():  # counts of parameters that were made in it are inference tensors
+            with torch.inference_mode():  # for parameters made in it, counts are inference tensors
                 torch._foreach_add_(self._counts, 1)
 
 
 def _is_known(count: Tensor, wait: bool) -> bool:
-    """Whether the host may ask for the value of a count."""
+    """Whether the host may read the value of a count."""
     return (wait or count.device.type == "cpu") and not isinstance(count, FakeTensor)
 
 
@@ -148,14 +148,14 @@ def _is_known(count: Tensor, wait: bool) -> bool:
 
 
 class _Saved:
-    """A tensor of a checkpoint. PyTorch would cast a history to its parameter's dtype: this it leaves alone."""
+    """Wrapper of a checkpoint's tensor, which keeps PyTorch from casting a history to its parameter's dtype."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 def as_saved(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A hook before loading: ``state_dict`` with its parameters' tensors hidden from casts, for :func:`fitted`."""
+    """Pre-hook for loading: return ``state_dict`` with parameters' tensors hidden from casts, for :func:`fitted`."""
     of_parameters = {key for group in state_dict["param_groups"] for key in group["params"]}
     hidden = {
         key: {name: _Saved(value) if isinstance(value, Tensor) else value for name, value in state.items()}
@@ -167,13 +167,13 @@ def as_saved(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def fitted(where: str, p: Tensor, loaded: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
-    """The ``loaded`` state of a parameter, on its device and in the dtypes that this state has.
+    """Return the ``loaded`` state of a parameter on its device, in the dtypes of a state.
 
-    Raises ValueError, beginning with ``where``, where something is missing or of another shape.
+    ValueError, beginning with ``where``, if something is missing or has another shape.
     """
     for name in ("step", "sum"):
         if name not in loaded:
-            raise ValueError(f"{where}: no {name!r}: must have step and sum, as AdaGrad's states do")
+            raise ValueError(f"{where}: no {name!r}: must have step and sum, like AdaGrad's states")
     return {name: _fitted(where, p, name, value, group) for name, value in loaded.items()}
 
 
@@ -196,7 +196,7 @@ def _fitted(where: str, p: Tensor, name: str, value: Any, group: dict[str, Any])
         why = f"of the row-wise history of {tuple(p.shape)}" if group["row_wise"] else "the parameter's"
         raise ValueError(f"{where}: {name}: shape {tuple(tensor.shape)}: must be {shape}, {why}")
     tensor = tensor.to(device=p.device, dtype=WIDE.get(p.dtype, p.dtype))
-    # What one process saved has all rows: each process takes its own.
+    # A tensor that one process saved has all rows: each process takes its own.
     return spread(tensor, p) if is_dtensor(p) and not is_dtensor(tensor) else tensor
 
 

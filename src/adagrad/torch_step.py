@@ -1,4 +1,4 @@
-"""What a step of :class:`adagrad.torch.Adagrad` is made of."""
+"""The parts of a step of :class:`adagrad.torch.Adagrad`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from adagrad import checks
 from adagrad import rule as expression
-from adagrad.kernels import call, quick, tensor_checks
+from adagrad.kernels import fast_path, general_path, tensor_checks
 from adagrad.kernels.batch import Batch
 from adagrad.kernels.tensor_views import mark_changed
 from adagrad.rule import Rule
@@ -27,12 +27,12 @@ _grad_of, _sum_of, _step_of = operator.attrgetter("grad"), operator.itemgetter("
 
 
 class Part(Batch):
-    """The updates of a group: of those of its parameters that have gradients."""
+    """The updates of a group, for those of its parameters that have gradients."""
 
     def __init__(
         self, defaults: dict[str, Any], group: dict[str, Any], states: list[dict[str, Any]], versions: dict[int, Any]
     ) -> None:
-        """``versions``: of the parameters with master copies, by id, as the last step left them."""
+        """``versions`` are those of the parameters with master copies after the last step, by id."""
         params: list[Any] = list(group["params"])
         grads: list[Any] = list(map(_grad_of, params))
         if type(None) in map(type, grads):
@@ -53,14 +53,14 @@ class Part(Batch):
 
     @functools.cached_property
     def counts(self) -> Counts:
-        """The counts of steps, looked at: TypeError or ValueError where they are no counts."""
+        """The step counts, checked: TypeError or ValueError if they are not counts."""
         return Counts(self.steps)
 
     def on_cuda(self) -> bool:
         return all(p.is_cuda for p in self.weights)
 
     def _lrs(self, lr: Any, decay: Any, *, keep_tensor: bool) -> list[Any]:
-        """The learning rate of each parameter, or one for all; a tensor where the host need not know it."""
+        """Return the learning rate of each parameter, or one for all; a tensor if the host need not know it."""
         if isinstance(lr, Tensor):
             lr = lr if keep_tensor else lr.detach()
             keep_tensor = keep_tensor or (lr.is_cuda and self.on_cuda())
@@ -68,7 +68,7 @@ class Part(Batch):
             if keep_tensor and lr.is_cuda and lr.dtype not in (torch.float32, torch.float64):
                 lr = lr.float()  # which the kernels read
         if not isinstance(lr, Tensor):
-            # Its sign was checked at first; a schedule that crosses zero by a rounding error is no reason to stop.
+            # Its sign was checked initially; a schedule that falls below zero by a rounding error need not stop here.
             lr = checks.finite("lr", lr)
         if decay == 0 or not self.weights:
             return [lr]
@@ -77,8 +77,8 @@ class Part(Batch):
     def advance(self, found_inf: Tensor | None, skips: list[Tensor]) -> None:
         """Add 1 to the parameters' counts.
 
-        Those on a device stay where the device found infinities, or one of its ``skips`` is not 0. The others stay
-        where it found infinities, and move to the device, for nobody waits to know.
+        Counts on a device stay unchanged if the device found infinities, or one of its ``skips`` is not 0. The others
+        stay unchanged if it found infinities, and move to the device, because the host does not wait for the result.
         """
         devices = {skip.device for skip in skips}
         if found_inf is None and not (devices and any(state["step"].device in devices for state in self.states)):
@@ -93,7 +93,7 @@ class Part(Batch):
             torch._foreach_add_(counts, _went(device, found_inf, skips))
 
     def keep_masters(self) -> None:
-        """Put the master copies that a step has updated into the state."""
+        """Store the updated master copies in the state."""
         for state, copy in zip(self.states, self.masters, strict=True):
             if copy is not None:
                 state["master"] = copy
@@ -101,7 +101,7 @@ class Part(Batch):
 
 
 def _went(device: torch.device, found_inf: Tensor | None, skips: list[Tensor]) -> Any:
-    """1, or a tensor of 1 or 0 on the device: whether what was launched there has changed anything."""
+    """Return 1, or a tensor of 1 or 0 on the device: whether the kernels launched there changed anything."""
     flags = [skip.reshape(()) for skip in skips if skip.device == device]
     if found_inf is not None:
         flags.append(found_inf.to(device, non_blocking=True))
@@ -109,7 +109,7 @@ def _went(device: torch.device, found_inf: Tensor | None, skips: list[Tensor]) -
 
 
 def _decayed(lr: Any, decay: float, counts: list[Any]) -> list[Any]:
-    """The learning rate after each number of steps before; a tensor where that, or ``lr``, is one."""
+    """Return the learning rate for each number of previous steps; a tensor if that, or ``lr``, is one."""
     on_device = [count for count in counts if isinstance(count, Tensor)]
     if not on_device:
         return [lr / (1 + count * decay) for count in counts]
@@ -117,16 +117,16 @@ def _decayed(lr: Any, decay: float, counts: list[Any]) -> list[Any]:
         return [rate for count in counts for rate in _decayed(lr, decay, [count])]
     divisors = torch._foreach_mul(on_device, decay)
     torch._foreach_add_(divisors, 1)
-    # Tensors by tensors: a number divided by one is PyTorch's reciprocal times the number, which is rounded twice.
+    # Tensors by tensors: PyTorch divides a number by a tensor through the reciprocal, which is rounded twice.
     like = divisors[0]
     start = lr.to(like.device, non_blocking=True) if isinstance(lr, Tensor) else like.new_full((), lr)
     return list(torch._foreach_div([start.to(like.dtype)] * len(divisors), divisors))
 
 
 def _version(p: Tensor) -> tuple[Any, ...] | None:
-    """How often a tensor has been changed in place, and which memory it has; None where nobody counts.
+    """Return how often a tensor was changed in place, and its memory; None if changes are not counted.
 
-    Memory by a weak reference: an address alone would be that of the next memory, too.
+    Memory is identified by a weak reference: an address may be reused.
     """
     if p.is_inference():
         return None
@@ -134,12 +134,12 @@ def _version(p: Tensor) -> tuple[Any, ...] | None:
         return (p._version,)
     try:
         return p._version, p.data_ptr(), StorageWeakRef(p.untyped_storage())  # type: ignore[no-untyped-call]
-    except RuntimeError:  # one that wraps others has no memory of its own
+    except RuntimeError:  # a wrapper subclass without its own memory
         return (p._version,)
 
 
 def _batches(parts: list[Part]) -> list[Batch]:
-    """The parts by rule: those of one rule are updated together."""
+    """Group the parts by rule: those with the same rule are updated together."""
     by_rule: dict[Rule, list[Part]] = {}
     for part in parts:
         by_rule.setdefault(part.rule, []).append(part)
@@ -164,37 +164,37 @@ def _together(rule: Rule, parts: list[Part]) -> Batch:
 def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     """Update the parameters by kernels, and their counts of steps.
 
-    Errors as those of :func:`quick.update_plain` and :func:`call.prepare`, and those for counts that cannot be counted.
+    Raises what :func:`fast_path.update_plain` and :func:`general_path.prepare` do, and for counts that cannot advance.
     """
     batches: Sequence[Batch] = parts if len(parts) == 1 else _batches(parts)
     threads = torch.get_num_threads()
-    owed: list[Counts] = []  # counts that have still to advance, for they did not with the weights: all, or none
+    owed: list[Counts] = []  # counts still to be advanced: all, or none if they advanced with the weights
     skips: list[Tensor] = []
     try:
         if grad_scale is not None or found_inf is not None or not _update_and_count(batches, parts, threads):
             counts = [part.counts for part in parts]
-            prepared = call.prepare(batches, threads=threads, grad_scale=grad_scale, found_inf=found_inf)
+            prepared = general_path.prepare(batches, threads=threads, grad_scale=grad_scale, found_inf=found_inf)
             owed = counts
             skips = prepared.run()
     except Exception:
         raise
-    except BaseException:  # Python notices an interrupt when the kernels have done their work
+    except BaseException:  # Python notices an interrupt only after the kernels have finished
         _finish(parts, owed, found_inf, skips)
         raise
     _finish(parts, owed, found_inf, skips)
 
 
 def _update_and_count(batches: Sequence[Batch], parts: list[Part], threads: int) -> bool:
-    """Do both by one call of compiled code, if that can be; False if all is left as it was."""
+    """Do both by one call of compiled code, if possible; False if nothing was changed."""
     b = batches[0]
     if len(batches) > 1 or (b.weights and b.weights[0].is_cuda):
         return False
     steps = parts[0].steps if len(parts) == 1 else [step for part in parts for step in part.steps]
-    return quick.update_plain(b.weights, b.grads, b.histories, b.masters, steps, b.lrs, b.wds, b.rule, threads)
+    return fast_path.update_plain(b.weights, b.grads, b.histories, b.masters, steps, b.lrs, b.wds, b.rule, threads)
 
 
 def _finish(parts: list[Part], owed: list[Counts], found_inf: Tensor | None, skips: list[Tensor]) -> None:
-    """What remains of a step that succeeded."""
+    """Complete a step that succeeded."""
     for part in parts:
         if owed:
             part.advance(found_inf, skips)
@@ -204,10 +204,10 @@ def _finish(parts: list[Part], owed: list[Counts], found_inf: Tensor | None, ski
 
 
 def update_differentiably(parts: list[Part]) -> None:
-    """The same by the rule's expression, recorded by autograd; sparse gradients are coalesced."""
+    """Do the same by the rule's expressions, recorded by autograd; sparse gradients are coalesced."""
     writes = []
     counts = [part.counts for part in parts]
-    call.check(_batches(parts))
+    general_path.check(_batches(parts))
     for part in parts:
         for i, (p, grad, history) in enumerate(zip(part.weights, part.grads, part.histories, strict=True)):
             copy = part.masters[i] if part.masters else None

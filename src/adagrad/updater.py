@@ -1,4 +1,4 @@
-"""The updater: an optimizer together with the states of its weights, and their checkpoints."""
+"""The updater: an optimizer with the states of its weights, and their checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adagrad.rule import is_torch
 
 
 class Updater:
-    """Applies an optimizer to weights by index, and owns their states, as ``mxnet.optimizer.Updater`` (2.0) does.
+    """Apply an optimizer to weights by index and own their states, like ``mxnet.optimizer.Updater`` (2.0).
 
     Parameters
     ----------
@@ -24,7 +24,7 @@ class Updater:
     Attributes
     ----------
     states : dict of index to state
-        Made by the optimizer when an index is first seen.
+        Created by the optimizer when an index is first seen.
 
     Examples
     --------
@@ -42,15 +42,15 @@ class Updater:
             raise TypeError(f"optimizer={checks.describe(optimizer)}: must be an adagrad.Optimizer")
         self.optimizer = optimizer
         self.states: dict[Index, Any] = {}
-        # States not used since they were loaded, and whether rows may be added; another in its place was not loaded.
+        # States not used since loading, and whether rows may change; a state replaced since then does not count.
         self._loaded: dict[Index, tuple[Any, bool]] = {}
 
     def __call__(self, index: Any, grad: Any, weight: Any) -> None:
         """Update ``weight`` with ``grad``, or each of a list of weights; note MXNet's order of the arguments.
 
-        ``optimizer.aggregate_num`` weights go into one step, or all where it makes no difference. Errors as in
-        :meth:`Optimizer.update`; then no weight, state or count has changed, whatever the position of the bad one.
-        (Not so on CUDA for row ids, see there, and where a step of a subclass's own raises.)
+        ``optimizer.aggregate_num`` weights are passed to one step, or all if that makes no difference. Errors are those
+        of :meth:`Optimizer.update`; no weight, state or count is changed, whatever the position of the invalid one.
+        (Exceptions: row ids on CUDA, see there, and a step overridden in a subclass that raises.)
         """
         indices, weights, grads, _ = as_lists(index, weight, grad, [None] * len(index) if _is_list(index) else None)
         indices = [each.decode() if isinstance(each, bytes) else each for each in indices]
@@ -74,17 +74,17 @@ class Updater:
             for start in range(0, n, size):
                 part = slice(start, start + size)
                 optimizer.update_multi_precision(indices[part], weights[part], grads[part], states[part])
-                if size < n:  # what is done is done, even if a step of a user's raises later
+                if size < n:  # keep completed updates, even if a custom step raises later
                     self._keep(indices[part], new)
         except Exception:
             raise
-        except BaseException:  # an interrupt, which is noticed when the kernels have done their work
+        except BaseException:  # an interrupt, noticed only after the kernels have finished
             self.states.update(new)
             raise
         self._keep(indices, new)
 
     def _keep(self, indices: list[Index], new: dict[Index, Any]) -> None:
-        """Keep the states of indices that have been updated, those that are ``new``."""
+        """Store the ``new`` states of indices that have been updated."""
         self.states.update({index: new[index] for index in indices if index in new} if new else ())
         for index in indices if self._loaded else ():
             self._loaded.pop(index, None)
@@ -92,34 +92,34 @@ class Updater:
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
     def get_states(self, dump_optimizer: bool = False) -> bytes:
-        """The states as bytes in safetensors; with hyper-parameters, counts and schedule if ``dump_optimizer``.
+        """Return the states as safetensors bytes; with hyper-parameters, counts and schedule if ``dump_optimizer``.
 
-        A scheduler that is not of :mod:`adagrad.lr_scheduler`, ``param_dict`` and ``sym`` are never saved.
+        Custom schedulers (not from :mod:`adagrad.lr_scheduler`), ``param_dict`` and ``sym`` are never saved.
         """
         from adagrad import checkpoint
 
         return checkpoint.encode(self.states, self.optimizer.config() if dump_optimizer else None)
 
     def set_states(self, states: bytes, *, resize_rows: bool = False) -> None:
-        """Take over what :meth:`get_states` gave, or what MXNet's ``Updater.get_states`` wrote, of 2.0 or 1.x.
+        """Restore what :meth:`get_states`, or ``Updater.get_states`` of MXNet 2.0 or 1.x, returned.
 
-        The optimizer stays the same object; what is saved of it is set on it, and its class must be the one that was
-        saved. States come back as NumPy arrays, and move to the weights' device when they are next used.
+        The optimizer stays the same object and must be of the class that was saved; the saved hyper-parameters are set
+        on it. States are restored as NumPy arrays, and move to the weights' device when they are next used.
 
         Parameters
         ----------
         states : bytes
         resize_rows : bool, default False
-            Whether a state may meet a weight of more or fewer rows than it has. Rows that the weight no longer has are
-            dropped; new rows start as :meth:`Optimizer.create_state` would start them.
+            Whether a state may be used for a weight with more or fewer rows. Rows that the weight no longer has are
+            dropped; new rows are initialised by :meth:`Optimizer.create_state`.
 
         Raises
         ------
         TypeError
-            For what is not bytes.
+            If ``states`` is not bytes.
         ValueError
-            For bytes that are truncated, altered, not a state file, of a newer version or of another optimizer class;
-            then nothing has changed.
+            If the bytes are truncated, altered, not a state file, of a newer version or of another optimizer class or,
+            without ``resize_rows``, if a state has another dtype or shape than the one here; nothing is changed.
         """
         from adagrad import checkpoint, mxnet_states
 
@@ -142,13 +142,13 @@ class Updater:
         self._loaded = {index: (state, resize_rows) for index, state in loaded.items()}
 
     def save_states(self, path: str | os.PathLike[str], dump_optimizer: bool = False) -> None:
-        """Write :meth:`get_states` to a file: to a temporary one, renamed when it is complete."""
+        """Write :meth:`get_states` to a file, through a temporary file that is renamed when complete."""
         from adagrad import checkpoint
 
         checkpoint.save(path, self.get_states(dump_optimizer))
 
     def load_states(self, path: str | os.PathLike[str], *, resize_rows: bool = False) -> None:
-        """:meth:`set_states` with a file's content; its errors name the file."""
+        """Call :meth:`set_states` with the content of a file; errors name the file."""
         with open(path, "rb") as file:
             data = file.read()
         try:
@@ -162,19 +162,19 @@ def _is_list(index: Any) -> bool:
 
 
 def _forms(state: Any) -> str:
-    """The dtype and shape of each array of a state, as a message says them."""
+    """Describe the dtype and shape of each array of a state, for messages."""
     if isinstance(state, (tuple, list)):
         return f"({', '.join(map(_forms, state))})"
     if state is None:
         return "None"
     if not (isinstance(state, np.ndarray) or is_torch(state)):
-        return type(state).__name__  # of a user's optimizer
+        return type(state).__name__  # of a custom optimizer
     dtype = str(state.dtype if is_torch(state) else state.dtype.newbyteorder("="))
     return f"{dtype.removeprefix('torch.')} of shape {tuple(state.shape)}"
 
 
 def _adopted(at: str, loaded: Any, fresh: Any, *, resize: bool) -> Any:
-    """A loaded state in the structure of a ``fresh`` one, each array :func:`_into` its counterpart."""
+    """Return a loaded state in the structure of a ``fresh`` one, each array converted by :func:`_into`."""
     entries = [len(each) if isinstance(each, (tuple, list)) else None for each in (loaded, fresh)]
     if entries[0] != entries[1]:
         raise ValueError(f"{at}: {kind_of(loaded)}: must be {kind_of(fresh)}, for this weight")
@@ -185,24 +185,24 @@ def _adopted(at: str, loaded: Any, fresh: Any, *, resize: bool) -> Any:
 
 
 def _into(loaded: Any, fresh: Any, *, resize: bool) -> Any:
-    """``loaded`` as an array of the kind, device and, where that may change, the rows of ``fresh``."""
+    """Return ``loaded`` with the array type, the device and, if it may be resized, the rows of ``fresh``."""
     if loaded is None or fresh is None:
         return loaded
     if is_torch(fresh):
         torch = sys.modules["torch"]
         if not is_torch(loaded):
-            is_bfloat16 = loaded.dtype.name == "bfloat16"  # which PyTorch does not take from NumPy
+            is_bfloat16 = loaded.dtype.name == "bfloat16"  # which PyTorch does not accept from NumPy
             loaded = torch.from_numpy(loaded.view(np.int16) if is_bfloat16 else loaded)
             loaded = loaded.view(torch.bfloat16) if is_bfloat16 else loaded
         loaded = loaded.to(fresh.device)
     before, now = tuple(loaded.shape), tuple(fresh.shape)
     if not resize or before == now or before[1:] != now[1:] or not now or loaded.dtype != fresh.dtype:
-        return loaded  # what does not fit is refused by the update
+        return loaded  # a mismatch is refused by the update
     rows = min(before[0], now[0])
     fresh[:rows] = loaded[:rows]
     return fresh
 
 
 def get_updater(optimizer: Optimizer) -> Updater:
-    """The :class:`Updater` of ``optimizer``."""
+    """Return an :class:`Updater` for ``optimizer``."""
     return Updater(optimizer)

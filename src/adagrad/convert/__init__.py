@@ -1,12 +1,11 @@
-"""States of other frameworks' AdaGrad, turned into states for an optimizer here, and back.
+"""Convert states of other frameworks' AdaGrad to states for an optimizer here, and back.
 
-The history is the same quantity everywhere, so a conversion copies arrays from one form into another; the frameworks
-are not needed for it. What it does beyond that is refuse: each function is given the optimizer here that goes on with
-the states, or that they come from, and raises ValueError, with the reason, where the next step would not be the one
-that the other side would have done.
+The history is the same quantity everywhere, so a conversion only copies arrays from one form to another, without
+importing the frameworks. Each function also takes the optimizer here that continues with the states, or that they come
+from, and raises ValueError, with the reason, if the next step would differ from that of the other framework.
 
 =========  =========================================================  =============================
-framework  its form                                                   functions
+framework  form                                                       functions
 =========  =========================================================  =============================
 PyTorch    ``optimizer.state_dict()`` of ``torch.optim.Adagrad``      `from_torch`, `to_torch`
 optax      the ``opt_state`` of ``optax.adagrad``, alone or in a      `from_optax`, `to_optax`
@@ -16,9 +15,9 @@ FBGEMM     ``split_optimizer_states()``, ``get_optimizer_state()``    `from_fbge
 others     arrays: slot variables of TensorFlow, ``v`` of MLX         `from_arrays`, `to_arrays`
 =========  =========================================================  =============================
 
-States are dicts of index to history, to be assigned to :attr:`adagrad.Updater.states` or given one by one to
-:meth:`adagrad.Optimizer.update`. Indices are 0, 1, ... in the order of the other side's parameters; on the way back
-states go in the order of their indices where all are integers, else in the order of the dict. Histories are copies:
+States are dicts of index to history, to be assigned to :attr:`adagrad.Updater.states` or passed one by one to
+:meth:`adagrad.Optimizer.update`. Indices are 0, 1, ... in the order of the other framework's parameters; the inverse
+takes states in the order of their indices if all are integers, else in the order of the dict. Histories are copies:
 NumPy arrays, writable, in C order, float32 or float64. Master copies exist for PyTorch only.
 
 MXNet's state files need no conversion: :meth:`adagrad.Updater.load_states` reads them.

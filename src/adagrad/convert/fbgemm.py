@@ -12,26 +12,26 @@ from adagrad.rates import Index
 
 
 def from_fbgemm(momentum1: Iterable[Any], optimizer: AdaGrad) -> States:
-    """States from FBGEMM: of EXACT_ADAGRAD for ``AdaGrad``, of EXACT_ROWWISE_ADAGRAD for ``GroupAdaGrad``.
+    """Convert FBGEMM states: EXACT_ADAGRAD for ``AdaGrad``, EXACT_ROWWISE_ADAGRAD for ``GroupAdaGrad``.
 
     Parameters
     ----------
     momentum1 : iterable
-        ``split_optimizer_states()``, ``get_optimizer_state()``, or the arrays alone: one for each table, of shape
-        ``(rows, columns)`` or, where it is row-wise, ``(rows,)``.
+        ``split_optimizer_states()``, ``get_optimizer_state()``, or only the arrays: one for each table, of shape
+        ``(rows, columns)`` or, if row-wise, ``(rows,)``.
     optimizer : AdaGrad
-        Goes on with the states: made with ``dialect="fbgemm"`` and the learning rate that FBGEMM was given.
+        Continues with the states: constructed with ``dialect="fbgemm"`` and the learning rate passed to FBGEMM.
 
     Returns
     -------
     dict of int to array
-        By the number of the table, of shape ``(rows, columns)`` or ``(rows, 1)``.
+        By table number, of shape ``(rows, columns)`` or ``(rows, 1)``.
 
     Raises
     ------
     ValueError
-        For an optimizer of another rule, row-wise where the table is not or the other way round, and for states of
-        FBGEMM's other optimizers.
+        If the optimizer has another rule, only one of optimizer and table is row-wise, or the states are of another
+        FBGEMM optimizer.
 
     Examples
     --------
@@ -52,28 +52,28 @@ def from_fbgemm(momentum1: Iterable[Any], optimizer: AdaGrad) -> States:
         array = history(what, parts)
         if (array.ndim == 1) != optimizer.row_wise:
             kind, where = ("row", "GroupAdaGrad") if array.ndim == 1 else ("element", "AdaGrad")
-            raise ValueError(f"{what}: shape {array.shape}: one value for each {kind}: must go on with {where}")
+            raise ValueError(f"{what}: shape {array.shape}: one value for each {kind}: must continue with {where}")
         histories.append(array[:, None] if optimizer.row_wise else array)
     return from_arrays(histories, optimizer, "fbgemm")
 
 
 def to_fbgemm(states: Mapping[Index, Any], optimizer: AdaGrad) -> list[History]:
-    """``momentum1`` of each table, ``(rows,)`` where it is row-wise; inverse of :func:`from_fbgemm`.
+    """Return ``momentum1`` of each table, ``(rows,)`` if row-wise; inverse of :func:`from_fbgemm`.
 
     Parameters
     ----------
     states : mapping of index to state
-        Of weights of two dimensions.
+        States of two-dimensional weights.
     optimizer : AdaGrad
-        They come from it.
+        The optimizer of the states.
 
     Raises
     ------
     ValueError
-        If the optimizer has epsilon in another place than FBGEMM, for other weights than tables, and master copies.
+        If the optimizer has epsilon in another place than FBGEMM, a weight is not a table, or there are master copies.
     """
     histories = to_arrays(states, optimizer, "fbgemm")
     for array in histories:
         if array.ndim != 2:
-            raise ValueError(f"states: shape {array.shape}: must have two dimensions: FBGEMM has tables")
+            raise ValueError(f"states: shape {array.shape}: must have two dimensions: FBGEMM has only tables")
     return [array.reshape(-1) if optimizer.row_wise else array for array in histories]

@@ -14,26 +14,26 @@ from adagrad.rates import Index
 
 
 def from_keras(variables: Iterable[Any], optimizer: AdaGrad) -> States:
-    """States from the ``variables`` of ``keras.optimizers.Adagrad``: Keras 3, on any backend.
+    """Convert the ``variables`` of ``keras.optimizers.Adagrad``, of Keras 3 on any backend, to states.
 
     Parameters
     ----------
     variables : iterable
-        ``keras_optimizer.variables``, or the accumulators alone, as arrays.
+        ``keras_optimizer.variables``, or only the accumulators, as arrays.
     optimizer : AdaGrad
-        Goes on with the states: made with ``dialect="keras"`` and the learning rate in the variables. A schedule goes
-        on with ``learning_rate=None, lr_scheduler=lambda t: schedule(t - 1), begin_num_update=iterations``.
+        Continues with the states: constructed with ``dialect="keras"`` and the learning rate in the variables. For a
+        schedule, ``learning_rate=None, lr_scheduler=lambda t: schedule(t - 1), begin_num_update=iterations``.
 
     Returns
     -------
     dict of int to array
-        By the number of the variable, as Keras has them in ``model.trainable_variables``.
+        By variable number, in the order of ``model.trainable_variables``.
 
     Raises
     ------
     ValueError
-        For an optimizer of another rule or rate, variables of another optimizer, and gradients that Keras has
-        accumulated and not applied yet.
+        If the optimizer has another rule or rate, the variables are of another optimizer, or Keras has accumulated
+        gradients that are not applied yet.
 
     Examples
     --------
@@ -53,7 +53,7 @@ def from_keras(variables: Iterable[Any], optimizer: AdaGrad) -> States:
         elif name.endswith("accumulator"):
             found.append((name, each))
         elif name not in ("iteration", "learning_rate") and not _belongs(name, "_average", names):
-            need = "must be those of keras.optimizers.Adagrad; of one that wraps it, inner_optimizer's"
+            need = "must be those of keras.optimizers.Adagrad; for a wrapper, those of its inner_optimizer"
             raise ValueError(f"variables: {name!r}: {need}")
     if named and not found:
         raise ValueError(
@@ -71,24 +71,24 @@ def from_keras(variables: Iterable[Any], optimizer: AdaGrad) -> States:
 
 
 def _belongs(name: str, ending: str, names: set[str]) -> bool:
-    """Whether a variable stands, by its name's ending, beside an accumulator."""
+    """Whether a variable with this name ending belongs to an accumulator."""
     return name.endswith(ending) and f"{name.removesuffix(ending)}_accumulator" in names
 
 
 def to_keras(states: Mapping[Index, Any], optimizer: AdaGrad) -> list[History]:
-    """The accumulators, each for ``Variable.assign``; inverse of :func:`from_keras`.
+    """Return the accumulators, each for ``Variable.assign``; inverse of :func:`from_keras`.
 
     Parameters
     ----------
     states : mapping of index to state
     optimizer : AdaGrad
-        They come from it.
+        The optimizer of the states.
 
     Raises
     ------
     ValueError
-        If the optimizer has epsilon or weight decay in another place than Keras, for row-wise histories and master
-        copies, none of which Keras has.
+        If the optimizer has epsilon or weight decay in another place than Keras, or there are row-wise histories or
+        master copies, which Keras does not have.
     """
     histories = to_arrays(states, optimizer, "keras")
     if optimizer.row_wise:

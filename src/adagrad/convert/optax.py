@@ -17,25 +17,25 @@ from adagrad.rates import Index
 
 
 def from_optax(opt_state: Any, optimizer: AdaGrad) -> States:
-    """States from the ``opt_state`` of ``optax.adagrad`` or ``optax.scale_by_rss``, alone or in a chain.
+    """Convert the ``opt_state`` of ``optax.adagrad`` or ``optax.scale_by_rss``, alone or in a chain, to states.
 
     Parameters
     ----------
     opt_state : ScaleByRssState, or tuples of states with one in it
     optimizer : AdaGrad
-        Goes on with the states: made with ``dialect="optax"`` and the learning rate that optax was given. A schedule
-        goes on with ``learning_rate=None, lr_scheduler=lambda t: schedule(t - 1), begin_num_update=count``.
+        Continues with the states: constructed with ``dialect="optax"`` and the learning rate passed to optax. For a
+        schedule, ``learning_rate=None, lr_scheduler=lambda t: schedule(t - 1), begin_num_update=count``.
 
     Returns
     -------
     dict of int to array
-        By the number of the parameter, as in ``jax.tree.leaves(params)``.
+        By parameter number, in the order of ``jax.tree.leaves(params)``.
 
     Raises
     ------
     ValueError
-        For an optimizer of another rule, a schedule that it does not go on with, and transformations with a state
-        that this rule does not have, by their names.
+        If the optimizer has another rule or does not continue the schedule, or there are transformations with a state
+        that this rule does not have; the message names them.
 
     Examples
     --------
@@ -57,26 +57,26 @@ def from_optax(opt_state: Any, optimizer: AdaGrad) -> States:
 
 
 def to_optax(states: Mapping[Index, Any], optimizer: AdaGrad, opt_state: Any) -> Any:
-    """``opt_state`` with the histories and the count of updates in it; inverse of :func:`from_optax`.
+    """Return ``opt_state`` with the histories and the update count in it; inverse of :func:`from_optax`.
 
     Parameters
     ----------
     states : mapping of index to state
-        As many and of the same shapes as ``jax.tree.leaves(params)``.
+        As many as ``jax.tree.leaves(params)``, with the same shapes.
     optimizer : AdaGrad
-        They come from it.
+        The optimizer of the states.
     opt_state : ScaleByRssState, or tuples of states with one in it
-        How the result is put together: what ``solver.init(params)`` gives.
+        Template for the result, as from ``solver.init(params)``.
 
     Returns
     -------
     like ``opt_state``
-        With NumPy arrays, which JAX takes as they are.
+        With NumPy arrays, which JAX accepts directly.
 
     Raises
     ------
     ValueError
-        If the optimizer does not have epsilon under the root, and for states of other shapes than those in
+        If the optimizer does not have epsilon under the root, or the shapes of the states differ from those in
         ``opt_state``.
     """
     histories = to_arrays(states, optimizer, "optax")
@@ -102,7 +102,7 @@ def to_optax(states: Mapping[Index, Any], optimizer: AdaGrad, opt_state: Any) ->
 
 
 def _parts(opt_state: Any) -> tuple[Any, list[Any]]:
-    """The one ScaleByRssState in a state of optax, and the counts of its schedules."""
+    """Return the one ScaleByRssState in an optax state, and the counts of its schedules."""
     found, counts, rest = [], [], [opt_state]
     while rest:
         part = rest.pop()
@@ -116,21 +116,21 @@ def _parts(opt_state: Any) -> tuple[Any, list[Any]]:
         elif getattr(part, "_fields", None) != ():
             hint = ": convert its inner_state" if hasattr(part, "inner_state") else ""
             if hasattr(part, "hyperparams"):
-                hint += ", and give the optimizer the schedules of its hyperparams"
+                hint += ", and pass the schedules of its hyperparams to the optimizer"
             raise ValueError(f"opt_state: {name}: not a part of the state of optax.adagrad{hint}")
     if len(found) != 1:
-        raise ValueError(f"opt_state: {len(found)} of ScaleByRssState in it: must be one")
+        raise ValueError(f"opt_state: contains {len(found)} ScaleByRssState: must be one")
     return found[0], counts
 
 
-# The order of JAX: dicts by their keys, and None for nothing.
+# JAX's order: dicts by key; None has no leaves.
 
 
 def _leaves(tree: Any) -> list[Any]:
     if tree is None:
         return []
     if type(tree).__name__ == "MaskedNode":
-        why = "parameters that this part does not update: convert each part by itself, without them"
+        why = "parameters that this part does not update: convert each part separately, without them"
         raise ValueError(f"opt_state: MaskedNode: {why}")
     if isinstance(tree, Mapping):
         tree = [tree[key] for key in _keys(tree)]

@@ -13,29 +13,28 @@ from adagrad.rates import Index
 
 
 def from_torch(state_dict: Mapping[str, Any], optimizer: AdaGrad) -> States:
-    """States from the ``state_dict()`` of ``torch.optim.Adagrad`` or :class:`adagrad.torch.Adagrad`.
+    """Convert the ``state_dict()`` of ``torch.optim.Adagrad`` or :class:`adagrad.torch.Adagrad` to states.
 
-    Between these two there is nothing to convert: each loads what the other saved.
+    Between these two no conversion is needed: each loads what the other saved.
 
     Parameters
     ----------
     state_dict : mapping
         With ``state`` and ``param_groups``.
     optimizer : AdaGrad
-        Goes on with the states. Epsilon, weight decay and, at the next update, the learning rate must be those of the
-        groups: it is made with ``dialect="torch"``, and with multipliers where groups differ.
+        Continues with the states. Epsilon, weight decay and, at the next update, the learning rate must be those of
+        the groups: construct it with ``dialect="torch"``, and with multipliers if groups differ.
 
     Returns
     -------
     dict of int to array
-        By the number of the parameter, through all groups; pairs ``(master copy, history)`` where there is a master
-        copy.
+        By parameter number, across all groups; pairs ``(master copy, history)`` if there is a master copy.
 
     Raises
     ------
     ValueError
-        If an option differs, if ``lr_decay`` is not 0 and the optimizer has no ``lr_scheduler`` that goes on with it,
-        for histories in float16 or bfloat16, and for what is no such dict.
+        If an option differs, ``lr_decay`` is not 0 and the optimizer has no ``lr_scheduler`` that continues it, a
+        history is in float16 or bfloat16, or ``state_dict`` is not such a dict.
 
     Examples
     --------
@@ -64,12 +63,12 @@ def from_torch(state_dict: Mapping[str, Any], optimizer: AdaGrad) -> States:
             if "master" in saved[index]:
                 states[index] = (history(f"master of {what}", saved[index]["master"]), states[index])
     except (TypeError, KeyError, IndexError) as error:
-        raise ValueError(f"state_dict: must be what torch.optim.Adagrad.state_dict() gives: {error!r}") from error
+        raise ValueError(f"state_dict: must be what torch.optim.Adagrad.state_dict() returns: {error!r}") from error
     return states
 
 
 def _require_options(what: str, group: Mapping[str, Any], optimizer: AdaGrad, index: Index) -> None:
-    """The options of a parameter group that decide on the next step are the optimizer's."""
+    """Check that the options of a parameter group that affect the next step are the optimizer's."""
     wd = optimizer._get_wd(index)
     ours = {
         "eps": ("epsilon", optimizer.epsilon),
@@ -81,7 +80,7 @@ def _require_options(what: str, group: Mapping[str, Any], optimizer: AdaGrad, in
         "clip_value": ("clip_gradient", optimizer.clip_gradient),
     }
     missing: dict[str, Any] = dict.fromkeys(("maximize", "row_wise", "epsilon_inside", "decoupled_decay"), False)
-    # Whether PyTorch users clip gradients before the step is not in the dict.
+    # The dict does not say whether gradients are clipped before PyTorch's step.
     group = missing | {"clip_value": optimizer.clip_gradient} | dict(group)
     for theirs, (name, value) in ours.items():
         given = group[theirs] and wd != 0 if theirs == "decoupled_decay" else group[theirs]
@@ -96,25 +95,24 @@ def to_torch(
     groups: Sequence[Sequence[Index]] | None = None,
     ours: bool = False,
 ) -> dict[str, Any]:
-    """A dict for ``torch.optim.Adagrad.load_state_dict``; inverse of :func:`from_torch`. Imports PyTorch.
+    """Return a dict for ``torch.optim.Adagrad.load_state_dict``; inverse of :func:`from_torch`. Imports PyTorch.
 
     Parameters
     ----------
     states : mapping of index to state
     optimizer : AdaGrad
-        They come from it, and so do the options and the counts of updates. Where it has a scheduler, ``lr`` is that of
-        the next update; PyTorch's scheduler is to be made anew.
+        The optimizer of the states, which provides the options and update counts. If it has a scheduler, ``lr`` is
+        that of the next update; PyTorch's scheduler must be recreated.
     groups : list of lists of indices, optional
         The indices of each parameter group, in the order of its parameters; by default one group of all.
     ours : bool, default False
-        Whether the dict is for :class:`adagrad.torch.Adagrad`, which has all the options that ``AdaGrad`` has here.
-        Otherwise those that ``torch.optim.Adagrad`` lacks, and would ignore, are refused.
+        Whether the dict is for :class:`adagrad.torch.Adagrad`, which has all options of ``AdaGrad``. Otherwise options
+        that ``torch.optim.Adagrad`` lacks, and would ignore, are refused.
 
     Raises
     ------
     ValueError
-        For options that the other side does not have, different lr or wd within a group, and groups that do not have
-        each index once.
+        If the target lacks an option, lr or wd differ within a group, or the groups do not contain each index once.
     """
     import torch
 
@@ -123,7 +121,7 @@ def to_torch(
     groups = [list(states)] if groups is None else [list(group) for group in groups]
     order = [index for group in groups for index in group]
     if len(order) != len(states) or set(order) != set(states):
-        raise ValueError(f"groups={checks.describe(groups)}: must have each index of the states once")
+        raise ValueError(f"groups={checks.describe(groups)}: must contain each index of the states once")
     numbers = {index: number for number, index in enumerate(order)}
     saved = {}
     for index, number in numbers.items():
@@ -151,10 +149,10 @@ def _require_options_there(optimizer: AdaGrad, ours: bool) -> None:
 
 
 def _group(optimizer: AdaGrad, indices: Sequence[Index], ours: bool) -> dict[str, Any]:
-    """The options of a parameter group."""
+    """Return the options of a parameter group."""
     rates = {(next_lr(optimizer, index, count(optimizer, index)), optimizer._get_wd(index)) for index in indices}
     if len(rates) > 1:
-        raise ValueError(f"groups: lr and wd {sorted(rates)} in one: must be in groups of their own")
+        raise ValueError(f"groups: lr and wd {sorted(rates)} in one group: must be in separate groups")
     lr, wd = rates.pop() if rates else (optimizer.learning_rate, optimizer.wd)
     options = {
         "lr": lr,

@@ -1,4 +1,7 @@
-"""Dispatch: one call for a list of updates, see :mod:`adagrad.kernels.quick` and :mod:`adagrad.kernels.call`."""
+"""Dispatch: validate a list of updates, choose the kernels and run them.
+
+:mod:`adagrad.kernels.fast_path` is for plain arrays on the CPU, :mod:`adagrad.kernels.general_path` for everything.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ import numpy as np
 
 from adagrad.kernels import expressions
 from adagrad.kernels.batch import Prepared, of_states
-from adagrad.kernels.checked import any_row_sparse, gradient, is_row_sparse
-from adagrad.kernels.outcomes import came_late
+from adagrad.kernels.interrupts import came_late
+from adagrad.kernels.validate import any_row_sparse, gradient, is_row_sparse
 from adagrad.rule import Array, Rule, is_torch
 
 __all__ = ["any_row_sparse", "came_late", "gradient", "is_row_sparse", "prepare", "update"]
@@ -21,19 +24,19 @@ _ARRAYS = {np.ndarray}
 
 
 @functools.cache
-def _quick() -> Any:
-    """The quick way, imported at the first use: Numba takes its time."""
-    from adagrad.kernels import quick
+def _fast_path() -> Any:
+    """The fast path, imported at first use because importing Numba is slow."""
+    from adagrad.kernels import fast_path
 
-    return quick
+    return fast_path
 
 
 @functools.cache
-def _call() -> Any:
-    """The ordinary way, likewise."""
-    from adagrad.kernels import call
+def _general_path() -> Any:
+    """The general path, imported likewise."""
+    from adagrad.kernels import general_path
 
-    return call
+    return general_path
 
 
 def update(
@@ -53,20 +56,20 @@ def update(
     ----------
     weights : list of arrays
     grads : list of arrays, RowSparse or sparse COO tensors
-    states : list of histories, or of pairs (master copy, history)
+    states : list of histories or pairs (master copy, history)
     lrs, wds : sequences with an entry for each weight, or one for all
     rule : Rule
     fused : bool
         Whether to use the kernels; else the array expressions of :mod:`adagrad.rule`.
     threads : int, optional
-        At most so many threads; by default as many as Numba may use.
+        The most threads to use; by default as many as Numba may use.
 
     Raises
     ------
     TypeError, ValueError, IndexError
-        Naming the argument, its value and the rule it broke; then nothing has changed.
+        Names the argument, its value and the rule it broke; nothing has changed.
     """
-    if not (fused and _quick().update_plain(weights, grads, states, [], [], lrs, wds, rule, threads)):
+    if not (fused and _fast_path().update_plain(weights, grads, states, [], [], lrs, wds, rule, threads)):
         prepare(weights, grads, states, lrs, wds, rule, fused=fused, threads=threads).run()
     if set(map(type, weights)) != _ARRAYS and (tensors := [weight for weight in weights if is_torch(weight)]):
         from adagrad.kernels.tensor_views import mark_changed
@@ -88,10 +91,10 @@ def prepare(
 ) -> Prepared:
     """Check a list of updates, which :meth:`Prepared.run` carries out; parameters and errors as in :func:`update`.
 
-    Messages call the updates by their ``places``, if there are any, in lists that these are parts of.
+    Messages number the updates by ``places``, their positions in the caller's lists, if given.
     """
     batch = of_states(weights, grads, states, lrs, wds, rule, places)
     if not fused:
         return expressions.prepare(batch)
-    prepared: Prepared = _call().prepare([batch], threads=threads)
+    prepared: Prepared = _general_path().prepare([batch], threads=threads)
     return prepared

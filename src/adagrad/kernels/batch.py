@@ -1,4 +1,4 @@
-"""What a call is given: lists of updates."""
+"""The batches of updates that a call is given, and the checked call."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from adagrad.arrays import operand
-from adagrad.kernels.outcomes import mark_late
+from adagrad.kernels.interrupts import mark_late
 from adagrad.rule import Array, Rule
 
 Job = Callable[[], Any]
-"""What carries out a part of a call; on a CUDA device it may return a number there, see :func:`call.prepare`."""
+"""Carries out a part of a call. It may return a number on a CUDA device, see :func:`general_path.prepare`."""
 
 
 @dataclass
 class Batch:
-    """Updates that share a rule; each list has an entry for each weight, ``lrs`` and ``wds`` that or one for all."""
+    """Updates under one rule. Each list has one entry per weight; ``lrs`` and ``wds`` may have a single one for all."""
 
     rule: Rule
     weights: list[Array]
@@ -26,28 +26,30 @@ class Batch:
     masters: list[Any]
     """Arrays or None; empty where no weight has a master copy."""
     lrs: list[Any]
-    """Numbers; tensors of one number only for weights on their device."""
+    """Numbers, or tensors of one number on the device of their weights."""
     wds: list[float]
     places: Sequence[int] = ()
-    """Where the weights stand in the caller's lists, for messages, if not in the same places."""
+    """The positions of the weights in the caller's lists, for messages; empty if they are the same."""
 
     def at(self, i: int) -> str:
-        """What stands behind an argument's name in messages about the ``i``-th update."""
+        """The index that follows an argument's name in messages about the ``i``-th update."""
         return f"[{self.places[i] if self.places else i}]"
 
     def arrays(self, i: int) -> tuple[Any, Any, Any, Any]:
+        """Weight, gradient, history and master copy (None for none) of the ``i``-th update."""
         return self.weights[i], self.grads[i], self.histories[i], self.masters[i] if self.masters else None
 
     def rates(self, i: int) -> tuple[Any, float]:
+        """lr and wd of the ``i``-th update."""
         return self.lrs[i if len(self.lrs) > 1 else 0], self.wds[i if len(self.wds) > 1 else 0]
 
     def some_rates(self, which: Sequence[int]) -> tuple[list[Any], list[float]]:
-        """The rates of some weights, or one for all."""
+        """``lrs`` and ``wds`` of the weights ``which``; a single entry for all stays single."""
         return some(self.lrs, which), some(self.wds, which)
 
 
 def some(values: list[Any], which: Sequence[int]) -> list[Any]:
-    """Some of the entries for each weight; no entries, or one for all, as they are."""
+    """The entries of the weights ``which``; an empty list, or one entry for all, is returned as it is."""
     return [values[i] for i in which] if len(values) > 1 else values
 
 
@@ -78,14 +80,14 @@ class Prepared(NamedTuple):
 
     jobs: list[Job]
     kept: Any = None
-    """What jobs use by address: alive until they are done, though other threads may let go of it."""
+    """What jobs use by address, kept alive until they are done even if other threads release it."""
 
     def run(self) -> list[Any]:
-        """Carry it out, in place; what jobs returned that is not None."""
+        """Carry it out, in place, and return what the jobs returned, except None."""
         try:
             return [returned for returned in [job() for job in self.jobs] if returned is not None]
         except Exception:
             raise
-        except BaseException as interrupt:  # Python notices it when a job has done its work
+        except BaseException as interrupt:  # Python notices it only after a job has finished
             mark_late(interrupt)
             raise

@@ -1,11 +1,11 @@
 """Blocks: sixteen neighbouring elements, the unit in which every CPU kernel computes.
 
-Whether a loop becomes vector instructions is LLVM's guess, and for loops as short as a row of an embedding it guesses
-wrong. A block is a vector in its own right: ``+ - * /`` of blocks, or of a block and a number, are vector instructions
-on any processor. Each element is rounded by itself, as if it were alone.
+LLVM decides by heuristics which loops to vectorise, and for loops as short as a row of an embedding it decides
+wrongly. A block is an LLVM vector: ``+ - * /`` of blocks, or of a block and a number, are vector instructions on any
+processor. Each element is rounded on its own.
 
-The end of a row or a weight is a block of fewer elements: where a function takes a ``count``, it is None for a whole
-block, else the number of elements that are there. The others are read as 0 and not written.
+A row or a weight may end in a partial block: where a function takes a ``count``, it is None for a whole block, else the
+number of elements present. The others are read as 0 and not written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from adagrad.kernels.formats import Elements, computing, narrow, set_alias_scope
 from adagrad.rule import LANES
 
 LINE = 64
-"""Bytes that memory moves at once."""
+"""Bytes of a cache line."""
 
 _bit, _word, _long = ir.IntType(1), ir.IntType(32), ir.IntType(64)
 
@@ -45,7 +45,7 @@ class _BlockModel(models.PrimitiveModel):  # type: ignore[misc]
 
 
 def _name(kind: Any) -> str:
-    """A type as it stands in the names of LLVM's intrinsics."""
+    """A type as spelt in the names of LLVM's intrinsics."""
     return f"v{kind.count}{_name(kind.element)}" if isinstance(kind, ir.VectorType) else str(kind.intrinsic_name)
 
 
@@ -57,7 +57,7 @@ def _intrinsic(builder: Any, name: str, form: Any) -> Any:
 
 
 def _splat(builder: Any, value: Any) -> Any:
-    """A number as a block; a block as it is."""
+    """A number repeated in every lane; a block as it is."""
     if isinstance(value.type, ir.VectorType):
         return value
     nothing = ir.VectorType(value.type, LANES)(ir.Undefined)
@@ -84,7 +84,7 @@ for _symbol, _instruction in (("add", "fadd"), ("sub", "fsub"), ("mul", "fmul"),
     _define(getattr(operator, _symbol), _instruction)
 
 
-def _root_code(typing: Any, value: Any) -> Any:
+def _sqrt_code(typing: Any, value: Any) -> Any:
     """The square root of a block or a number, correctly rounded."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -96,7 +96,7 @@ def _root_code(typing: Any, value: Any) -> Any:
 
 
 def _clamp_code(typing: Any, value: Any, bound: Any) -> Any:
-    """``value``, a block, or where it lies outside [-bound, bound] the nearer end; NaN stays NaN."""
+    """The block ``value`` clamped to [-bound, bound], lane by lane; NaN stays NaN."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         value, above = args[0], _splat(builder, args[1])
@@ -108,12 +108,12 @@ def _clamp_code(typing: Any, value: Any, bound: Any) -> Any:
 
 
 def _broadcast_code(typing: Any, number: Any) -> Any:
-    """A block of LANES times ``number``."""
+    """A block with ``number`` in every lane."""
     return Block(number)(number), lambda context, builder, sig, args: _splat(builder, args[0])
 
 
-def _number_code(typing: Any, elements: Any, value: Any) -> Any:
-    """An integer in the computing dtype of ``elements``, rounded to nearest-even."""
+def _constant_code(typing: Any, elements: Any, value: Any) -> Any:
+    """The integer ``value`` in the computing dtype of ``elements``, rounded to nearest-even."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.sitofp(args[1], context.get_value_type(sig.return_type))
@@ -121,8 +121,8 @@ def _number_code(typing: Any, elements: Any, value: Any) -> Any:
     return computing(elements.dtype)(elements, types.intp), generate
 
 
-def _first_code(typing: Any, block: Any, count: Any) -> Any:
-    """The first ``count`` numbers of a block, and 0 for the others."""
+def _keep_first_code(typing: Any, block: Any, count: Any) -> Any:
+    """A block with all lanes but the first ``count`` set to 0."""
     if isinstance(count, types.NoneType):
         return block(block, count), lambda context, builder, sig, args: args[0]
 
@@ -132,8 +132,8 @@ def _first_code(typing: Any, block: Any, count: Any) -> Any:
     return block(block, types.intp), generate
 
 
-def _fold_code(typing: Any, block: Any) -> Any:
-    """The sum of a block by halves: the right half added to the left one, until one number is left."""
+def _sum_by_halves_code(typing: Any, block: Any) -> Any:
+    """The sum of a block by halves: the right half is added to the left one until one number is left."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         lanes, half = args[0], LANES // 2
@@ -148,31 +148,31 @@ def _fold_code(typing: Any, block: Any) -> Any:
     return block.dtype(block), generate
 
 
-root: Any = intrinsic(_root_code)
+sqrt: Any = intrinsic(_sqrt_code)
 clamp: Any = intrinsic(_clamp_code)
 broadcast: Any = intrinsic(_broadcast_code)
-number: Any = intrinsic(_number_code)
-first: Any = intrinsic(_first_code)
-fold: Any = intrinsic(_fold_code)
+constant: Any = intrinsic(_constant_code)
+keep_first: Any = intrinsic(_keep_first_code)
+sum_by_halves: Any = intrinsic(_sum_by_halves_code)
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
 def _place(builder: Any, elements: Any, i: Any) -> Any:
-    """The vector that begins at ``elements[i]``."""
+    """A pointer to the vector that begins at ``elements[i]``, and the type of that vector."""
     kind = ir.VectorType(elements.type.pointee, LANES)
     return builder.bitcast(builder.gep(elements, [i]), kind.as_pointer()), kind
 
 
 def _mask(builder: Any, count: Any) -> Any:
-    """A bit for each lane: whether it is one of the first ``count``."""
+    """One bit per lane, set in the first ``count``."""
     numbers = ir.VectorType(_long, LANES)(list(range(LANES)))
     return builder.icmp_signed("<", numbers, _splat(builder, count))
 
 
 def _load_block_code(typing: Any, elements: Any, i: Any, count: Any) -> Any:
-    """The block ``elements[i:i + LANES]`` or its first ``count``, read up to the computing dtype."""
+    """The block ``elements[i:i + LANES]`` or its first ``count``, widened to the computing dtype."""
     is_whole = isinstance(count, types.NoneType)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -191,7 +191,7 @@ def _load_block_code(typing: Any, elements: Any, i: Any, count: Any) -> Any:
 
 
 def _store_block_code(typing: Any, elements: Any, i: Any, block: Any, count: Any) -> Any:
-    """Write a block, rounded to nearest-even, or its first ``count`` elements, to ``elements[i:i + LANES]``."""
+    """Write a block, or its first ``count`` elements, rounded to nearest-even, to ``elements[i:i + LANES]``."""
     is_whole = isinstance(count, types.NoneType)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -214,7 +214,7 @@ store_block: Any = intrinsic(_store_block_code)
 
 
 def _prefetch_code(typing: Any, elements: Any, i: Any) -> Any:
-    """Ask for the memory of the block ``elements[i:i + LANES]``, to be used soon; nothing where there is no operand."""
+    """Prefetch the block ``elements[i:i + LANES]``; a no-op if ``elements`` is None."""
     if not isinstance(elements, Elements):
         return types.void(elements, i), lambda context, builder, sig, args: context.get_dummy_value()
 
@@ -224,7 +224,7 @@ def _prefetch_code(typing: Any, elements: Any, i: Any) -> Any:
         prefetch = _intrinsic(builder, "llvm.prefetch.p0", kind)
         place = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
         for offset in range(0, LANES * context.get_abi_sizeof(args[0].type.pointee), LINE):
-            # What is only read is not asked for writing: workers would take lines that they share from each other.
+            # Not for writing what is only read: workers would take shared cache lines from each other.
             to_write = _word(int(elements.role != "grad"))
             builder.call(prefetch, [builder.gep(place, [_long(offset)]), to_write, _word(3), _word(1)])
         return context.get_dummy_value()

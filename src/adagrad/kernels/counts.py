@@ -1,4 +1,4 @@
-"""Counts of steps that are tensors: found, read and advanced by compiled code where they are plain."""
+"""Step counts that are tensors: compiled code finds, reads and advances them if they are plain."""
 
 from __future__ import annotations
 
@@ -7,30 +7,34 @@ from typing import Any
 import numpy as np
 
 from adagrad.kernels.formats import load, pointer, store
-from adagrad.kernels.layout import COUNT, FLOAT32, FLOAT64, FORMAT, KIND, PLACE, SEEN, START, item, look
+from adagrad.kernels.layout import COUNT, FLOAT32, FLOAT64, FORMAT, INFO, KIND, PLACE, START, describe, list_item
 from adagrad.kernels.numba_jit import jit, uncounted
 
 _single, _double = np.empty(0, np.float32), np.empty(0, np.float64)
 
 
 @jit(holds_gil=True)
-def find_counts(counts: int, how: Any, addresses: Any) -> bool:
-    """Addresses (made negative for float64) of a list of counts; False unless all are plain numbers on the CPU."""
-    own_out, own_seen = np.empty(1, np.int64), np.zeros(SEEN, np.int64)
-    out, seen, how = uncounted(own_out), uncounted(own_seen), uncounted(how)
+def find_counts(counts: int, layout: Any, addresses: Any) -> bool:
+    """Fill ``addresses`` with those of the counts (negated for float64) in the list at the address ``counts``.
+
+    False unless all are plain float32 or float64 tensors of one number on the CPU.
+    """
+    own_out, own_info = np.empty(1, np.int64), np.zeros(INFO, np.int64)
+    out, info, layout = uncounted(own_out), uncounted(own_info), uncounted(layout)
     for i in range(len(addresses)):
-        if not look(item(counts, i), how, out, seen) or seen[KIND] != 1 or seen[PLACE] != 0 or seen[COUNT] != 1:
+        is_plain = describe(list_item(counts, i), layout, out, info)
+        if not is_plain or info[KIND] != 1 or info[PLACE] != 0 or info[COUNT] != 1:
             return False
-        if seen[FORMAT] != FLOAT32 and seen[FORMAT] != FLOAT64:
+        if info[FORMAT] != FLOAT32 and info[FORMAT] != FLOAT64:
             return False
-        addresses[i] = seen[START] if seen[FORMAT] == FLOAT32 else -seen[START]
-    own_out[:0], own_seen[:0] = 0, 0  # they are used by address above: this keeps them alive
+        addresses[i] = info[START] if info[FORMAT] == FLOAT32 else -info[START]
+    own_out[:0], own_info[:0] = 0, 0  # used by address above: this keeps them alive
     return True
 
 
 @jit()
 def read_counts(addresses: Any, values: Any) -> None:
-    """The counts at these addresses, as float64."""
+    """Fill ``values``, float64, with the counts at the addresses from :func:`find_counts`."""
     for i, address in enumerate(addresses):
         if address > 0:
             values[i] = load(pointer(address, _single, "history"), 0)
@@ -40,7 +44,7 @@ def read_counts(addresses: Any, values: Any) -> None:
 
 @jit()
 def advance_counts(addresses: Any) -> None:
-    """Add 1 to each of the counts at these addresses."""
+    """Add 1 to each of the counts at the addresses from :func:`find_counts`."""
     for address in addresses:
         if address > 0:
             single = pointer(address, _single, "history")

@@ -1,9 +1,9 @@
 """Dense updates on the CPU: any number of weights in one launch, through a table of addresses.
 
 Row ``i`` of ``table`` holds, for one weight, the addresses of weight, gradient, history and master copy (0 for none),
-the number of elements and, where the history is row-wise, the length of a row, else 0; ``hyper`` holds its lr,
-coupled and decoupled weight decay (one row may stand for all weights). What a row names has no gaps, is aligned, and
-all of it lies in one order: :mod:`adagrad.kernels.table` and :mod:`adagrad.kernels.ordinary` see to that.
+the number of elements and, if the history is row-wise, the length of a row, else 0; ``rates`` holds its lr, coupled wd
+and decoupled wd (one row may stand for all weights). The operands of a row are aligned, have no gaps and store their
+elements in the same order: :mod:`adagrad.kernels.table` and :mod:`adagrad.kernels.general_cpu` ensure that.
 """
 
 from __future__ import annotations
@@ -16,24 +16,22 @@ import numba
 import numpy as np
 
 from adagrad.arrays import row_length
-from adagrad.kernels.blocks import broadcast, first, fold, load_block, number, prefetch, store_block
-from adagrad.kernels.cpu_rule import constants, descend, effective_gradient
+from adagrad.kernels.blocks import broadcast, constant, keep_first, load_block, prefetch, store_block, sum_by_halves
+from adagrad.kernels.cpu_rule import constants, effective_gradient, new_weight
 from adagrad.kernels.formats import TOKENS, load, master_or, pointer, store
-from adagrad.kernels.numba_jit import jit, max_workers, place, run, worker, workers
+from adagrad.kernels.numba_jit import jit, max_workers, pointer_to, run, worker, workers
+from adagrad.kernels.records import COLUMNS, GRAD, HISTORY, MASTER, ROW, SIZE, WEIGHT
 from adagrad.rule import LANES, Rule
 
-WEIGHT, GRAD, HISTORY, MASTER, SIZE, ROW = range(6)
-COLUMNS = 6
-"""Columns of the address table."""
-
 TABLE_AT, TABLE_ROWS, RATES_AT, RATES_ROWS, SCALARS_AT, TOTAL, GIVEN = range(7)
-"""Words of the block of :func:`arguments`."""
+"""The words of the block of :func:`arguments`, and how many there are."""
 
 ALIGN = 16
-"""Elements: where workers part. No two write to one cache line of a float32 array that begins with one."""
+"""Workers' shares are multiples of this many elements, so that no two write to one cache line of a float32 array that
+begins with one."""
 
 AHEAD = 2048
-"""Bytes: how far ahead memory is asked for. The processor's own guesses end with each page."""
+"""How many bytes ahead to prefetch. The hardware prefetcher stops at the end of each page."""
 
 
 def table_row(memories: Sequence[np.ndarray | None], rule: Rule) -> list[int]:
@@ -46,9 +44,9 @@ def table_row(memories: Sequence[np.ndarray | None], rule: Rule) -> list[int]:
 
 @jit(helper=True)
 def elements(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, fixed: Any, coming: Any) -> None:
-    """Element-wise: every element from ``start`` to ``stop`` has its own history value.
+    """Update the elements from ``start`` to ``stop``, each with its own history value.
 
-    ``coming``: the operands of what is needed soon, from their ``start`` on; their memory is asked for block by block.
+    ``fixed`` are :func:`constants`; the operands ``coming``, needed soon, are prefetched likewise, block by block.
     """
     whole = stop - (stop - start) % LANES
     for i in range(start, whole, LANES):
@@ -59,12 +57,13 @@ def elements(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, fixed: Any, 
 
 @jit(helper=True)
 def update_block(w: Any, g: Any, h: Any, m: Any, i: int, count: Any, fixed: Any, coming: Any) -> None:
-    rescale, clip, inside, outside, lr, decay, shrink = fixed
+    """Update the block at element ``i``, or its first ``count`` elements; prefetch that of ``coming``."""
+    rescale, clip, eps_inside, eps_outside, lr, wd, decoupled_wd = fixed
     prefetch_operands(coming, i)
     weight = load_block(master_or(w, m), i, count)
-    grad = effective_gradient(load_block(g, i, count), weight, decay, rescale, clip)
+    grad = effective_gradient(load_block(g, i, count), weight, wd, rescale, clip)
     history = load_block(h, i, count) + grad * grad
-    weight = descend(weight, grad, history, lr, shrink, inside, outside)
+    weight = new_weight(weight, grad, history, lr, decoupled_wd, eps_inside, eps_outside)
     store_block(h, i, history, count)
     _store_weight(w, m, i, weight, count)
 
@@ -78,7 +77,7 @@ def _store_weight(w: Any, m: Any, i: int, weight: Any, count: Any) -> None:
 
 @jit(helper=True)
 def prefetch_operands(coming: Any, i: int) -> None:
-    """Ask for the memory of the operands in ``coming``, a tuple or None, from element ``i`` on."""
+    """Prefetch the block at element ``i`` of each operand in ``coming``, a tuple or None, unless it is None."""
     if coming is not None:
         weight, grad, history, master = coming
         prefetch(weight, i)
@@ -89,17 +88,17 @@ def prefetch_operands(coming: Any, i: int) -> None:
 
 @jit(helper=True)
 def one_row(w: Any, g: Any, h: Any, m: Any, start: int, length: int, r: int, fixed: Any, coming: Any) -> None:
-    """Row-wise: the ``length`` elements from ``start`` on share the history value ``h[r]``; ``coming`` as above."""
+    """Update the ``length`` elements from ``start`` on, which share the history value ``h[r]``; ``coming`` as above."""
     source, stop = master_or(w, m), start + length
-    lanes = add_squares(broadcast(number(h, 0)), source, g, start, stop, fixed, coming)
-    history = load(h, r) + fold(lanes) / number(h, length)
-    descend_row(w, g, m, start, stop, history, fixed)
+    lanes = add_squares(broadcast(constant(h, 0)), source, g, start, stop, fixed, coming)
+    history = load(h, r) + sum_by_halves(lanes) / constant(h, length)
+    update_weights_of_row(w, g, m, start, stop, history, fixed)
     store(h, r, history)
 
 
 @jit(helper=True)
 def add_squares(lanes: Any, source: Any, g: Any, start: int, stop: int, fixed: Any, coming: Any) -> Any:
-    """The block of ``lanes`` plus the squared effective gradients from ``start`` to ``stop``, the first in lane 0.
+    """The block ``lanes`` plus the squared effective gradients from ``start`` to ``stop``, the first in lane 0.
 
     The order is that of :func:`adagrad.rule.mean_square`.
     """
@@ -113,15 +112,15 @@ def add_squares(lanes: Any, source: Any, g: Any, start: int, stop: int, fixed: A
 
 @jit(helper=True)
 def _squares(source: Any, g: Any, i: int, count: Any, fixed: Any, coming: Any) -> Any:
-    rescale, clip, _, _, _, decay, _ = fixed
+    rescale, clip, _, _, _, wd, _ = fixed
     prefetch_operands(coming, i)
-    grad = effective_gradient(load_block(g, i, count), load_block(source, i, count), decay, rescale, clip)
-    return first(grad * grad, count)  # adding 0 changes no bit of a sum of squares
+    grad = effective_gradient(load_block(g, i, count), load_block(source, i, count), wd, rescale, clip)
+    return keep_first(grad * grad, count)  # adding 0 changes no bit of a sum of squares
 
 
 @jit(helper=True)
-def descend_row(w: Any, g: Any, m: Any, start: int, stop: int, history: Any, fixed: Any) -> None:
-    """The elements from ``start`` to ``stop`` descend, given the new history value of their row."""
+def update_weights_of_row(w: Any, g: Any, m: Any, start: int, stop: int, history: Any, fixed: Any) -> None:
+    """Update the weights from ``start`` to ``stop``, given the new history value of their row."""
     whole = stop - (stop - start) % LANES
     for i in range(start, whole, LANES):
         _descend_block(w, g, m, i, None, history, fixed)
@@ -131,23 +130,23 @@ def descend_row(w: Any, g: Any, m: Any, start: int, stop: int, history: Any, fix
 
 @jit(helper=True)
 def _descend_block(w: Any, g: Any, m: Any, i: int, count: Any, history: Any, fixed: Any) -> None:
-    rescale, clip, inside, outside, lr, decay, shrink = fixed
+    rescale, clip, eps_inside, eps_outside, lr, wd, decoupled_wd = fixed
     weight = load_block(master_or(w, m), i, count)
-    grad = effective_gradient(load_block(g, i, count), weight, decay, rescale, clip)
-    _store_weight(w, m, i, descend(weight, grad, history, lr, shrink, inside, outside), count)
+    grad = effective_gradient(load_block(g, i, count), weight, wd, rescale, clip)
+    _store_weight(w, m, i, new_weight(weight, grad, history, lr, decoupled_wd, eps_inside, eps_outside), count)
 
 
 @jit(helper=True)
 def _border(element: int, size: int, unit: int) -> int:
-    """Where a worker's share ends within a weight: a whole number of units, or of rows."""
+    """Where a worker's share ends within a weight of ``size`` elements: at a multiple of ``unit``, or at its end."""
     return max(element, 0) // unit * unit if element < size else size
 
 
 @jit(helper=True)
 def _share(
-    table: Any, hyper: Any, scalars: Any, tw: Any, tg: Any, th: Any, tm: Any, row_wise: Any, first: int, last: int
+    table: Any, rates: Any, scalars: Any, tw: Any, tg: Any, th: Any, tm: Any, row_wise: Any, first: int, last: int
 ) -> None:
-    """Update the elements ``first`` to ``last`` of all weights laid end to end."""
+    """Update the elements ``first`` to ``last`` of all weights laid end to end, both moved to a :func:`_border`."""
     begin = 0
     for i in range(table.shape[0]):
         size, length = table[i, SIZE], table[i, ROW]
@@ -160,7 +159,7 @@ def _share(
             continue
         w, g, h, m = _operands(table[i], 0, tw, tg, th, tm)
         soon_w, soon_g, soon_h, soon_m = _operands(table[i], AHEAD, tw, tg, th, tm)
-        fixed = constants(scalars, hyper[i if len(hyper) > 1 else 0], th)
+        fixed = constants(scalars, rates[i if len(rates) > 1 else 0], th)
         if row_wise is None:
             elements(w, g, h, m, start, stop, fixed, (soon_w, soon_g, soon_h, soon_m))
         else:
@@ -170,95 +169,95 @@ def _share(
 
 @jit(helper=True)
 def _operands(row: Any, ahead: int, tw: Any, tg: Any, th: Any, tm: Any) -> Any:
-    """Weight, gradient, history and master copy of a row of the table, or what lies so many bytes further on."""
+    """Weight, gradient, history and master copy of a row of the table, or what lies ``ahead`` bytes further on."""
     w, g = pointer(row[WEIGHT] + ahead, tw, "weight"), pointer(row[GRAD] + ahead, tg, "grad")
     return w, g, pointer(row[HISTORY] + ahead, th, "history"), pointer(row[MASTER] + ahead, tm, "master")
 
 
 @functools.cache
 def kernel(weight: str, grad: str, history: str, master: str | None, row_wise: bool) -> int:
-    """The worker for weights of these formats (None: no master copy)."""
+    """The address of the worker for weights of these formats (None: no master copy)."""
     tw, tg, th, tm = TOKENS[weight], TOKENS[grad], TOKENS[history], None if master is None else TOKENS[master]
-    rows = row_wise or None  # None or True, types that differ: only one of the two is compiled
+    rows = row_wise or None  # None or True differ in type: only one branch is compiled
 
     def dense(arguments: Any, k: Any, count: Any) -> None:
-        table, hyper, scalars, total = _given(arguments)
-        _share(table, hyper, scalars, tw, tg, th, tm, rows, total * k // count, total * (k + 1) // count)
+        table, rates, scalars, total = _given(arguments)
+        _share(table, rates, scalars, tw, tg, th, tm, rows, total * k // count, total * (k + 1) // count)
 
     return worker(dense)
 
 
 @functools.cache
 def row_part_kernel(weight: str, grad: str, history: str, master: str | None, descending: bool) -> int:
-    """The worker for a part of one row.
+    """The address of the worker for a part of one row.
 
-    A first pass adds the squares of the part to the lanes that ``HISTORY`` points to, those of the first element to
-    lane 0; a second, ``descending``, finds there the new history value of the row.
+    A first pass adds the part's squared gradients to the lanes at the address ``HISTORY``, the first one to lane 0; a
+    second one, ``descending``, updates the weights, given the row's new history value at that address.
     """
     tw, tg, th, tm = TOKENS[weight], TOKENS[grad], TOKENS[history], None if master is None else TOKENS[master]
-    second = descending or None  # types that differ, as above
+    second = descending or None  # as above
 
     def row_part(arguments: Any, k: Any, count: Any) -> None:
-        table, hyper, scalars, _ = _given(arguments)
+        table, rates, scalars, _ = _given(arguments)
         w, g = pointer(table[0, WEIGHT], tw, "weight"), pointer(table[0, GRAD], tg, "grad")
         m = pointer(table[0, MASTER], tm, "master")
-        size, fixed = table[0, SIZE], constants(scalars, hyper[0], th)
+        size, fixed = table[0, SIZE], constants(scalars, rates[0], th)
         if second is None:
             lanes = pointer(table[0, HISTORY], th, "sum")
             added = add_squares(load_block(lanes, 0, None), master_or(w, m), g, 0, size, fixed, None)
             store_block(lanes, 0, added, None)
         else:
-            descend_row(w, g, m, 0, size, load(pointer(table[0, HISTORY], th, "history"), 0), fixed)
+            update_weights_of_row(w, g, m, 0, size, load(pointer(table[0, HISTORY], th, "history"), 0), fixed)
 
     return worker(row_part)
 
 
 @jit(helper=True)
 def _given(arguments: Any) -> Any:
-    """What the block of arguments holds, see :func:`arguments`."""
-    given = numba.carray(place(arguments), GIVEN, np.int64)
-    table = numba.carray(place(given[TABLE_AT]), (given[TABLE_ROWS], COLUMNS), np.int64)
-    hyper = numba.carray(place(given[RATES_AT]), (given[RATES_ROWS], 3), np.float64)
-    scalars = numba.carray(place(given[SCALARS_AT]), 4, np.float64)
-    return table, hyper, scalars, given[TOTAL]
+    """Table, rates, scalars and the number of elements, from the address of a block of :func:`arguments`."""
+    given = numba.carray(pointer_to(arguments), GIVEN, np.int64)
+    table = numba.carray(pointer_to(given[TABLE_AT]), (given[TABLE_ROWS], COLUMNS), np.int64)
+    rates = numba.carray(pointer_to(given[RATES_AT]), (given[RATES_ROWS], 3), np.float64)
+    scalars = numba.carray(pointer_to(given[SCALARS_AT]), 4, np.float64)
+    return table, rates, scalars, given[TOTAL]
 
 
 @jit()
-def arguments(table: Any, hyper: Any, scalars: Any, total: int) -> Any:
-    """What the workers are given, as one block; the arrays must outlive it."""
+def arguments(table: Any, rates: Any, scalars: Any, total: int) -> Any:
+    """The workers' arguments as one block of GIVEN words, which holds addresses: the arrays must outlive it."""
     block = np.empty(GIVEN, np.int64)
-    put_arguments(block, table, 0, len(table), hyper, scalars, total)
+    put_arguments(block, table, 0, len(table), rates, scalars, total)
     return block
 
 
 @jit(helper=True)
-def put_arguments(block: Any, table: Any, first: int, count: int, hyper: Any, scalars: Any, total: int) -> None:
-    """Fill such a block for ``count`` rows of the table from ``first`` on, of ``total`` elements; nothing is allocated.
+def put_arguments(block: Any, table: Any, first: int, count: int, rates: Any, scalars: Any, total: int) -> None:
+    """Fill such a block for ``count`` rows of the table from ``first`` on, ``total`` elements; nothing is allocated.
 
-    ``hyper`` has a row for each row of the table, or one for all.
+    ``rates`` has a row for each row of the table, or one for all.
     """
-    skipped, rates = (0, 1) if len(hyper) == 1 else (first, count)
+    skipped, rows = (0, 1) if len(rates) == 1 else (first, count)
     block[TABLE_AT], block[TABLE_ROWS] = table.ctypes.data + table.strides[0] * first, count
-    block[RATES_AT], block[RATES_ROWS] = hyper.ctypes.data + hyper.strides[0] * skipped, rates
+    block[RATES_AT], block[RATES_ROWS] = rates.ctypes.data + rates.strides[0] * skipped, rows
     block[SCALARS_AT], block[TOTAL] = scalars.ctypes.data, total
 
 
-SMALL = 32_768
+PARALLEL_MIN = 32_768
 """Elements below which starting the threads costs more than they save."""
 
 
-def launch(table: Any, total: int, hyper: Any, scalars: Any, formats: Any, row_wise: bool, threads: int | None) -> None:
+def launch(table: Any, total: int, rates: Any, scalars: Any, formats: Any, row_wise: bool, threads: int | None) -> None:
     """Update the weights of ``table``, of ``total`` elements, all of one combination of formats.
 
-    ``formats`` are those of weight, gradient, history and master copy (None for none); ``hyper`` has a row for each
-    weight, or one for all; at most ``threads`` threads, or as many as Numba may use.
+    ``formats`` are those of weight, gradient, history and master copy (None for none); ``rates`` has a row for each
+    weight, or one for all; at most ``threads`` threads, or by default as many as Numba may use.
     """
-    threads = 1 if total < SMALL else threads or max_workers()
+    threads = 1 if total < PARALLEL_MIN else threads or max_workers()
     work = kernel(*formats, row_wise)
     with workers(threads, total) as count:
-        run(work, arguments(table, hyper, scalars, total), count)
+        run(work, arguments(table, rates, scalars, total), count)
 
 
-def launch_row_part(table: Any, hyper: Any, scalars: Any, formats: Any, descending: bool) -> None:
-    """One pass over a part of one row, see :func:`row_part_kernel`; ``table`` and ``hyper`` have one row."""
-    run(row_part_kernel(*formats, descending), arguments(table, hyper, scalars, 0), 1)
+def launch_row_part(table: Any, rates: Any, scalars: Any, formats: Any, descending: bool) -> None:
+    """One pass over a part of one row, see :func:`row_part_kernel`; ``table`` and ``rates`` have one row."""
+    run(row_part_kernel(*formats, descending), arguments(table, rates, scalars, 0), 1)

@@ -1,8 +1,8 @@
 """Row-sparse updates on the CPU: each row present is updated once, with the sum of its occurrences.
 
-Rows that occur once are updated from where their values lie. The values of the others are added to sums, from which
-their rows are updated at the end. Both go through the gradient from front to back. While one row is computed, the
-memory of a row to come is asked for, block by block.
+Rows that occur once are updated straight from their values. The values of the others are added to sums, from which
+their rows are updated at the end. Both passes read the gradient from front to back. While one row is computed, a later
+one is prefetched, block by block.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from adagrad.kernels.blocks import load_block, prefetch, store_block
 from adagrad.kernels.cpu_dense import elements, one_row, prefetch_operands, update_block
 from adagrad.kernels.cpu_rule import constants
 from adagrad.kernels.formats import TOKENS, load, pointer, store
-from adagrad.kernels.numba_jit import decref, jit, max_workers, place, run, worker, workers
-from adagrad.kernels.row_groups import (
+from adagrad.kernels.numba_jit import decref, jit, max_workers, pointer_to, run, worker, workers
+from adagrad.kernels.records import (
     ARE_DISTINCT,
     BASE,
     ENTRIES,
@@ -56,25 +56,25 @@ from adagrad.kernels.row_sums import (
 from adagrad.rule import CHUNK, LANES
 
 ROW_COST = 50
-"""What a row costs besides its elements, in elements, about."""
+"""The approximate cost of a row besides its elements, in elements."""
 
-SMALL = 131_072
+PARALLEL_MIN = 131_072
 """Work, see :func:`work_of`, below which starting the threads costs more than they save."""
 
 AHEAD, SUMS_AHEAD, AHEAD_BYTES = 8, 32, 2048
-"""How many rows ahead memory is asked for, and occurrences that are only added up; of wide ones, how many bytes."""
+"""How many rows ahead to prefetch, or occurrences that are only added up; for wide rows, how many bytes."""
 
 ELEMENTS_AHEAD = 32
-"""The same for rows of one element."""
+"""The same, in rows, for rows of one element."""
 
 BATCH = 1024
-"""Positions that are written down at a time where no row occurs twice."""
+"""Rows updated at a time; where no row occurs twice, their positions are first written to scratch memory."""
 
 TILE = 256
-"""Rows of one element that are computed together, a multiple of LANES."""
+"""Rows of one element that are packed and computed together, a multiple of LANES."""
 
 SCRATCH_WORDS = BATCH // 2 + 4 * TILE
-"""What a worker has for a batch of positions, of 4 bytes, and a tile of four operands, of up to 8."""
+"""Words of a worker's scratch memory: a batch of 4-byte positions and a tile of four operands of up to 8 bytes."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -82,13 +82,13 @@ SCRATCH_WORDS = BATCH // 2 + 4 * TILE
 
 @jit()
 def work_of(facts: Any) -> Any:
-    """What an update costs, in elements."""
+    """The cost of an update, in elements."""
     return facts[ENTRIES] * (facts[LENGTH] + ROW_COST)
 
 
 @jit(helper=True)
 def _four(facts: Any, at: int) -> Any:
-    """What is known of weight, gradient, history and master copy: numbers, which no store to memory can change."""
+    """The facts of weight, gradient, history and master copy from ``at`` on, as values that no store can change."""
     return facts[at + WEIGHT], facts[at + GRAD], facts[at + HISTORY], facts[at + MASTER]
 
 
@@ -100,7 +100,7 @@ def _ahead(most: int, length: int, token: Any) -> Any:
 
 @jit(helper=True)
 def _operands(base: Any, stride: Any, row: Any, tw: Any, th: Any, tm: Any) -> Any:
-    """Weight, history and master copy of a row."""
+    """Weight, history and master copy of a row; ``base`` and ``stride`` are in bytes."""
     w = pointer(base[WEIGHT] + row * stride[WEIGHT], tw, "weight")
     h = pointer(base[HISTORY] + row * stride[HISTORY], th, "history")
     return w, h, pointer(base[MASTER] + row * stride[MASTER], tm, "master")
@@ -149,7 +149,7 @@ def _values(base: Any, stride: Any, position: Any, tv: Any) -> Any:
 @jit(helper=True)
 def _update_once(rows: Any, positions: Any, base: Any, stride: Any, tw: Any, tv: Any, th: Any, tm: Any, length: int,
                  fixed: Any, row_wise: Any, ahead: int) -> None:  # fmt: skip
-    """Update rows, each from the values at its position."""
+    """Update distinct rows, each from the values at its position; ``ahead`` in rows."""
     n = len(positions)
     for j in range(n):
         then = min(j + ahead, n - 1)
@@ -168,9 +168,9 @@ def _copy(to: Any, i: int, elements: Any, j: int) -> None:
 @jit(helper=True)
 def _update_elements(rows: Any, positions: Any, base: Any, stride: Any, tw: Any, tv: Any, th: Any, tm: Any, fixed: Any,
                      tile: Any) -> None:  # fmt: skip
-    """:func:`_update_once` for rows of one element, which are packed: to compute one takes as long as a whole block.
+    """:func:`_update_once` for rows of one element, packed into blocks: one alone would take as long as a whole block.
 
-    Row-wise history is the same as any there.
+    For such rows, row-wise and element-wise history are the same.
     """
     n, part = len(positions), 8 * TILE
     packed_w, packed_g = pointer(tile, tw, "weight"), pointer(tile + part, tv, "grad")
@@ -186,7 +186,7 @@ def _update_elements(rows: Any, positions: Any, base: Any, stride: Any, tw: Any,
             _copy(packed_g, i, _values(base, stride, positions[start + i], tv), 0)
             _copy(packed_h, i, h, 0)
             _copy(packed_m, i, m, 0)
-        for i in range(0, count, LANES):  # what lies behind the last row in its block is nobody's
+        for i in range(0, count, LANES):  # lanes past the last row are padding
             update_block(packed_w, packed_g, packed_h, packed_m, i, None, fixed, None)
         for i in range(count):
             w, h, m = _operands(base, stride, np.int64(rows[start + i]), tw, th, tm)
@@ -198,7 +198,7 @@ def _update_elements(rows: Any, positions: Any, base: Any, stride: Any, tw: Any,
 @jit(helper=True)
 def _add_up(positions: Any, to: Any, memory: Any, missing: Any, second: Any, base: Any, stride: Any, tv: Any, th: Any,
             length: int) -> None:  # fmt: skip
-    """Add the values at ``positions``, each to a sum."""
+    """Add the values at ``positions[j]`` to the sum ``to[j]``, and each complete chunk to the row's second sum."""
     n, ahead = len(positions), _ahead(SUMS_AHEAD, length, tv)
     for j in range(n):
         mine, then = np.uint64(to[j]), min(j + ahead, n - 1)
@@ -215,6 +215,7 @@ def _add_up(positions: Any, to: Any, memory: Any, missing: Any, second: Any, bas
 @jit(helper=True)
 def _update_from_sums(rows: Any, counts: Any, memory: Any, missing: Any, second: Any, base: Any, stride: Any, tw: Any,
                       th: Any, tm: Any, length: int, fixed: Any, row_wise: Any, ahead: int) -> None:  # fmt: skip
+    """Update rows from their sums, to which an incomplete last chunk is added first."""
     n = len(rows)
     for i in range(n):
         then, g = min(i + ahead, n - 1), sum_at(memory, i, length, th)
@@ -228,24 +229,25 @@ def _update_from_sums(rows: Any, counts: Any, memory: Any, missing: Any, second:
 
 
 @functools.cache
-def kernel(is_high: bool, weight: str, values: str, history: str, master: str | None, row_wise: bool) -> int:
-    """The worker for these formats of operands (None: no master copy); ids have 64 bits for a high weight, else 32."""
+def kernel(needs_int64: bool, weight: str, values: str, history: str, master: str | None, row_wise: bool) -> int:
+    """The address of the worker for operands of these formats (None: no master copy), and for 64- or 32-bit row ids."""
     tw, tv, th, tm = TOKENS[weight], TOKENS[values], TOKENS[history], None if master is None else TOKENS[master]
-    by_row = row_wise or None  # None or True, types that differ: only one of the two is compiled
-    dtype = np.int64 if is_high else np.int32
+    by_row = row_wise or None  # None or True differ in type: only one branch is compiled
+    dtype = np.int64 if needs_int64 else np.int32
 
     def update(arguments: Any, k: Any, count: Any) -> None:
-        facts = numba.carray(place(arguments), FACTS, np.int64)
+        facts = numba.carray(pointer_to(arguments), FACTS, np.int64)
         n, length, distinct = facts[ENTRIES], facts[LENGTH], facts[ARE_DISTINCT]
-        ids, base, stride = numba.carray(place(facts[ROWS]), n, dtype), _four(facts, BASE), _four(facts, STRIDE)
-        rates = numba.carray(place(facts[RATES]), 3, np.float64)
-        scalars = numba.carray(place(facts[SCALARS]), 4, np.float64)
+        ids, base, stride = numba.carray(pointer_to(facts[ROWS]), n, dtype), _four(facts, BASE), _four(facts, STRIDE)
+        rates = numba.carray(pointer_to(facts[RATES]), 3, np.float64)
+        scalars = numba.carray(pointer_to(facts[SCALARS]), 4, np.float64)
         fixed = constants(scalars, rates, th)
         ahead = _ahead(AHEAD, length, tw)
-        kept = numba.carray(place(facts[GROUPS]), (count, GROUPED, 3), np.int64)[k]
-        scratch = numba.carray(place(facts[SCRATCH]), (count, SCRATCH_WORDS), np.int64)[k]
-        numbers, tile = numba.carray(place(scratch.ctypes.data), BATCH, np.int32), scratch[BATCH // 2 :].ctypes.data
-        # Distinct rows are shared out by position, others by owner.
+        kept = numba.carray(pointer_to(facts[GROUPS]), (count, GROUPED, 3), np.int64)[k]
+        scratch = numba.carray(pointer_to(facts[SCRATCH]), (count, SCRATCH_WORDS), np.int64)[k]
+        numbers = numba.carray(pointer_to(scratch.ctypes.data), BATCH, np.int32)
+        tile = scratch[BATCH // 2 :].ctypes.data
+        # Workers divide distinct rows by position, others by owner.
         first, last = n * k // count, n * (k + 1) // count
         rows = ids[first:last] if distinct else grouped(kept, SINGLE, dtype)
         positions = grouped(kept, POSITIONS, np.int32)
@@ -273,9 +275,10 @@ def kernel(is_high: bool, weight: str, values: str, history: str, master: str | 
 
 @jit()
 def carry_out(facts: Any, kept: Any, scratch: Any, group: int, update: int, count: int) -> bool:
-    """Group and update by ``count`` workers; False if memory was short, and then nothing has changed.
+    """Group and update by ``count`` workers; False if memory ran out, and then nothing has changed.
 
-    ``kept`` and ``scratch`` are what :func:`room` gives, or more.
+    ``group`` and ``update`` are the workers' addresses; ``kept`` and ``scratch`` come from :func:`room`, for ``count``
+    workers or more.
     """
     kept[:] = 0
     facts[GROUPS], facts[SCRATCH] = kept.ctypes.data, scratch.ctypes.data
@@ -295,7 +298,7 @@ def carry_out(facts: Any, kept: Any, scratch: Any, group: int, update: int, coun
 
 @jit()
 def room(count: int) -> Any:
-    """Memory for ``count`` workers: for what they have grouped, and for positions and a tile."""
+    """Memory for ``count`` workers: for what they group, and scratch memory for positions and a tile."""
     return np.empty((count, GROUPED, 3), np.int64), np.empty((count, SCRATCH_WORDS), np.int64)
 
 
@@ -305,18 +308,18 @@ def out_of_memory(at: str, entries: int) -> MemoryError:
 
 def launch(at: str, facts: Any, rows: Any, formats: Any, row_wise: bool, rates: Any, scalars: Any, threads: int | None
            ) -> None:  # fmt: skip
-    """Update ``rows``, the row of each of the values, which ``facts`` has been told of.
+    """Carry out the update that ``facts`` describes; ``rows`` are its checked row ids, the array at ``facts[ROWS]``.
 
     ``formats`` are those of weight, values, history and master copy (None for none); ``rates`` those of one weight. At
-    most ``threads`` threads, or as many as Numba may use.
+    most ``threads`` threads, or by default as many as Numba may use.
 
     Raises
     ------
     MemoryError
-        Where there is none for the sums of the rows that occur more than once; then nothing has changed.
+        No memory is left for grouping and summing the rows; nothing has changed.
     """
     work = int(work_of(facts))
-    threads = 1 if work < SMALL else threads or max_workers()
+    threads = 1 if work < PARALLEL_MIN else threads or max_workers()
     high = rows.itemsize == 8
     group = 0 if facts[ARE_DISTINCT] else grouping(high, formats[2])
     update = kernel(high, *formats, row_wise)

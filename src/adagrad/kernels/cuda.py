@@ -1,17 +1,17 @@
-"""Updates of torch tensors on one CUDA device: what the dispatcher calls, everything already checked on the host.
+"""Updates of torch tensors on one CUDA device, called by the dispatcher after all checks on the host.
 
 A call launches one kernel for each format of dense tensors, and for all row-sparse gradients of one form a check of
-their row ids, a sort and one or two kernels. Nothing waits for the device and nothing comes back from it.
+their row ids, a sort and one or two kernels. It neither waits for the device nor copies anything back from it.
 
-What the kernels must be told travels in tables in device memory: the addresses of the dense tensors, those of several
+Kernels read their parameters from tables in device memory: the addresses of the dense tensors, those of several
 row-sparse updates, and the settings (the rule's scalars, lr and wd). A table is uploaded, from pinned memory and
-without waiting, only when a call needs one that none of the last calls used. While a CUDA graph is captured, the tables
-are the graph's own: it copies them from pinned memory at each replay, so that later calls cannot change them.
+without waiting, only if no recent call used the same one. While a CUDA graph is captured, the tables are the graph's
+own: it copies them from pinned memory at each replay, so that later calls cannot change them.
 Hyper-parameters that are Python numbers are then frozen into the graph; an lr that is a tensor is read by each replay.
 
 An id outside the weight turns the whole call into a no-op, on the device. The kernel that meets one writes it into
-pinned host memory; the next call raises IndexError if that has arrived, and :func:`check` waits for it. Of two such
-calls that are under way at the same time, what is said of the second may be mixed with the first.
+pinned host memory; the next call raises IndexError if that has arrived, and :func:`check` waits for it. If two such
+calls are in flight at once, the report of the second may be mixed with that of the first.
 """
 
 from __future__ import annotations
@@ -64,16 +64,16 @@ def update(
     ----------
     groups : sequence of Group
     device : torch.device
-        Where all of it is; no weight, history or master copy shares memory with anything else in the call.
+        Where all tensors are; no weight, history or master copy shares memory with anything else in the call.
     grad_scale : Tensor, optional
         One number on the device; each gradient (for rows: each sum of a row's occurrences) is divided by it first.
     found_inf : Tensor, optional
-        One number on the device; where it is not 0, the call changes nothing.
+        One number on the device; if it is not 0, the call changes nothing.
 
     Returns
     -------
     Tensor or None
-        Where there are row ids, a number on the device that is not 0 if one of them is outside its weight.
+        If there are row ids, a number on the device that is not 0 if one of them is outside its weight.
 
     Raises
     ------
@@ -92,7 +92,7 @@ def update(
                 launches += [partial(cuda_dense.run, launch, addresses, settings) for launch in found]
             if rows:
                 for form, which in cuda_row_lists.by_form(rows, rule).items():
-                    # Every id of the call is checked, and all memory taken, before the first element changes.
+                    # Every id of the call is checked, and all memory allocated, before the first element changes.
                     skip = torch.zeros(1, dtype=torch.int32, device=device) if skip is None else skip
                     launch = cuda_row_lists.sort_ids(rows, form, which, len(lrs), skip, report, tables.rows)
                     launches.append(partial(cuda_row_lists.run, launch, settings))
@@ -102,7 +102,7 @@ def update(
 
 
 def check(device: torch.device | str | int | None = None) -> None:
-    """Wait for the device, or for all devices used so far, and raise what calls of :func:`update` met there.
+    """Wait for the device, or for all devices used so far, and raise what calls of :func:`update` reported there.
 
     Raises
     ------
@@ -120,7 +120,7 @@ def check(device: torch.device | str | int | None = None) -> None:
 # ------------------------------------------------------------------------------------------------- row ids out of range
 
 _reports: dict[torch.device, Tensor] = {}
-"""For each device (id, rows + 1) of a row id out of range, or (NO_ROW, 0), in host memory that the device can write."""
+"""By device, (id, rows + 1) of a row id out of range, or (NO_ROW, 0), in host memory that the device can write."""
 
 
 def _with_index(device: torch.device) -> torch.device:
@@ -136,17 +136,20 @@ def _report_of(device: torch.device) -> Tensor:
 
 
 def raise_reported(device: torch.device) -> None:
-    """Raise what earlier calls met on a device, if that has arrived: for all devices of a call, before it begins."""
+    """Raise what earlier calls reported on a device, if that has arrived.
+
+    Called for each device of a call before the call begins.
+    """
     _raise_reported(_report_of(device), arrived=False)
 
 
 def _raise_reported(report: Tensor, *, arrived: bool) -> None:
-    """Raise what ``report`` says. Its two words come one by one: until all has ``arrived``, wait for the second."""
+    """Raise what ``report`` says. Its two words arrive one by one: unless ``arrived``, raise only if both are there."""
     words = report.numpy()
     row, rows = int(words[0]), int(words[1]) - 1
     if rows < 0 or (row == NO_ROW and not arrived):
         return
-    words[1] = 0  # first: of a report that arrives meanwhile, :func:`check` then says something
+    words[1] = 0  # first, so that :func:`check` raises something for a report that arrives meanwhile
     words[0] = NO_ROW
     raise IndexError(f"indices: row {row}: must be in [0, {rows}), the weight's rows; the call changed nothing")
 
@@ -156,19 +159,19 @@ def _raise_reported(report: Tensor, *, arrived: bool) -> None:
 
 _local = threading.local()
 SLAB = 2**17
-"""Words of pinned memory that are ready for captures, which may be unable to get any; more where tables are large."""
+"""Words of pinned memory reserved for captures, which may be unable to allocate any; more if tables are large."""
 
 _slab: list[Tensor] = []
-"""What is left of it, if there is any yet."""
+"""The unused rest of it, in one tensor; empty before the first reservation."""
 
 _slab_lock = threading.Lock()
 
 _captured: list[Tensor] = []
-"""Pinned memory that captured graphs read at each replay; nothing tells when a graph is gone, so it stays."""
+"""Pinned memory that captured graphs read at each replay; nothing tells when a graph is gone, so it is never freed."""
 
 
 def _tables_of(device: torch.device) -> _Tables:
-    """The tables of this thread and the current stream: work on them is in the order of the stream."""
+    """The tables of this thread and the current stream: all work on them is in stream order."""
     known: dict[tuple[torch.device, int], _Tables] = _local.__dict__.setdefault("tables", {})
     key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     tables = known.get(key)
@@ -178,7 +181,7 @@ def _tables_of(device: torch.device) -> _Tables:
 
 
 class _Tables:
-    """The last tables that were uploaded for one stream."""
+    """The last tables that a thread uploaded for one stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -218,12 +221,12 @@ class _Tables:
                 each.view(np.int64)[:, 2:] = pointers
             return self._upload(words.view(np.int64))
 
-        # By their bits: 0.0 and -0.0 are equal, and differ in what they do.
+        # By their bits: 0.0 and -0.0 compare equal but act differently.
         key = *(array("d", values).tobytes() for values in (numbers, wds, rule.scalars)), pointers, rule.decoupled_decay
         return self._recent(self._settings, key, make)
 
     def _recent(self, kept: list[tuple[Any, T]], key: Any, make: Callable[[], T]) -> T:
-        """What ``make`` made for ``key`` lately; a graph under capture gets its own."""
+        """What ``make`` recently made for ``key``, or makes now; a graph under capture gets its own."""
         if self._capturing():
             return make()
         for i, (known, made) in enumerate(kept):
@@ -240,11 +243,11 @@ class _Tables:
         return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _upload(self, words: np.ndarray) -> Tensor:
-        """``words`` in device memory, by a copy that nobody waits for."""
+        """A copy of ``words`` in device memory, made without waiting for it."""
         if self._device.type != "cuda":
             return torch.from_numpy(words.copy())
-        # The allocator of pinned memory reuses a buffer only when the copies out of it are done. It may be unable to
-        # hand out new memory during a capture, so earlier uploads, on whichever stream, leave some.
+        # The allocator of pinned memory reuses a buffer only after the copies out of it are done. It may be unable to
+        # allocate new memory during a capture, so earlier uploads, on any stream, reserve some.
         if self._capturing():
             host = _from_slab(len(words))
             _captured.append(host)
@@ -262,7 +265,7 @@ def _bits(lr: Tensor) -> int:
 
 
 def _fill_slab(words: int) -> None:
-    """See to it that there is pinned memory for captures: for so many words, and half a slab."""
+    """Reserve pinned memory for captures: at least ``words``, and at least half a slab."""
     with _slab_lock:
         if not _slab or len(_slab[0]) < max(words, SLAB // 2):
             _slab[:] = [_pinned(max(words, SLAB))]

@@ -1,14 +1,14 @@
 """Dense updates on CUDA: any number of tensors in one launch.
 
 The kernels find their tensors through a table of addresses in device memory. A launch is for the tensors of one format
-(dtypes, master copy or not, alignment); its part of the table is
+(dtypes, master copy or not, alignment, tile of rows); its part of the table of 64-bit words is
 
     first blocks   one word a tensor, ascending: the number of blocks of the tensors before it
     records        RECORD words a tensor: addresses of weight, gradient, history, master copy (0 for none); elements, or
-                   rows where the history has one value a row; elements in a row; its index in the scalars' table
+                   rows if the history has one value a row; elements in a row (else 1); the index of its settings; 0
 
 A program does one block: BLOCK consecutive elements, or ROWS consecutive rows. See :mod:`adagrad.kernels.cuda_rule`
-for the scalars' table and for the arithmetic.
+for the table of settings and for the arithmetic.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ import triton.language as tl
 from torch import Tensor
 
 from adagrad.arrays import tensor_format
-from adagrad.kernels.cpu_dense import ROW, SIZE
 from adagrad.kernels.cuda_launch import Kernel
 from adagrad.kernels.cuda_rule import (
     LANES,
     TRITON_DTYPE,
     add_to_lanes,
-    descend,
     effective_gradient,
     gradient_scalars,
     halted,
     mean_of_lanes,
+    new_weight,
     read_weight,
     step_scalars,
     widen,
     write_weight,
 )
+from adagrad.kernels.records import ROW, SIZE
 from adagrad.kernels.table import code_of_formats, formats
 
 if TYPE_CHECKING:
@@ -47,10 +47,10 @@ if TYPE_CHECKING:
 
 RECORD = tl.constexpr(8)
 SEARCH = tl.constexpr(256)
-"""First blocks that a program looks at together: one load finds its tensor among so many."""
+"""First blocks that a program compares at once: one load finds its tensor among so many."""
 
 BLOCK = 2048
-"""Elements a program: with 4 warps each thread has 4 (float32) 16-byte accesses in flight for each operand."""
+"""Elements per program: with 4 warps each thread has 4 (float32) 16-byte accesses in flight for each operand."""
 
 ROW_TILES = ((16, 32), (64, 8))
 """(columns, rows) of a row-wise program's tile: narrow rows share a program, wide ones are done piece by piece."""
@@ -58,7 +58,10 @@ ROW_TILES = ((16, 32), (64, 8))
 
 @triton.jit
 def find_record(table: tl.tensor, firsts: tl.tensor, records: tl.tensor, tensors: tl.tensor) -> tl.tensor:
-    """The record of the tensor that this program works on, and which of that tensor's blocks is this program's."""
+    """A pointer to the record of this program's tensor, and which of that tensor's blocks is this program's.
+
+    ``firsts`` and ``records`` are offsets in ``table``, in words; ``tensors`` is the number of tensors.
+    """
     program = tl.program_id(0).to(tl.int64)
     begun = 0
     for k in range(0, tensors, SEARCH):
@@ -84,16 +87,16 @@ def pointer(word: tl.tensor, TYPE: tl.constexpr, ALIGNED: tl.constexpr) -> tl.te
 
 @triton.jit
 def update_block(weight: tl.tensor, grad: tl.tensor, history: tl.tensor, master: tl.tensor, offsets: tl.tensor,
-                 mask: tl.tensor, grad_scale: tl.tensor, rescale: tl.tensor, clip: tl.tensor, decay: tl.tensor,
-                 lr: tl.tensor, shrink: tl.tensor, inside: tl.tensor, outside: tl.tensor, WEIGHT: tl.constexpr,
-                 COMPUTE: tl.constexpr, HAS_MASTER: tl.constexpr) -> None:  # fmt: skip
+                 mask: tl.tensor, grad_scale: tl.tensor, rescale: tl.tensor, clip: tl.tensor, wd: tl.tensor,
+                 lr: tl.tensor, decoupled_wd: tl.tensor, eps_inside: tl.tensor, eps_outside: tl.tensor,
+                 WEIGHT: tl.constexpr, COMPUTE: tl.constexpr, HAS_MASTER: tl.constexpr) -> None:  # fmt: skip
     """Update the elements at ``offsets`` of the four pointers."""
     w = read_weight(weight, master, offsets, mask, COMPUTE, HAS_MASTER)
     g = widen(tl.load(grad + offsets, mask=mask), COMPUTE)
     h = tl.load(history + offsets, mask=mask)
-    g = effective_gradient(g, w, grad_scale, rescale, clip, decay)
+    g = effective_gradient(g, w, grad_scale, rescale, clip, wd)
     h = h + g * g
-    w = descend(w, g, h, lr, shrink, inside, outside)
+    w = new_weight(w, g, h, lr, decoupled_wd, eps_inside, eps_outside)
     tl.store(history + offsets, h, mask=mask)
     write_weight(weight, master, offsets, w, mask, WEIGHT, HAS_MASTER)
 
@@ -103,7 +106,7 @@ def update_elements(addresses: tl.tensor, firsts: tl.tensor, records: tl.tensor,
                     grad_scale: tl.tensor, skip: tl.tensor, found_inf: tl.tensor, WEIGHT: tl.constexpr,
                     GRAD: tl.constexpr, COMPUTE: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr,
                     BLOCK: tl.constexpr) -> None:  # fmt: skip
-    """History of the weight's shape: one block of elements."""
+    """Update one block of elements; the history has the weight's shape."""
     if halted(skip, found_inf):
         return
     record, block = find_record(addresses, firsts, records, tensors)
@@ -114,16 +117,16 @@ def update_elements(addresses: tl.tensor, firsts: tl.tensor, records: tl.tensor,
     master = pointer(record + 3, COMPUTE, ALIGNED) + start
     left = tl.load(record + 4) - start
     index = tl.load(record + 6)
-    rescale, clip, decay = gradient_scalars(table, index, COMPUTE)
-    lr, shrink, inside, outside = step_scalars(table, index, COMPUTE)
+    rescale, clip, wd = gradient_scalars(table, index, COMPUTE)
+    lr, decoupled_wd, eps_inside, eps_outside = step_scalars(table, index, COMPUTE)
     offsets = tl.arange(0, BLOCK)
-    # Whole blocks go without a mask: with a mask of unknown length no access is 16 bytes wide.
+    # Whole blocks need no mask: under a mask of unknown length no access is 16 bytes wide.
     if left >= BLOCK:
-        update_block(weight, grad, history, master, offsets, None, grad_scale, rescale, clip, decay, lr, shrink,
-                     inside, outside, WEIGHT, COMPUTE, HAS_MASTER)  # fmt: skip
+        update_block(weight, grad, history, master, offsets, None, grad_scale, rescale, clip, wd, lr, decoupled_wd,
+                     eps_inside, eps_outside, WEIGHT, COMPUTE, HAS_MASTER)  # fmt: skip
     else:
-        update_block(weight, grad, history, master, offsets, offsets < left, grad_scale, rescale, clip, decay, lr,
-                     shrink, inside, outside, WEIGHT, COMPUTE, HAS_MASTER)  # fmt: skip
+        update_block(weight, grad, history, master, offsets, offsets < left, grad_scale, rescale, clip, wd, lr,
+                     decoupled_wd, eps_inside, eps_outside, WEIGHT, COMPUTE, HAS_MASTER)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["firsts", "records", "tensors"])
@@ -131,7 +134,7 @@ def update_rows(addresses: tl.tensor, firsts: tl.tensor, records: tl.tensor, ten
                 grad_scale: tl.tensor, skip: tl.tensor, found_inf: tl.tensor, WEIGHT: tl.constexpr,
                 GRAD: tl.constexpr, COMPUTE: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr,
                 COLUMNS: tl.constexpr, ROWS: tl.constexpr) -> None:  # fmt: skip
-    """History of one value a row: a pass over the columns for the mean of squares, then one for the weight."""
+    """Update one block of rows with one history value each: a pass for the mean of squares, then one for the weight."""
     if halted(skip, found_inf):
         return
     record, block = find_record(addresses, firsts, records, tensors)
@@ -144,8 +147,8 @@ def update_rows(addresses: tl.tensor, firsts: tl.tensor, records: tl.tensor, ten
     history = pointer(record + 2, COMPUTE, ALIGNED) + start
     master = pointer(record + 3, COMPUTE, ALIGNED) + start * length
     index = tl.load(record + 6)
-    rescale, clip, decay = gradient_scalars(table, index, COMPUTE)
-    lr, shrink, inside, outside = step_scalars(table, index, COMPUTE)
+    rescale, clip, wd = gradient_scalars(table, index, COMPUTE)
+    lr, decoupled_wd, eps_inside, eps_outside = step_scalars(table, index, COMPUTE)
     row = tl.arange(0, ROWS)[:, None]
     present = row < tl.load(record + 4) - start
     column = tl.arange(0, COLUMNS)[None, :]
@@ -157,7 +160,7 @@ def update_rows(addresses: tl.tensor, firsts: tl.tensor, records: tl.tensor, ten
         mask = present & (left + column < length)
         w = read_weight(weight, master, at, mask, COMPUTE, HAS_MASTER)
         g = widen(tl.load(grad + at, mask=mask), COMPUTE)
-        g = effective_gradient(g, w, grad_scale, rescale, clip, decay)
+        g = effective_gradient(g, w, grad_scale, rescale, clip, wd)
         lanes = add_to_lanes(lanes, tl.where(mask, g * g, 0.0), ROWS, COLUMNS)
     h = h + mean_of_lanes(lanes, length, ROWS)
     tl.debug_barrier()  # no warp may read what another has already written
@@ -168,13 +171,13 @@ def update_rows(addresses: tl.tensor, firsts: tl.tensor, records: tl.tensor, ten
         mask = present & (left + column < length)
         w = read_weight(weight, master, at, mask, COMPUTE, HAS_MASTER)
         g = widen(tl.load(grad + at, mask=mask), COMPUTE)
-        g = effective_gradient(g, w, grad_scale, rescale, clip, decay)
-        w = descend(w, g, h, lr, shrink, inside, outside)
+        g = effective_gradient(g, w, grad_scale, rescale, clip, wd)
+        w = new_weight(w, g, h, lr, decoupled_wd, eps_inside, eps_outside)
         write_weight(weight, master, at, w, mask, WEIGHT, HAS_MASTER)
 
 
 class Launch(NamedTuple):
-    """The launch for the tensors of one format."""
+    """The launch for the tensors of one format; ``firsts`` and ``records`` are offsets in the table, in words."""
 
     kernel: Kernel
     programs: int
@@ -189,30 +192,30 @@ class DenseUpdates(NamedTuple):
     rows: np.ndarray
     """(n, COLUMNS) words, as :mod:`adagrad.kernels.cpu_dense` has it: addresses, elements, a row's length or 0."""
     codes: np.ndarray
-    """(n,) integers: what :func:`adagrad.kernels.table.formats` says of them."""
+    """(n,) integers, which :func:`adagrad.kernels.table.formats` decodes."""
     lrs: list[float | Tensor]
     """Numbers, or 0-d float32 or float64 tensors on the device: one for each, or one for all."""
     wds: list[float]
     tensors: list[Any]
-    """What the addresses are of, or holds it: alive until the kernels are launched."""
+    """The tensors at the addresses, or what holds them: kept alive until the kernels are launched."""
 
     @property
     def share_rates(self) -> bool:
         return len(self.lrs) == len(self.wds) == 1
 
     def rates(self) -> tuple[list[float | Tensor], list[float]]:
-        """lr and wd of each, or a single one of both where they are shared."""
+        """lr and wd of each, or a single entry of both if all share them."""
         n = 1 if self.share_rates else len(self.rows)
         return each(self.lrs, n), each(self.wds, n)
 
 
 def each(values: list[Any], n: int) -> list[Any]:
-    """One for each of ``n``, of as many or of one for all."""
+    """``n`` entries: ``values``, or its only entry repeated."""
     return values * n if len(values) == 1 else values
 
 
-def together(updates: Sequence[DenseUpdates]) -> DenseUpdates | None:
-    """Several as one; None for none."""
+def concatenate(updates: Sequence[DenseUpdates]) -> DenseUpdates | None:
+    """All updates as one; None if there are none."""
     if len(updates) < 2:
         return updates[0] if updates else None
     return DenseUpdates(
@@ -226,7 +229,7 @@ def together(updates: Sequence[DenseUpdates]) -> DenseUpdates | None:
 
 def of_tensors(weight: Tensor, grad: Tensor, history: Tensor, master: Tensor | None, lr: float | Tensor, wd: float,
                rule: Rule) -> DenseUpdates:  # fmt: skip
-    """An update of contiguous tensors, whatever their class.
+    """An update of contiguous tensors of any class.
 
     Raises
     ------
@@ -244,13 +247,13 @@ def of_tensors(weight: Tensor, grad: Tensor, history: Tensor, master: Tensor | N
 
 
 def plan(updates: DenseUpdates) -> tuple[np.ndarray, list[Launch]]:
-    """The table of addresses, 64-bit words, and the launches that read it. Empty tensors have no part.
+    """The table of addresses, 64-bit words, and the launches that read it. Empty tensors are left out.
 
     It depends on ``rows``, ``codes`` and ``share_rates`` alone.
     """
     addresses, sizes, lengths = updates.rows[:, :SIZE], updates.rows[:, SIZE], np.maximum(updates.rows[:, ROW], 1)
     is_aligned = (addresses % 16 == 0).all(axis=1) & ((lengths == 1) | (lengths % 16 == 0))
-    # Rows of one have their square for the mean of squares: the same as a history of the weight's shape.
+    # In rows of one element the mean of squares is the square: the same as with a history of the weight's shape.
     tiles = np.where(lengths == 1, 0, 1 + np.searchsorted(_WIDTHS, lengths))
     forms = np.stack([updates.codes, is_aligned, tiles])
     index = np.zeros_like(sizes) if updates.share_rates else np.arange(len(sizes))
@@ -274,7 +277,7 @@ _WIDTHS = [columns for columns, _ in ROW_TILES[:-1]]
 
 @functools.lru_cache(maxsize=256)
 def _kernel(code: int, is_aligned: int, tile: int) -> tuple[Kernel, int]:
-    """The kernel for a format, and the elements or rows that a program does."""
+    """The kernel for a format, and the elements or rows per program."""
     _, (weight, grad, computing, master) = formats(code)
     constants: dict[str, Any] = {
         "WEIGHT": TRITON_DTYPE[weight], "GRAD": TRITON_DTYPE[grad], "COMPUTE": TRITON_DTYPE[computing],

@@ -1,8 +1,8 @@
-"""Launching Triton kernels, with as little of the host's time as possible.
+"""Launching Triton kernels with as little host time as possible.
 
-At each launch Triton looks at every argument and option for the form of the kernel that they need: 20 to 30 us. Here a
-compiled kernel is found again by what Triton would have looked at, which takes half of that. Hooks around launches see
-them as before; what is set later for compilation (Triton's knobs) has no effect on a kernel that has been launched.
+At each launch Triton inspects every argument and option to find the compiled form that they need: 20 to 30 us. Here a
+compiled kernel is looked up by what Triton would have inspected, which takes half of that. Launch hooks are called as
+before; compilation settings (Triton's knobs) that change later have no effect on a kernel that has been launched.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _KEEPS = TRITON >= (3, 3) and torch.version.hip is None
-"""Whether what is compiled is kept. Older versions call a compiled kernel with other arguments; for other devices than
-NVIDIA's, Triton looks at more of the arguments than :func:`form_of`."""
+"""Whether compiled kernels are kept. Older versions call a compiled kernel with other arguments; for devices other than
+NVIDIA's, Triton inspects more of the arguments than :func:`form_of`."""
 
 _HIGH = 2**31
 
@@ -27,7 +27,7 @@ _HIGH = 2**31
 class Kernel:
     """A Triton function with its constants.
 
-    No fused multiply-add, whatever the kernel: each operation is rounded by itself.
+    It is compiled without fused multiply-add: each operation is rounded on its own.
     """
 
     def __init__(self, function: Any, warps: int, **constants: Any) -> None:
@@ -38,20 +38,20 @@ class Kernel:
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def launch(self, programs: int, first: Tensor, *others: Any) -> None:
-        """So many programs, on the current device, with the arguments before the constants in their order."""
+        """Launch ``programs`` programs on the current device, with the function's arguments before its constants."""
         form = first.device.index, form_of(first), *map(form_of, others)
         compiled = self._compiled.get(form)
         if compiled is not None:
             compiled[(programs, 1, 1)](first, *others, *self._values)
             return
         compiled = self._function[(programs,)](first, *others, **self._constants, **self._options)
-        # The interpreter compiles nothing; and what is still being compiled cannot be launched yet.
+        # The interpreter compiles nothing, and a kernel that is still being compiled cannot be launched yet.
         if _KEEPS and hasattr(type(compiled), "__getitem__"):
             self._compiled[form] = compiled
 
 
 def form_of(argument: Any) -> Any:
-    """What Triton may compile into a kernel for NVIDIA's devices of an argument: a tensor, an integer or None."""
+    """What Triton may compile into a kernel for NVIDIA's devices about a tensor, an integer or None."""
     if argument is None:
         return None
     if type(argument) is int:

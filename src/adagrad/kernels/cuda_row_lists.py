@@ -1,14 +1,14 @@
-"""Row-sparse updates on CUDA, as they are launched: those of one form together, with one sort of all row ids.
+"""Launching row-sparse updates on CUDA: those of one form together, with one sort of all row ids.
 
-Several weights are one with all their rows, which are numbered on from weight to weight, and so are the occurrences.
-What a kernel must know of each stands in a table of 64-bit words in device memory::
+Several weights are treated as one: their rows are numbered consecutively across weights, and so are the occurrences.
+Kernels read what they must know of each weight from a table of 64-bit words in device memory::
 
     first blocks   one word a weight, ascending: the number of blocks of ids of the weights before it
     of the ids     RECORD words a weight: the address of its ids, their bits; how many; the weight's rows; the number of
                    its first row and of its first occurrence
     first rows     one word a weight, ascending: the number of its first row
     operands       RECORD words a weight: addresses of weight, values, history and master copy (0 for none), moved back
-                   so that rows and occurrences count from the first of all; the index of its settings
+                   so that rows and occurrences count from those of the first weight; the index of its settings
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from adagrad.kernels.cuda_dense import RECORD, each
 from adagrad.kernels.cuda_launch import Kernel
 from adagrad.kernels.cuda_rows import CHUNK
 from adagrad.kernels.cuda_rule import LANES, TRITON_DTYPE
-from adagrad.kernels.row_groups import (
+from adagrad.kernels.records import (
     ARE_LONG,
     BASE,
     ENTRIES,
@@ -52,16 +52,16 @@ BLOCK = 1024
 """Row ids that one program checks."""
 
 ELEMENTS = 1024
-"""Elements in the tile of a program: enough bytes on their way, few enough registers."""
+"""Elements in the tile of a program: enough bytes in flight, few enough registers."""
 
 
 class RowUpdates(NamedTuple):
     """Row-sparse updates on one device, for any number of weights."""
 
     facts: np.ndarray
-    """(n, FACTS) words, as :mod:`adagrad.kernels.row_groups` has it."""
+    """(n, FACTS) words, see :mod:`adagrad.kernels.records`."""
     codes: list[int]
-    """What :func:`adagrad.kernels.table.formats` says of them."""
+    """One for each, which :func:`adagrad.kernels.table.formats` decodes."""
     lrs: list[float | Tensor]
     """Numbers, or 0-d float32 or float64 tensors on the device: one for each, or one for all."""
     wds: list[float]
@@ -73,8 +73,8 @@ class RowUpdates(NamedTuple):
         return each(self.lrs, len(self.facts)), each(self.wds, len(self.facts))
 
 
-def together(updates: Sequence[RowUpdates]) -> RowUpdates | None:
-    """Several as one; None for none."""
+def concatenate(updates: Sequence[RowUpdates]) -> RowUpdates | None:
+    """All updates as one; None if there are none."""
     if len(updates) < 2:
         return updates[0] if updates else None
     return RowUpdates(
@@ -88,7 +88,7 @@ def together(updates: Sequence[RowUpdates]) -> RowUpdates | None:
 
 def of_tensors(weight: Tensor, indices: Tensor, values: Tensor, history: Tensor, master: Tensor | None,
                lr: float | Tensor, wd: float, rule: Rule) -> RowUpdates:  # fmt: skip
-    """An update of contiguous tensors, whatever their class."""
+    """An update of contiguous tensors of any class."""
     length = math.prod(weight.shape[1:])
     facts = np.zeros((1, FACTS), np.int64)
     facts[0, ENTRIES], facts[0, LENGTH], facts[0, HEIGHT] = indices.numel(), length, weight.shape[0]
@@ -107,9 +107,9 @@ class Form(NamedTuple):
 
     code: int
     length: int
-    """Of a row."""
+    """Elements of a row."""
     row_wise: bool
-    """Whether the history has one value a row, of several elements."""
+    """Whether the history has one value for each row of several elements."""
 
 
 class Launch(NamedTuple):
@@ -117,28 +117,28 @@ class Launch(NamedTuple):
 
     form: Form
     first: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
-    """The tensors of the first."""
+    """Weight, indices, values, history and master copy of the first update."""
     settings: int
-    """The index of its settings in the scalars' table."""
+    """The index of the first update in the table of settings."""
     ids: Tensor
     order: Tensor
     rows: int
-    """Of all weights."""
+    """The number of rows of all weights."""
     weights: int
     records: Tensor | None
     """The table of several weights, in device memory."""
     are_aligned: bool
     sums: Tensor
-    """(n, length): room for the sums of runs that cross a border between chunks of sorted positions, two each."""
+    """(n, length): slots for the sums of chunks of long runs, two for every CHUNK sorted positions."""
 
 
 def by_form(updates: RowUpdates, rule: Rule) -> dict[Form, list[int]]:
-    """The positions of the updates that have ids, those of one form together."""
+    """The positions of the updates that have ids, by form."""
     found: dict[Form, list[int]] = {}
     lengths, entries = updates.facts[:, LENGTH].tolist(), updates.facts[:, ENTRIES].tolist()
     for i, code in enumerate(updates.codes):
         if entries[i]:
-            # Rows of one have the mean for a sum.
+            # In rows of one element the mean of squares is the square.
             form = Form(code % PLACES, lengths[i], rule.row_wise and lengths[i] > 1)
             found.setdefault(form, []).append(i)
     return found
@@ -146,9 +146,9 @@ def by_form(updates: RowUpdates, rule: Rule) -> dict[Form, list[int]]:
 
 def sort_ids(updates: RowUpdates, form: Form, which: Sequence[int], index: int, skip: Tensor, report: Tensor,
              upload: Callable[[np.ndarray], Tensor]) -> Launch:  # fmt: skip
-    """Check the row ids of some updates and sort them: in ascending order, equal ones in that of their positions.
+    """Check the row ids of the updates ``which``, all of one form, and sort them stably, in ascending order.
 
-    ``index`` is that of the settings of the first of all updates.
+    ``index`` is that of the settings of the first of all ``updates``; ``upload`` copies words to device memory.
     """
     first, facts = updates.tensors[which[0]], updates.facts
     count, rows = (sum(int(facts[i, what]) for i in which) for what in (ENTRIES, HEIGHT))
@@ -167,7 +167,7 @@ def sort_ids(updates: RowUpdates, form: Form, which: Sequence[int], index: int, 
 
 
 def chunks(count: int) -> int:
-    """How many chunks of sorted positions have a border that runs may cross."""
+    """The number of chunks of CHUNK sorted positions; 0 for a single one, whose border no run can cross."""
     return -(-count // CHUNK.value) if count > CHUNK.value else 0
 
 
@@ -175,7 +175,7 @@ _CHECK, _CHECK_ALL = Kernel(cuda_rows.check_ids, 4, BLOCK=BLOCK), Kernel(cuda_ro
 
 
 def plan(facts: np.ndarray, settings: np.ndarray, form: Form) -> tuple[np.ndarray, int, bool]:
-    """The table, the blocks of ids, and whether all rows begin at multiples of 16 bytes."""
+    """The table, the number of blocks of ids, and whether all rows begin at multiples of 16 bytes."""
     n, counts, heights = len(facts), facts[:, ENTRIES], facts[:, HEIGHT]
     first_rows, first_entries, blocks = np.cumsum(heights) - heights, np.cumsum(counts) - counts, -(-counts // BLOCK)
     ids, operands = np.zeros((2, n, RECORD.value), np.int64)
@@ -184,7 +184,7 @@ def plan(facts: np.ndarray, settings: np.ndarray, form: Form) -> tuple[np.ndarra
     addresses, steps = (facts[:, [at + k for k in (WEIGHT, GRAD, HISTORY, MASTER)]] for at in (BASE, STRIDE))
     before = np.column_stack([first_rows, first_entries, first_rows, first_rows])
     operands[:, :4], operands[:, 4] = addresses - before * steps, settings
-    # Of a history with one value a row, no more than one element is read at a time.
+    # A history with one value a row is read one element at a time, so its alignment does not matter.
     whole = [0, 1, 3] if form.row_wise else [0, 1, 2, 3]
     are_aligned = not ((addresses | steps)[:, whole] % 16).any()
     words = np.concatenate([np.cumsum(blocks) - blocks, ids.ravel(), first_rows, operands.ravel()])
@@ -192,13 +192,13 @@ def plan(facts: np.ndarray, settings: np.ndarray, form: Form) -> tuple[np.ndarra
 
 
 class Kernels(NamedTuple):
-    """What updates rows of one form."""
+    """The kernels that update rows of one form."""
 
     first: Kernel
     tile: int
     """Sorted positions that a program of ``first`` takes."""
     columns: int
-    """Columns that it takes; all, so many at a time, where the history has one value a row."""
+    """Columns that it takes; if the history has one value a row, it takes all, so many at a time."""
     later: Kernel
     later_columns: int
 
@@ -223,7 +223,7 @@ def _kernels(form: Form, are_aligned: bool) -> Kernels:
 
 def run(launch: Launch, table: Tensor, grad_scale: Tensor | None, skip: Tensor | None, found_inf: Tensor | None
         ) -> None:  # fmt: skip
-    """Launch the update of the rows, whose settings are in ``table``."""
+    """Launch the update of the rows, with the settings in ``table``."""
     form, first, settings, ids, order, rows, weights, records, are_aligned, sums = launch
     if not form.length or not rows:
         return

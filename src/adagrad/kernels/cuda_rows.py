@@ -1,15 +1,14 @@
 """Row-sparse updates on CUDA: each row present is updated once, with the sum of its occurrences.
 
-For one weight, or for any number of one form in the same launches: their rows are numbered on from weight to weight,
-and the kernels find operands and settings of each in a table (see :mod:`adagrad.kernels.cuda_row_lists`).
+Any number of weights of one form share the launches: their rows are numbered consecutively across weights, and if there
+are several, kernels find operands and settings of each in a table (see :mod:`adagrad.kernels.cuda_row_lists`).
 
-The row ids are sorted, stably, so that a row's occurrences are a run of neighbours in their order. A run is cut into
-chunks of CHUNK occurrences from its first one. Work is divided by sorted position, not by row: a program takes TILE
-positions and sums the chunks that begin there. Runs of one chunk, most of them, it applies at once; the chunks of
-longer runs leave their sums for a second launch, which adds them in order and applies them. So no program adds more
-than CHUNK occurrences, or one chunk sum for CHUNK of them, one after the other, however frequent a row is, and a row's
-bits depend on its own values alone: the additions are those of :func:`adagrad.rule.sum_duplicates`. Nothing comes back
-to the host.
+The row ids are sorted stably, so that a row's occurrences form a run, in their original order. A run is cut into chunks
+of CHUNK occurrences from its first one. Work is divided by sorted position, not by row: a program takes TILE positions
+and sums the chunks that begin there. Runs of one chunk, which most are, it applies at once; chunks of longer runs leave
+their sums for a second launch, which adds them in order and applies them. So however frequent a row is, no program adds
+more than CHUNK occurrences, or one chunk sum per CHUNK occurrences, in sequence; and a row's bits depend on its own
+values alone: the additions are those of :func:`adagrad.rule.sum_duplicates`. Nothing comes back to the host.
 
 The sum of a chunk whose first position is p goes to slot ``2 (p // CHUNK) + (1 if it is its run's first)``. Among CHUNK
 neighbouring positions at most one chunk continues a run and at most one begins a run of several chunks, so no two
@@ -26,11 +25,11 @@ from adagrad.kernels.cuda_dense import RECORD, find_record
 from adagrad.kernels.cuda_rule import (
     LANES,
     add_to_lanes,
-    descend,
     effective_gradient,
     gradient_scalars,
     halted,
     mean_of_lanes,
+    new_weight,
     read_weight,
     step_scalars,
     widen,
@@ -39,10 +38,10 @@ from adagrad.kernels.cuda_rule import (
 
 CHUNK = tl.constexpr(rule.CHUNK)
 LOWEST = tl.constexpr(-(2**63) + 1)
-"""The lowest row id that is reported as it is: the one below stands for no report."""
+"""The lowest row id that is reported as it is: the one below it means that there is no report."""
 PROBES = tl.constexpr(128)
 STARTS = tl.constexpr(32)
-"""First rows of weights that are looked at together."""
+"""First rows of weights that are compared at once."""
 
 
 @triton.jit(do_not_specialize=["count", "rows"])
@@ -57,7 +56,7 @@ def check_ids(ids: tl.tensor, keys: tl.tensor, count: tl.tensor, rows: tl.tensor
 @triton.jit(do_not_specialize=["weights"])
 def check_ids_of_all(records: tl.tensor, weights: tl.tensor, keys: tl.tensor, skip: tl.tensor, report: tl.tensor,
                      BLOCK: tl.constexpr) -> None:  # fmt: skip
-    """The same for all weights, one after the other, their rows numbered on."""
+    """The same for all weights, one after the other, with rows numbered consecutively."""
     record, block = find_record(records, 0, weights, weights)
     count, rows = tl.load(record + 2), tl.load(record + 3)
     position = block * BLOCK + tl.arange(0, BLOCK)
@@ -79,20 +78,20 @@ def put_keys(keys: tl.tensor, position: tl.tensor, row: tl.tensor, count: tl.ten
     first = tl.min(tl.where(bad, position, count), axis=0)
     if first < count:
         earlier = tl.atomic_xchg(skip, 1)
-        if earlier == 0:  # one program of a call reports: what several write would be mixed
+        if earlier == 0:  # only one program of a call reports: several reports would be mixed
             tl.store(report, tl.maximum(tl.sum(tl.where(position == first, row, 0), axis=0), LOWEST))
             tl.store(report + 1, rows + 1)
 
 
 @triton.jit
 def find_operands(records: tl.tensor, weights: tl.tensor, row: tl.tensor, TILE: tl.constexpr) -> tl.tensor:
-    """The record (TILE, 1) of the weight that each row, numbered on, belongs to. For some hundred weights, not more."""
+    """Pointers (TILE, 1) to the records of the rows' weights. A linear search: for some hundred weights, not more."""
     begun = tl.zeros([TILE], tl.int32)
     for k in range(0, weights, STARTS):
         weight = k + tl.arange(0, STARTS)
         start = tl.load(records + (1 + RECORD) * weights + weight, mask=weight < weights, other=0x7FFFFFFFFFFFFFFF)
         begun += tl.sum((start[None, :] <= row[:, None]).to(tl.int32), axis=1)
-    number = tl.maximum(begun - 1, 0).to(tl.int64)  # of no weight, where there is no row: whichever
+    number = tl.maximum(begun - 1, 0).to(tl.int64)  # where there is no row, any weight will do
     return (records + (2 + RECORD) * weights + RECORD * number)[:, None]
 
 
@@ -100,7 +99,7 @@ def find_operands(records: tl.tensor, weights: tl.tensor, row: tl.tensor, TILE: 
 def operand(word: tl.tensor, TYPE: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
     """The addresses at ``word`` (TILE, 1) as pointers; ALIGNED promises multiples of 16 bytes for all rows there.
 
-    Which is what Triton finds of the arguments themselves where there is one weight.
+    For a single weight, Triton finds this out from the arguments themselves.
     """
     address = tl.load(word).to(tl.pointer_type(TYPE))
     if ALIGNED:
@@ -112,7 +111,7 @@ def operand(word: tl.tensor, TYPE: tl.constexpr, ALIGNED: tl.constexpr) -> tl.te
 def first_position(ids: tl.tensor, end: tl.tensor, row: tl.tensor) -> tl.tensor:
     """The first position of ``row`` among the sorted ids before ``end``.
 
-    PROBES at a time, because each look waits for memory: 3 looks for a million ids, where halves would take 20.
+    PROBES at a time, because each step waits for memory: 3 steps for a million ids, where bisection would take 20.
     """
     low = tl.full([], 0, tl.int64)
     high = end
@@ -128,7 +127,7 @@ def first_position(ids: tl.tensor, end: tl.tensor, row: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def find_chunks(ids: tl.tensor, count: tl.tensor, tile: tl.tensor, TILE: tl.constexpr) -> tl.tensor:
-    """Positions (TILE,), their rows, whether a chunk begins there, if it is its whole run, and the slot for its sum."""
+    """Positions (TILE,), their rows, whether a chunk begins there, if it is a whole run, and the slot for its sum."""
     begin = tile * TILE
     lane = tl.arange(0, TILE)
     position = begin + lane
@@ -146,7 +145,7 @@ def find_chunks(ids: tl.tensor, count: tl.tensor, tile: tl.tensor, TILE: tl.cons
 
 @triton.jit
 def find_long_run(ids: tl.tensor, count: tl.tensor, tile: tl.tensor) -> tl.tensor:
-    """The run of several chunks that begins among CHUNK positions, if there is one: its position (1,) and row."""
+    """Position (1,) and row of the run of several chunks that begins among CHUNK positions; -1 if there is none."""
     position = tile * CHUNK + tl.arange(0, CHUNK)
     row = tl.load(ids + position, mask=position < count, other=-1)
     before = tl.load(ids + position - 1, mask=(position > 0) & (position <= count), other=-1)
@@ -163,7 +162,7 @@ def add_up(source: tl.tensor, order: tl.tensor, ids: tl.tensor, count: tl.tensor
            UNROLL: tl.constexpr) -> tl.tensor:  # fmt: skip
     """The sums (TILE, COLUMNS) that begin at ``position`` where ``head``, one addition after the other.
 
-    Of the occurrences of one chunk, or (LATER) of the chunk sums of one run. UNROLL of them are on their way at once.
+    They add the occurrences of one chunk, or (LATER) the chunk sums of one run. UNROLL loads are in flight at once.
     """
     STEP: tl.constexpr = CHUNK if LATER else 1
     if LATER:
@@ -176,7 +175,7 @@ def add_up(source: tl.tensor, order: tl.tensor, ids: tl.tensor, count: tl.tensor
     total = widen(tl.load(source + begin[:, None] * length + column[None, :], mask=head[:, None] & inside_row), COMPUTE)
     after = position + STEP
     inside = head & (after < end)
-    # A number keeps the loop going: Triton 3.2 to 3.7 cannot compile a loop that carries a tensor for its condition.
+    # The condition is a number: Triton 3.2 to 3.7 cannot compile a loop whose condition is a tensor that it carries.
     more = tl.max((inside & (tl.load(ids + after, mask=inside, other=-1) == row)).to(tl.int32), axis=0)
     while more > 0:
         for _ in tl.static_range(UNROLL):
@@ -203,11 +202,11 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
                 TILE: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr) -> None:  # fmt: skip
     """Sum the values of the runs that begin in a tile of positions and update their rows, or leave sums of chunks.
 
-    What is summed are the gradient's values, or (LATER) the sums of chunks. Each program has COLUMNS columns, but all
-    of them when the history has one value a row: then the first pass is for the mean of squares. Operands and the
-    index of their settings are arguments, or for several weights in their ``records``.
+    It sums the gradient's values, or (LATER) the sums of chunks. A program takes COLUMNS columns, or all of them if the
+    history has one value a row: then a first pass is for the mean of squares. Operands and the index of their settings
+    are arguments, or for several weights in ``records``.
     """
-    windows = 1 if ROW_WISE else (length - 1) // COLUMNS + 1  # a sum could be beyond 32 bits, here and below
+    windows = 1 if ROW_WISE else (length - 1) // COLUMNS + 1  # length + COLUMNS could overflow 32 bits; likewise below
     tile = (tl.program_id(0) // windows).to(tl.int64)
     left = tl.program_id(0) % windows * COLUMNS
     right = length if ROW_WISE else left + 1
@@ -217,7 +216,7 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
         whole = head
     else:
         position, row, head, whole, slot = find_chunks(ids, count, tile, TILE)
-    # A halted call has no rows: said here, not by a return at the top, so that no load waits for it.
+    # A halted call counts as having no rows: tested here, not by a return at the top, so that no load waits for it.
     head = head & (row >= 0) & (row < tl.where(halted(skip, found_inf), 0, rows))
     if tl.max(head.to(tl.int32), axis=0) == 0:
         return
@@ -229,8 +228,8 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
         index = tl.load(record + 4)
     source = sums if LATER else values
     row_start = row.to(tl.int64)[:, None] * length
-    rescale, clip, decay = gradient_scalars(table, index, COMPUTE)
-    lr, shrink, inside, outside = step_scalars(table, index, COMPUTE)
+    rescale, clip, wd = gradient_scalars(table, index, COMPUTE)
+    lr, decoupled_wd, eps_inside, eps_outside = step_scalars(table, index, COMPUTE)
 
     if ROW_WISE:
         h = tl.load(history + row[:, None], mask=whole[:, None], other=0.0)
@@ -240,7 +239,7 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
             mask = whole[:, None] & (column < length)[None, :]
             w = read_weight(weight, master, row_start + column[None, :], mask, COMPUTE, HAS_MASTER)
             g = add_up(source, order, ids, count, position, row, whole, column, length, COMPUTE, LATER, UNROLL)
-            g = effective_gradient(g, w, grad_scale, rescale, clip, decay)
+            g = effective_gradient(g, w, grad_scale, rescale, clip, wd)
             lanes = add_to_lanes(lanes, tl.where(mask, g * g, 0.0), TILE, COLUMNS)
         h = h + mean_of_lanes(lanes, length, TILE)
         tl.debug_barrier()  # no warp may read what another has already written
@@ -257,9 +256,9 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
         if not LATER:
             partial = (head & ~whole)[:, None] & (column < length)[None, :]
             tl.store(sums + slot[:, None] * length + column[None, :], g, mask=partial)
-        g = effective_gradient(g, w, grad_scale, rescale, clip, decay)
+        g = effective_gradient(g, w, grad_scale, rescale, clip, wd)
         if not ROW_WISE:
             h = h + g * g
             tl.store(history + at, h, mask=mask)
-        w = descend(w, g, h, lr, shrink, inside, outside)
+        w = new_weight(w, g, h, lr, decoupled_wd, eps_inside, eps_outside)
         write_weight(weight, master, at, w, mask, WEIGHT, HAS_MASTER)

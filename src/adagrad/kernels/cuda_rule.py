@@ -1,13 +1,13 @@
-"""The rule as every Triton kernel computes it, one tile at a time; :mod:`adagrad.rule` is its statement.
+"""The rule as every Triton kernel computes it, one tile at a time; :mod:`adagrad.rule` states it.
 
-Each operation is rounded by itself: division and root are the correctly rounded ones, and the kernels are compiled
-without fused multiply-add (:mod:`adagrad.kernels.cuda_launch`). Comparisons, not ``minimum`` and ``maximum``, clip:
-they let a NaN through.
+Each operation is rounded on its own: division and root are the correctly rounded ones, and the kernels are compiled
+without fused multiply-add (:mod:`adagrad.kernels.cuda_launch`). Clipping uses comparisons, which let a NaN through, not
+``minimum`` and ``maximum``.
 
 ``table`` holds what changes from weight to weight and from step to step, as 64-bit words in device memory, because a
 kernel's own float arguments arrive as float32 and because a launch must not depend on the number of weights::
 
-    word 0..4          rescale_grad, clip_gradient (infinity for none), epsilon under the root, epsilon beside it (one
+    word 0..4          rescale_grad, clip_gradient (infinity for none), epsilon under the root, epsilon outside it (one
                        of the two is 0, and adding 0 to a number >= 0 changes no bit), 1 where the decay is decoupled
     word HEADER + 4 i  of weight i: lr; wd; the address of an lr on the device, or 0; the bits of that lr, 32 or 64
 """
@@ -33,7 +33,7 @@ if TRITON < (3, 2):
 FLUSHES = tl.constexpr(
     TRITON < (3, 6) and os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None
 )  # fmt: skip
-"""Whether ``div_rn`` and ``sqrt_rn`` take subnormal numbers for zero, as compiled for NVIDIA by Triton before 3.6."""
+"""Whether ``div_rn`` and ``sqrt_rn`` flush subnormals to zero, as they do for NVIDIA with Triton before 3.6."""
 
 TRITON_DTYPE = {"float16": tl.float16, "bfloat16": tl.bfloat16, "float32": tl.float32, "float64": tl.float64}
 
@@ -50,7 +50,7 @@ def widen(x: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def narrow(x: tl.tensor, WEIGHT: tl.constexpr) -> tl.tensor:
-    """``x`` rounded to nearest-even. To bfloat16 by its bits: Triton's interpreter rounds otherwise."""
+    """``x`` rounded to nearest-even. To bfloat16 by its bits: Triton's interpreter rounds differently."""
     if tl.bfloat16 == WEIGHT:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -93,7 +93,7 @@ def divide(x: tl.tensor, y: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def root(x: tl.tensor) -> tl.tensor:
+def sqrt(x: tl.tensor) -> tl.tensor:
     """The square root, correctly rounded."""
     if x.dtype == tl.float64:
         result = tl.sqrt(x)
@@ -105,7 +105,7 @@ def root(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def number(word: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
+def as_number(word: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
     """The float64 at ``word``, rounded once to the computing dtype."""
     return tl.load(word).to(tl.float64, bitcast=True).to(COMPUTE)
 
@@ -113,23 +113,23 @@ def number(word: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
 @triton.jit
 def gradient_scalars(table: tl.tensor, index: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
     """rescale_grad, clip_gradient and the coupled wd of weight ``index``."""
-    wd = number(table + HEADER + SETTINGS * index + 1, COMPUTE)
-    decoupled = number(table + 4, COMPUTE)
-    return number(table, COMPUTE), number(table + 1, COMPUTE), tl.where(decoupled == 0, wd, 0.0)
+    wd = as_number(table + HEADER + SETTINGS * index + 1, COMPUTE)
+    decoupled = as_number(table + 4, COMPUTE)
+    return as_number(table, COMPUTE), as_number(table + 1, COMPUTE), tl.where(decoupled == 0, wd, 0.0)
 
 
 @triton.jit
 def step_scalars(table: tl.tensor, index: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
     """lr, the decoupled wd and the two epsilons of weight ``index``."""
     settings = table + HEADER + SETTINGS * index
-    wd = number(settings + 1, COMPUTE)
-    decoupled = number(table + 4, COMPUTE)
+    wd = as_number(settings + 1, COMPUTE)
+    decoupled = as_number(table + 4, COMPUTE)
     address, bits = tl.load(settings + 2), tl.load(settings + 3)
     single = tl.load(address.to(tl.pointer_type(tl.float32)), mask=bits == 32, other=0.0)
     double = tl.load(address.to(tl.pointer_type(tl.float64)), mask=bits == 64, other=0.0)
     lr = tl.where(bits == 32, single.to(COMPUTE), double.to(COMPUTE))
-    lr = tl.where(bits == 0, number(settings, COMPUTE), lr)
-    return lr, tl.where(decoupled == 0, 0.0, wd), number(table + 2, COMPUTE), number(table + 3, COMPUTE)
+    lr = tl.where(bits == 0, as_number(settings, COMPUTE), lr)
+    return lr, tl.where(decoupled == 0, 0.0, wd), as_number(table + 2, COMPUTE), as_number(table + 3, COMPUTE)
 
 
 @triton.jit
@@ -145,11 +145,11 @@ def effective_gradient(grad: tl.tensor, weight: tl.tensor, grad_scale: tl.tensor
 
 
 @triton.jit
-def descend(weight: tl.tensor, grad: tl.tensor, history: tl.tensor, lr: tl.tensor, wd: tl.tensor, inside: tl.tensor,
-            outside: tl.tensor) -> tl.tensor:  # fmt: skip
+def new_weight(weight: tl.tensor, grad: tl.tensor, history: tl.tensor, lr: tl.tensor, decoupled_wd: tl.tensor,
+               eps_inside: tl.tensor, eps_outside: tl.tensor) -> tl.tensor:  # fmt: skip
     """The new weight, from the new history."""
-    step = divide(grad, root(history + inside) + outside)
-    step = tl.where(wd != 0, step + wd * weight, step)
+    step = divide(grad, sqrt(history + eps_inside) + eps_outside)
+    step = tl.where(decoupled_wd != 0, step + decoupled_wd * weight, step)
     return weight - lr * step
 
 
@@ -157,7 +157,7 @@ def descend(weight: tl.tensor, grad: tl.tensor, history: tl.tensor, lr: tl.tenso
 def add_to_lanes(lanes: tl.tensor, square: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr) -> tl.tensor:
     """``lanes`` (ROWS, 16) plus the columns of ``square`` (ROWS, COLUMNS), left to right, column j to lane j mod 16.
 
-    The sums here pick one of a thread's columns among zeros: they round nothing.
+    Each ``tl.sum`` picks one of a thread's columns among zeros, so it rounds nothing.
     """
     square = tl.reshape(square, [ROWS, COLUMNS // LANES, LANES])
     group = tl.arange(0, COLUMNS // LANES)[None, :, None]
@@ -169,12 +169,12 @@ def add_to_lanes(lanes: tl.tensor, square: tl.tensor, ROWS: tl.constexpr, COLUMN
 @triton.jit
 def mean_of_lanes(lanes: tl.tensor, length: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
     """The lanes of each row combined by halves, divided by the row's length: shape (ROWS, 1)."""
-    lanes = fold(fold(fold(fold(lanes, ROWS, 8), ROWS, 4), ROWS, 2), ROWS, 1)
+    lanes = add_halves(add_halves(add_halves(add_halves(lanes, ROWS, 8), ROWS, 4), ROWS, 2), ROWS, 1)
     return divide(lanes, length.to(lanes.dtype))
 
 
 @triton.jit
-def fold(lanes: tl.tensor, ROWS: tl.constexpr, HALF: tl.constexpr) -> tl.tensor:
+def add_halves(lanes: tl.tensor, ROWS: tl.constexpr, HALF: tl.constexpr) -> tl.tensor:
     """The left half of the lanes plus the right half."""
     left, right = tl.split(tl.permute(tl.reshape(lanes, [ROWS, 2, HALF]), [0, 2, 1]))
     return left + right

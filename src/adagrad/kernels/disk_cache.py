@@ -18,9 +18,9 @@ from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataC
 
 
 class _Locator(_CacheLocator):  # type: ignore[misc]
-    """Where a kernel's machine code is kept: a folder for each state of all source files of the kernels.
+    """Where a kernel's machine code is kept: one folder for each state of all source files of the CPU kernels.
 
-    Numba's own cache looks at the file of the decorated function alone, so it would miss an edit in a helper's file.
+    Numba's own cache checks only the file of the decorated function, so it would miss an edit in a helper's file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,7 +30,7 @@ class _Locator(_CacheLocator):  # type: ignore[misc]
         return str(self._path)
 
     def get_source_stamp(self) -> str:
-        return ""  # the folder's name has it
+        return ""  # it is in the folder's name
 
     def get_disambiguator(self) -> str:
         return ""
@@ -45,17 +45,17 @@ class _CacheImpl(CompileResultCacheImpl):  # type: ignore[misc]
     _locator_classes = (_Locator,)
 
     def rebuild(self, target_context: Any, payload: Any) -> Any:
-        # Much of the code calls the parallel layer, or calls code that does, which Numba does not always know: to load
-        # it where the layer is not would end the process. To ask this loads the layer.
+        # Cached code may call the threading layer without Numba knowing, and would crash if run before it is loaded;
+        # get_num_threads() loads it.
         numba.get_num_threads()
         return super().rebuild(target_context, payload)
 
 
 class _Files(IndexDataCacheFile):  # type: ignore[misc]
-    """A file for each signature of a function, named after it.
+    """One file for each signature of a function, named after both.
 
-    Numba numbers the files and keeps an index, which two processes that save two signatures at once can corrupt: both
-    take the same number, and the index then leads to the code of the other.
+    Numba numbers the files and keeps an index, which two processes that save two signatures at once can corrupt: if
+    both take the same number, the index leads one signature to the code of the other.
     """
 
     def __init__(self, folder: str, function: str) -> None:
@@ -70,7 +70,7 @@ class _Files(IndexDataCacheFile):  # type: ignore[misc]
         self._save_data(self._file(key), (hashlib.sha256(code).digest(), code))
 
     def load(self, key: object) -> Any:
-        """What was saved; ValueError for a file that was damaged, for machine code is run as it is."""
+        """What was saved; ValueError for a damaged file, because machine code is run unchecked."""
         digest, code = self._load_data(self._file(key))
         if hashlib.sha256(code).digest() != digest:
             raise ValueError(f"{self._file(key)}: damaged")
@@ -81,7 +81,7 @@ class _Files(IndexDataCacheFile):  # type: ignore[misc]
 
 
 class Cache(FunctionCache):  # type: ignore[misc]
-    """Numba's disk cache; whatever goes wrong with it (a full disk, a damaged file) costs a compilation, no more."""
+    """Numba's disk cache; whatever goes wrong with it (a full disk, a damaged file) costs only a compilation."""
 
     _impl_class = _CacheImpl
 
@@ -92,7 +92,7 @@ class Cache(FunctionCache):  # type: ignore[misc]
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(sig, target_context)
-        except Exception:  # a missing file is the usual one
+        except Exception:  # usually a missing file
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
@@ -105,14 +105,14 @@ def _source_hash() -> str:
     digest = hashlib.sha256(f"{sys.version} {numba.__version__}".encode())
     here = Path(__file__).parent
     for source in [*sorted(here.glob("*.py")), here.parent / "rule.py"]:
-        if not source.name.startswith("cuda"):  # Triton's, which has a cache of its own
+        if not source.name.startswith("cuda"):  # Triton has a cache of its own
             digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
 
 @functools.cache
 def cache_folder() -> Path | None:
-    """The folder of the compiled kernels, or None where there is none to be had.
+    """The folder of the compiled kernels, or None if there is none that can be used.
 
     ``ADAGRAD_CACHE_DIR``, else Numba's ``NUMBA_CACHE_DIR``, else the user's cache folder. It holds pickles and machine
     code, so one that another user could write to is not used.
@@ -123,7 +123,7 @@ def cache_folder() -> Path | None:
         path = root.absolute() / f"kernels-{_source_hash()}"
         with suppress(OSError):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = path.resolve()  # what is checked is what is used: a link on the way could be turned elsewhere
+        path = path.resolve()  # what is checked must be what is used: a link could be redirected in between
         return path if path.is_dir() and _private(path) else None
     except (OSError, RuntimeError):
         return None
@@ -138,7 +138,7 @@ def _user_cache() -> Path:
 
 
 def _private(path: Path) -> bool:
-    """Whether only this user, its own group or root can replace files in ``path``, or a folder that it is in."""
+    """Whether only this user, its own group or root can replace files in ``path``, or a folder above it."""
     if not hasattr(os, "getuid"):
         return True
 
@@ -151,5 +151,5 @@ def _private(path: Path) -> bool:
         return False
     if any(status.st_uid not in (os.getuid(), 0) for status in (here, *above)):
         return False
-    # A sticky folder, as /tmp is, lets only the owner of a folder in it put another in its place.
+    # In a sticky folder, such as /tmp, only its owner can replace a folder.
     return all(status.st_mode & stat.S_ISVTX or not can_change(status) for status in above)

@@ -1,4 +1,4 @@
-"""DTensors: tensors whose parts lie in several processes. Each process updates the part that it has."""
+"""DTensors: tensors whose parts are held by several processes. Each process updates its own part."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether it is a DTensor, without an import: who has one has imported them."""
+    """Whether it is a DTensor, found out without an import: where one exists, the module has been imported."""
     kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return kind is not None and isinstance(tensor, kind)
 
 
 def has_whole_rows(tensor: Any) -> bool:
-    """Whether rows of a DTensor are in one piece: it is sharded along its first dimension only, if at all."""
-    # What FSDP2 makes of parameters of tensor parallelism is a class of its own, with a dimension but no Shard.
+    """Whether the rows of a DTensor are whole: it is sharded along its first dimension only, if at all."""
+    # FSDP2 places tensor-parallel parameters by a class of its own, which has a ``dim`` but is no Shard.
     return all(getattr(placement, "dim", 0) == 0 for placement in tensor.placements)
 
 
 def local(tensor: Any) -> Tensor:
-    """This process's part, which shares its memory with the DTensor."""
+    """This process's part, which shares memory with the DTensor."""
     part: Any = tensor.to_local()
     module = sys.modules.get("torch.distributed._functional_collectives")
     if module is not None and isinstance(part, module.AsyncCollectiveTensor):
@@ -31,7 +31,7 @@ def local(tensor: Any) -> Tensor:
 
 
 def from_local(part: Tensor, like: Any, shape: tuple[int, ...]) -> Tensor:
-    """A DTensor of which each process has made a part, placed as ``like``; nothing is communicated."""
+    """A DTensor of ``shape`` from the parts that each process has made, placed as ``like``; nothing is communicated."""
     stride = [1] * len(shape)
     for d in range(len(shape) - 1, 0, -1):
         stride[d - 1] = stride[d] * max(shape[d], 1)
@@ -43,7 +43,7 @@ def from_local(part: Tensor, like: Any, shape: tuple[int, ...]) -> Tensor:
 
 
 def spread(tensor: Tensor, like: Any) -> Tensor:
-    """A DTensor placed as ``like``, of a tensor that every process has all of; nothing is communicated."""
+    """A DTensor placed as ``like``, from a tensor that every process holds in full; nothing is communicated."""
     distribute = sys.modules["torch.distributed.tensor"].distribute_tensor
     made: Tensor = distribute(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return made

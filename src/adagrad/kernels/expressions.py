@@ -9,7 +9,7 @@ import numpy as np
 
 from adagrad import rule as expression
 from adagrad.kernels.batch import Batch, Job, Prepared
-from adagrad.kernels.checked import Update, Wrapped, look_at, refuse_row, refuse_shared
+from adagrad.kernels.validate import Update, Wrapped, refuse_row, refuse_shared, validate
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Array, Rule, is_torch
 
@@ -22,13 +22,13 @@ def prepare(batch: Batch) -> Prepared:
     TypeError, ValueError, IndexError
         Naming the argument, its value and the rule it broke.
     """
-    found = [look_at(batch.at(i), *batch.arrays(i), batch.rule) for i in range(len(batch.weights))]
+    found = [validate(batch.at(i), *batch.arrays(i), batch.rule) for i in range(len(batch.weights))]
     refuse_shared([each for each in found if isinstance(each, Update)])
     return Prepared([by_expression(batch.at(i), each, *batch.rates(i), batch.rule) for i, each in enumerate(found)])
 
 
 def by_expression(at: str, update: Update | Wrapped, lr: Any, wd: float, rule: Rule) -> Job:
-    """What carries out an update; IndexError for a row id out of range: a device is waited for."""
+    """The job that carries out an update; IndexError for a row id out of range, whose check waits for a device."""
     if isinstance(update, Wrapped):
         weight, grad, history, master = update
         indices, values = (grad.indices, grad.values) if isinstance(grad, RowSparse) else (None, grad)
@@ -48,7 +48,7 @@ def _check_rows(at: str, indices: Array, rows: int) -> None:
 
         tensor_checks.check_rows(at, indices, rows)
         return
-    indices = np.asarray(indices)  # a user's class may refuse to be compared
+    indices = np.asarray(indices)  # a user's subclass may refuse comparisons
     if len(indices) and (indices.min() < 0 or indices.max() >= rows):
         position = int(np.flatnonzero((indices < 0) | (indices >= rows))[0])
         refuse_row(at, position, int(indices[position]), rows)

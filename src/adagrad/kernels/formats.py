@@ -1,10 +1,10 @@
-"""How a kernel reads and writes memory it knows by address: element formats, pointers, single elements.
+"""How a kernel reads and writes memory by address: element formats, pointers, single elements.
 
 A kernel is specialised by a token for each operand, a zero-size array whose dtype names the element's format:
 float32 and float64 stand for themselves, ``uint16`` for float16 and ``int16`` for bfloat16.
 
-A pointer also knows its operand's role. What a call writes to shares no byte with its other operands (that is
-checked before), and LLVM is told so: else every row of a row-sparse update would compare addresses at run time.
+A pointer also knows its operand's role. What a call writes to shares no byte with its other operands (this is checked
+beforehand), and LLVM is told so: otherwise every row of a row-sparse update would compare addresses at run time.
 
 The conversions of float16 and bfloat16 work on one number or on a vector of them, see :mod:`adagrad.kernels.blocks`.
 """
@@ -51,7 +51,7 @@ class _ElementsModel(models.PrimitiveModel):  # type: ignore[misc]
 
 
 def _pointer_code(typing: Any, address: Any, token: Any, role: Any) -> Any:
-    """The elements of the token's dtype at ``address``; None for a token that is None."""
+    """A pointer to elements of the token's dtype at ``address``; None if the token is None."""
     if isinstance(token, types.NoneType):
         return types.none(address, token, role), lambda context, builder, sig, args: context.get_dummy_value()
 
@@ -76,7 +76,7 @@ def set_alias_scope(module: Any, access: Any, role: str) -> None:
 
 
 def is_low(dtype: Any) -> bool:
-    """Whether elements of a token's dtype are read up to float32."""
+    """Whether elements of a token's dtype are widened to float32 when read."""
     return dtype in (types.uint16, types.int16)
 
 
@@ -86,21 +86,21 @@ def computing(dtype: Any) -> Any:
 
 
 def widen(context: Any, builder: Any, dtype: Any, bits: Any) -> Any:
-    """What was read from elements of a token's dtype, in the computing dtype."""
+    """``bits``, read from elements of a token's dtype, as numbers of the computing dtype."""
     if dtype == types.uint16:
         return _half_to_float(context, builder, bits)
     return _bfloat_to_float(context, builder, bits) if dtype == types.int16 else bits
 
 
 def narrow(context: Any, builder: Any, dtype: Any, value: Any) -> Any:
-    """What is written to elements of a token's dtype, rounded to nearest-even."""
+    """``value`` as it is written to elements of a token's dtype, rounded to nearest-even."""
     if dtype == types.uint16:
         return _float_to_half(context, builder, value)
     return _float_to_bfloat(context, builder, value) if dtype == types.int16 else value
 
 
 def _load_code(typing: Any, elements: Any, i: Any) -> Any:
-    """The element ``elements[i]``, read up to the computing dtype."""
+    """The element ``elements[i]``, widened to the computing dtype."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         bits = builder.load(builder.gep(args[0], [args[1]]))
@@ -143,12 +143,12 @@ _word, _short, _half, _float = ir.IntType(32), ir.IntType(16), ir.HalfType(), ir
 
 
 def _as(kind: Any, like: Any) -> Any:
-    """The type ``kind``, or as long a vector of it as ``like`` is."""
+    """The type ``kind``, or a vector of it as long as ``like``."""
     return ir.VectorType(kind, like.type.count) if isinstance(like.type, ir.VectorType) else kind
 
 
 def _constant(value: int, like: Any) -> Any:
-    """An integer of 32 bits, or as long a vector of it as ``like`` is."""
+    """A 32-bit integer, or a vector of it as long as ``like``."""
     kind = _as(_word, like)
     return kind([value] * kind.count) if isinstance(kind, ir.VectorType) else kind(value)
 
@@ -183,7 +183,7 @@ def _float_to_half(context: Any, builder: Any, value: Any) -> Any:
 
 
 def _each(builder: Any, values: Any, kind: Any, convert: Any) -> Any:
-    """``convert([number])`` of a number, or of each in a vector."""
+    """``convert([number])`` for a number, or for each one in a vector."""
     if not isinstance(values.type, ir.VectorType):
         return convert([values])
     result = _as(kind, values)(ir.Undefined)
@@ -193,7 +193,7 @@ def _each(builder: Any, values: Any, kind: Any, convert: Any) -> Any:
 
 
 def _native_half() -> bool:
-    """Whether the processor that Numba compiles for converts float16 by an instruction."""
+    """Whether Numba compiles for the host CPU, and this converts float16 by an instruction."""
     if numba.config.CPU_NAME or numba.config.CPU_FEATURES:
         return False
     if llvm.get_process_triple().split("-")[0] in ("aarch64", "arm64"):
@@ -205,7 +205,7 @@ NATIVE_HALF = _native_half()
 
 
 def _bits_code(typing: Any, value: Any) -> Any:
-    """The bits of a float32 as uint32, or the other way round."""
+    """The bits of a float32 as uint32, or the reverse."""
     result = types.uint32 if value == types.float32 else types.float32
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Where NumPy's array objects keep what they are: known offsets, compared with the attributes of a few arrays."""
+"""The layout of NumPy's arrays: known offsets, verified by comparison with the attributes of a few arrays."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ from adagrad.kernels.layout import (
     UNIT,
     WORDS,
     WRITEABLE,
-    item,
-    look_once,
-    word,
+    describe_once,
+    list_item,
+    read_word,
 )
 from adagrad.kernels.numba_jit import jit
 
 
 @jit()
 def _item(list_id: int, i: int) -> Any:
-    return item(list_id, i)
+    return list_item(list_id, i)
 
 
 @jit()
 def _word(address: int, offset: int) -> Any:
-    return word(address, offset)
+    return read_word(address, offset)
 
 
 def has_known_objects() -> bool:
-    """Whether Python's own objects are as expected: not on other interpreters, nor where there is no GIL."""
+    """Whether Python's own objects are laid out as expected: only on 64-bit CPython with a GIL."""
     if platform.python_implementation() != "CPython" or sys.maxsize != 2**63 - 1:
         return False
     return "free-threading" not in sys.version
 
 
 def find() -> np.ndarray | None:
-    """A new layout that knows NumPy's arrays, or None where they are not laid out as expected."""
+    """A new layout that knows NumPy's arrays, or None if they are not laid out as expected."""
     if not has_known_objects():
         return None
-    how = np.zeros(WORDS, np.int64)
-    how[ARRAY], how[NONE] = id(np.ndarray), id(None)
-    how[DTYPES : DTYPES + len(ELEMENT_FORMATS)] = [_dtype_id(name) for name in ELEMENT_FORMATS]
+    layout = np.zeros(WORDS, np.int64)
+    layout[ARRAY], layout[NONE] = id(np.ndarray), id(None)
+    layout[DTYPES : DTYPES + len(ELEMENT_FORMATS)] = [_dtype_id(name) for name in ELEMENT_FORMATS]
     frozen = np.arange(6.0)
     frozen.flags.writeable = False
     probes = [
@@ -68,12 +68,12 @@ def find() -> np.ndarray | None:
     ]
     strangers = [np.ones(3, ">f4"), np.zeros(9, np.uint8)[1:].view(np.float32), np.ma.ones(3), np.ones(3, np.int8)]
     listed = all(_item(id(probes), i) == id(array) for i, array in enumerate(probes))
-    known = listed and all(_agrees(how, array) for array in probes)
-    return how if known and all(look_once(array, how) is None for array in strangers) else None
+    known = listed and all(_agrees(layout, array) for array in probes)
+    return layout if known and all(describe_once(array, layout) is None for array in strangers) else None
 
 
 def _dtype_id(name: str) -> int:
-    """The address of a dtype object, of which NumPy has one; 0 for a type that is not known."""
+    """The address of a dtype object, of which NumPy has just one; 0 for a type that is not known."""
     if name != "bfloat16":
         return id(np.dtype(name))
     # Another thread may be importing it.
@@ -81,9 +81,9 @@ def _dtype_id(name: str) -> int:
     return 0 if bfloat16 is None else id(np.dtype(bfloat16))
 
 
-def _agrees(how: np.ndarray, array: np.ndarray) -> bool:
-    """Whether compiled code sees of ``array`` what Python sees."""
-    seen = look_once(array, how)
+def _agrees(layout: np.ndarray, array: np.ndarray) -> bool:
+    """Whether compiled code sees ``array`` as Python does."""
+    info = describe_once(array, layout)
     expected = {
         KIND: 0,
         PLACE: 0,
@@ -95,7 +95,7 @@ def _agrees(how: np.ndarray, array: np.ndarray) -> bool:
         START: array.ctypes.data,
         COUNT: array.size,
     }
-    if seen is None or any(seen[what] != value for what, value in expected.items()):
+    if info is None or any(info[what] != value for what, value in expected.items()):
         return False
     steps = zip(array.shape, array.strides, strict=True)
-    return all((_word(seen[SIZES], 8 * d), _word(seen[STRIDES], 8 * d)) == step for d, step in enumerate(steps))
+    return all((_word(info[SIZES], 8 * d), _word(info[STRIDES], 8 * d)) == step for d, step in enumerate(steps))

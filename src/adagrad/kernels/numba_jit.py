@@ -1,7 +1,7 @@
 """Every Numba option of the library in one place: compilation, workers, threads.
 
-No fastmath, and ``error_model="numpy"``: the operations stay IEEE 754's, each rounded, and without Python's check for
-a division by zero LLVM vectorises the loops.
+No fastmath, so that each operation is rounded as IEEE 754 demands; ``error_model="numpy"``, so that LLVM vectorises
+loops, which Python's check for a division by zero would prevent.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": False, "boundsche
 def jit(*, parallel: bool = False, helper: bool = False, holds_gil: bool = False) -> Callable[[F], F]:
     """Decorator: compile at the first call with new argument types, and keep the machine code for the next process.
 
-    A ``helper`` is called by other kernels alone: it is compiled into them, so that what is the same for all of its
-    calls is computed once, and it needs no file of its own. What looks into Python's objects ``holds_gil``.
+    A ``helper`` is called only by other kernels: it is compiled into them, so that what is the same for all of its
+    calls is computed once, and it needs no cache file. Code that reads Python's objects ``holds_gil``.
     """
 
     def compile_lazily(function: F) -> F:
         options = {**_OPTIONS, "parallel": parallel, "forceinline": helper, "nogil": not holds_gil}
-        # Ways in from Python and from C, which nobody takes, would be a tenth to a fifth of the time to compile.
+        # Wrappers that nobody calls would be 10 to 20% of compile time.
         options |= {"no_cpython_wrapper": helper, "no_cfunc_wrapper": True}
         dispatcher = numba.jit(nopython=True, **options)(function)
         if not helper:
-            with suppress(Exception):  # no cache is slower, not wrong
+            with suppress(Exception):  # without a cache it is slower, not wrong
                 dispatcher._cache = Cache(function)
         return cast(F, dispatcher)
 
@@ -53,20 +53,20 @@ def jit(*, parallel: bool = False, helper: bool = False, holds_gil: bool = False
 
 # ------------------------------------------------------------------------------------------------------------ workers
 #
-# What several threads do is compiled once, as a C function `work(arguments, k, count)` that does the k-th of count
-# parts; one serial and one parallel driver call it by address. Else every kernel would be compiled into two drivers,
-# and again for each of Numba's layers around a parallel loop: a minute instead of seconds.
+# Work for several threads is compiled once, as a C function `work(arguments, k, count)` that does the k-th of count
+# parts; one serial and one parallel driver call it by address. Otherwise every kernel would be compiled into two
+# drivers, and again for each of Numba's layers around a parallel loop: a minute instead of seconds.
 
 
 def worker(function: Callable[[Any, Any, Any], None]) -> int:
-    """Compile ``function(arguments, k, count)`` and give its address; ``arguments`` is that of an int64 array."""
+    """Compile ``function(arguments, k, count)`` and return its address; ``arguments`` is that of an int64 array."""
     void, word = numba.types.void, numba.types.int64
     options = {"nopython": True, **_OPTIONS}
     compiled: Any = CFunc(function, numba.core.sigutils.normalize_signature(void(word, word, word)), {}, options)
     with suppress(Exception):
         compiled._cache = Cache(function)
     compiled.compile()
-    _workers.append(compiled)  # its machine code lives as long as it does
+    _workers.append(compiled)  # keeps its machine code alive
     return int(compiled.address)
 
 
@@ -78,7 +78,7 @@ _BYTES = ir.IntType(8).as_pointer()
 
 _IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 _FLUSHING = 0x8040
-"""The bits of the processor's MXCSR register that say to take subnormal numbers for zero."""
+"""The bits of the processor's MXCSR register that flush subnormal numbers to zero."""
 
 
 def _call_code(typing: Any, work: Any, arguments: Any, k: Any, count: Any) -> Any:
@@ -89,8 +89,8 @@ def _call_code(typing: Any, work: Any, arguments: Any, k: Any, count: Any) -> An
         if not _IS_X86:
             builder.call(work, args[1:])
             return context.get_dummy_value()
-        # Some programs have the calling thread flush subnormal numbers. The threads of the pool do not: that the result
-        # depends on neither, none does here.
+        # Some programs make the calling thread flush subnormal numbers; the threads of the pool do not. Flushing is
+        # turned off here, so that the result depends on neither.
         place = cgutils.alloca_once(builder, control)
         form = ir.FunctionType(ir.VoidType(), [_BYTES])
         store, load = (
@@ -110,7 +110,7 @@ def _call_code(typing: Any, work: Any, arguments: Any, k: Any, count: Any) -> An
 
 
 call: Any = intrinsic(_call_code)
-"""Call the worker at an address, with subnormal numbers as IEEE 754 has them: ``call(work, arguments, k, count)``."""
+"""``call(work, arguments, k, count)``: call the worker at the address ``work``, subnormal numbers not flushed."""
 
 
 def _place_code(typing: Any, address: Any) -> Any:
@@ -120,17 +120,17 @@ def _place_code(typing: Any, address: Any) -> Any:
     return numba.types.voidptr(numba.types.int64), generate
 
 
-place: Any = intrinsic(_place_code)
-"""The address as a pointer, for ``numba.carray``."""
+pointer_to: Any = intrinsic(_place_code)
+"""An address as a pointer, for ``numba.carray``."""
 
 
 @jit(helper=True)
 def uncounted(words: Any) -> Any:
-    """The same int64 array as one that nobody counts references to: atomic instructions, more than the work itself.
+    """The same int64 array without reference counting, as its atomic instructions cost more than the work itself.
 
     For passing on to other compiled functions; ``words`` must outlive it.
     """
-    return numba.carray(place(words.ctypes.data), words.shape, np.int64)
+    return numba.carray(pointer_to(words.ctypes.data), words.shape, np.int64)
 
 
 def _release_gil_code(typing: Any) -> Any:
@@ -149,7 +149,7 @@ def _acquire_gil_code(typing: Any, state: Any) -> Any:
 
 
 release_gil: Any = intrinsic(_release_gil_code)
-"""Let other Python threads run, where the GIL is held; what is returned goes to ``acquire_gil``."""
+"""Release the GIL, which must be held; pass the result to ``acquire_gil``."""
 
 acquire_gil: Any = intrinsic(_acquire_gil_code)
 
@@ -157,8 +157,8 @@ acquire_gil: Any = intrinsic(_acquire_gil_code)
 def _incref_code(typing: Any, array: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         owner = context.make_array(array)(context, builder, args[0]).meminfo
-        # What counts is the first word. By Numba's own function the count would be lost: some versions of Numba take it
-        # out again, against one that they do not see the end of.
+        # The reference count is the first word. Numba's own function would not do: some versions of Numba prune its
+        # increment together with a decrement, unaware that the reference lives on.
         word = ir.IntType(64)
         builder.atomic_rmw("add", builder.bitcast(owner, word.as_pointer()), word(1), "monotonic")
         return builder.ptrtoint(owner, word)
@@ -175,7 +175,7 @@ def _decref_code(typing: Any, owner: Any) -> Any:
 
 
 incref: Any = intrinsic(_incref_code)
-"""Keep an array's memory after the end of the worker that made it; what is returned goes to ``decref``, once."""
+"""Keep an array's memory after the end of the worker that made it; pass the result to ``decref``, once."""
 
 decref: Any = intrinsic(_decref_code)
 
@@ -189,9 +189,10 @@ def _in_parallel(work: int, arguments: Any, count: int) -> None:
 
 @jit()
 def run(work: int, arguments: Any, count: int) -> None:
-    """A worker's parts by ``count`` threads, more than one only while the parallel layer is held.
+    """Run the ``count`` parts of the worker at the address ``work`` on as many threads.
 
-    ``arguments`` is an int64 array. Called from Python or from compiled code.
+    More than one only while the parallel layer is held, see :class:`workers`. ``arguments`` is an int64 array. Called
+    from Python or from compiled code.
     """
     if count > 1:
         _in_parallel(work, arguments, count)
@@ -201,29 +202,28 @@ def run(work: int, arguments: Any, count: int) -> None:
 
 @jit(helper=True)
 def worker_count(work: Any, small: int, count: int) -> Any:
-    """How many of ``count`` workers so much work is worth: one, where it is less than ``small``."""
+    """How many workers so much work is worth: ``count``, but one if ``work`` is less than ``small``."""
     return count if work >= small and count > 1 else 1
 
 
 # ------------------------------------------------------------------------------------------------------------ threads
 
-STALL, SLOW = 2e-3, 5e-9
-"""Seconds of the calling thread, and for each element: a launch that takes longer has waited for one without a core.
-
-It spins while it waits. Time that it sleeps, for the GIL or for memory, does not count.
+STALL_SECONDS, SECONDS_PER_ELEMENT = 2e-3, 5e-9
+"""CPU seconds of the calling thread, fixed and per element: a launch that takes longer has waited for a thread without
+a core. The caller spins while it waits. Time that it sleeps, for the GIL or for memory, does not count.
 """
 
-RESPITE = 100
+BACKOFF_LAUNCHES = 100
 """Launches that stay on the calling thread after two stalls in a row."""
 
-WORTH = 4_000_000
-"""Elements from which on several workers are worth a stall."""
+ALWAYS_PARALLEL = 4_000_000
+"""Elements from which several workers are worth a stall."""
 
 _held: dict[str, int] = {}
-"""The thread that holds the parallel layer, if one does. To ask and to take is one step: no signal comes between."""
+"""The thread that holds the parallel layer, if any. ``setdefault`` tests and takes at once: no signal comes between."""
 
 _forked = False
-_stalls, _respite = 0, 0
+_stalls, _backoff = 0, 0
 
 
 def _after_fork_in_child() -> None:
@@ -237,26 +237,26 @@ if hasattr(os, "register_at_fork"):
 
 
 class workers:  # in lower case, because it is used like a function
-    """How many workers a launch may have now, at most ``wanted``; the parallel layer is held while it is more than one.
+    """How many workers a launch may have now, at most ``wanted``; holds the parallel layer while that is more than one.
 
-    One, where another thread is in a parallel kernel (Numba's workqueue layer ends the process when two enter), or
-    in a forked child. One for a while, too, where launches have stalled: with all cores busy, each waits for the
-    scheduler, milliseconds for microseconds of work. The results do not depend on it.
+    It is one if another thread is in a parallel kernel (Numba's workqueue layer ends the process when two enter), in a
+    forked child and, unless there is much work, for a while after launches have stalled: with all cores busy, each
+    waits for the scheduler, milliseconds for microseconds of work. The results do not depend on it.
     """
 
     __slots__ = ("_count", "_held", "_started", "work")
 
     work: int
-    """How many elements a launch has: what is known of it at first; whoever knows more sets it within."""
+    """The elements of the launch, as known at first; may be set within the ``with`` block when known better."""
 
     def __init__(self, wanted: int, work: int) -> None:
-        global _respite
-        if wanted > 1 and _respite > 0 and work < WORTH:
-            wanted, _respite = 1, _respite - 1
-        self._held = _held  # the one of now: after a fork there is another
+        global _backoff
+        if wanted > 1 and _backoff > 0 and work < ALWAYS_PARALLEL:
+            wanted, _backoff = 1, _backoff - 1
+        self._held = _held  # the current one: a fork replaces it
         self._count = 1
         if wanted > 1 and not _forked:
-            # Held by this very thread, it is not in use: an exception from a signal came before it could be let go.
+            # Already held by this thread: a signal interrupted before release, so it is free.
             me = threading.get_ident()
             if self._held.setdefault("thread", me) == me:
                 self._count = wanted
@@ -268,12 +268,12 @@ class workers:  # in lower case, because it is used like a function
         return self._count
 
     def __exit__(self, *raised: object) -> None:
-        global _stalls, _respite
+        global _stalls, _backoff
         if self._count > 1:
             self._held.pop("thread", None)
-            stalled = time.thread_time() - self._started > STALL + SLOW * self.work
+            stalled = time.thread_time() - self._started > STALL_SECONDS + SECONDS_PER_ELEMENT * self.work
             _stalls = _stalls + 1 if stalled else 0
-            _respite = RESPITE if _stalls > 1 else 0
+            _backoff = BACKOFF_LAUNCHES if _stalls > 1 else 0
 
 
 def max_workers() -> int:
@@ -284,6 +284,6 @@ def max_workers() -> int:
 
 @functools.cache
 def _get_num_threads() -> Callable[[], int]:
-    """The C function that ``numba.get_num_threads`` calls after it has taken a lock between processes: that is slow."""
+    """The C function that ``numba.get_num_threads`` calls after taking a lock between processes, which is slow."""
     numba.get_num_threads()  # loads the function
     return cast("Callable[[], int]", getattr(numba.np.ufunc.parallel, "_get_num_threads", numba.get_num_threads))

@@ -1,19 +1,51 @@
-"""What became of a list of updates."""
+"""The outcomes of a call of compiled code on a list of updates, and how it is repeated until it has one."""
 
 from __future__ import annotations
 
-# What a call of compiled code says that it did. Any other number is that of the workers that are wanted.
+from collections.abc import Callable
+from typing import Any
 
-DONE, LARGE, LEFT, OUT_OF_RANGE, NO_MEMORY = -5, -4, -3, -2, -1
-"""All; nothing, because it was tried as a small one and is not so small; nothing, because it is not plain or not on the
-CPU; nothing, because a row id is outside its weight; not all, because there was no memory for sums."""
+from adagrad.kernels.interrupts import mark_late
+from adagrad.kernels.numba_jit import max_workers, workers
+
+DONE = -5
+"""The whole list is updated."""
+NOT_SMALL = -4
+"""Nothing was done: the list, tried on the calling thread alone, is worth several."""
+NOT_PLAIN = -3
+"""Nothing was done: the list is left to the general path."""
+OUT_OF_RANGE = -2
+"""Nothing was done: a row id is outside its weight."""
+NO_MEMORY = -1
+"""Only a part may be done: no memory was left for sums."""
+
+# A number >= 0: nothing was done, because the worker of that number has not been compiled yet.
 
 
-def mark_late(interrupt: BaseException) -> None:
-    """Say of an interrupt, as Ctrl-C is, that it was noticed when the work was done."""
-    interrupt.came_late = True  # type: ignore[attr-defined]
+def attempt(function: Callable[..., Any], given: tuple[Any, ...], last: Any, is_trial: bool, threads: int | None,
+            compile_worker: Callable[[int], None]) -> tuple[int, int, int, int]:  # fmt: skip
+    """Call ``function(*given, count)``, compiling workers and adding threads as it asks; returns its final outcome.
 
-
-def came_late(interrupt: BaseException) -> bool:
-    """Whether an interrupt was noticed when the work was done: then it counts."""
-    return getattr(interrupt, "came_late", False)
+    ``count`` is 0 for a trial on the calling thread. The function sets ``last[0]`` to the work if it is much, else 0,
+    and adds 1 to ``last[1]`` when it has done all: an interrupt that comes after that is marked as late.
+    """
+    done_before = last[1]
+    try:
+        while True:
+            if is_trial:
+                found = function(*given, 0)
+            else:
+                held = workers(threads or max_workers(), int(last[0]))
+                with held as count:
+                    found = function(*given, count)
+                    held.work = int(last[0])
+            if found[0] >= 0:
+                compile_worker(found[0])
+            elif found[0] == NOT_SMALL:
+                is_trial = False
+            else:
+                return found  # type: ignore[no-any-return]
+    except BaseException as interrupt:
+        if last[1] != done_before:
+            mark_late(interrupt)
+        raise

@@ -1,10 +1,10 @@
-"""Which occurrences of a row-sparse gradient are of one row: found by hashing, each in the order of the gradient.
+"""Grouping the occurrences of a row-sparse gradient by row, by hashing; those of a row keep the gradient's order.
 
-Sorting the ids would do, and cost more twice over: the sort itself, and the walk through the gradient in the order of
-the rows, which memory serves at a quarter of its speed.
+Sorting the ids would do, but cost more twice over: the sort itself, and the walk through the gradient in the order of
+the rows, at a quarter of the memory's speed.
 
-Several workers share rows, not positions, so that each row is summed by one of them, in order: rows are hashed to
-buckets, and each worker owns so many buckets as hold its part of the ids. Who owns what changes no bit.
+Several workers divide rows, not positions, so that each row is summed by one of them, in order: rows are hashed to
+buckets, and each worker owns buckets that hold about its share of the ids. Who owns what changes no bit of the result.
 """
 
 from __future__ import annotations
@@ -16,46 +16,38 @@ import numba
 import numpy as np
 
 from adagrad.kernels.blocks import prefetch
-from adagrad.kernels.checked import refuse_row
 from adagrad.kernels.formats import pointer
-from adagrad.kernels.numba_jit import jit, place, run, worker
+from adagrad.kernels.numba_jit import jit, pointer_to, run, worker
+from adagrad.kernels.records import ARE_DISTINCT, ARE_LONG, BASE, ENTRIES, FACTS, FOUND, HEIGHT, IDS, ROWS
+from adagrad.kernels.validate import refuse_row
 
 BUCKETS = 1024
-"""What the owners share: more than there are workers, few enough to be counted in the first-level cache."""
+"""Buckets that workers divide: more than there are workers, few enough for their counts to fit the L1 cache."""
 
 FULL = 64
-"""A bucket is full that holds more than one in so many of a worker's ids, as those of frequent rows do."""
+"""A bucket is full if it holds more than 1 / FULL of a worker's share of the ids, as those of frequent rows do."""
 
 SAMPLE = 1024
-"""Ids that are looked at to share the buckets out."""
+"""Ids that are sampled to divide the buckets."""
 
-HIGH = 2**31
-"""Rows of a weight above which ids need 64 bits."""
+INT32_ROWS = 2**31
+"""The number of rows of a weight above which its row ids need 64 bits."""
 
 MOST = 2**31 - 1
-"""Occurrences that can be told apart; a gradient with more is left to the array expression."""
+"""Occurrences that int32 positions can number; a gradient with more is left to the array expression."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-"""2^64 divided by the golden ratio: multiples of it have high bits that are spread evenly."""
+"""2^64 divided by the golden ratio: the high bits of its multiples are spread evenly."""
 
 _NO_SEED = np.uint64(0)
 
 _BUCKET = np.uint64(64 - (BUCKETS - 1).bit_length())
 
 _AHEAD = 16
-"""How many ids ahead the hash table is asked for."""
+"""How many ids ahead the hash table is prefetched."""
 
-# What is known of a row-sparse update, an int64 each: the number of row ids, the elements of a row, the weight's rows,
-# whether the ids have 64 bits; where each operand begins and ends; the bytes from a row to the next of all operands but
-# the ids; where the checked copy of the ids is, whether they increase; where the rates and the rule's scalars are;
-# where workers write down what they found of the ids, and what they grouped; memory to work with.
-WEIGHT, GRAD, HISTORY, MASTER, IDS = range(5)
-ENTRIES, LENGTH, HEIGHT, ARE_LONG = range(4)
-BASE, ENDS, STRIDE = 4, 9, 14
-ROWS, ARE_DISTINCT, RATES, SCALARS, FOUND, GROUPS, SCRATCH, FACTS = range(18, 26)
-
-# What a worker finds of its part of the ids: the position of one outside the weight, or -1, and that id; the first and
-# the last, and whether they increase.
+# What a worker finds in its part of the ids: the position of one outside the weight, or -1, and that id; the first and
+# the last id, and whether they strictly increase.
 BAD, BAD_ID, FIRST, LAST, INCREASE, FINDINGS = range(6)
 
 _words = np.empty(0, np.int32)
@@ -68,11 +60,11 @@ _NONE = np.uint32(2**32 - 1)
 
 @jit(helper=True)
 def _copy(indices: Any, rows: Any, start: int, stop: int, height: int, found: Any) -> None:
-    """Copy the ids from ``start`` to ``stop``; see above for what is found of them."""
+    """Copy the ids from ``start`` to ``stop`` and fill ``found``, see above; the weight has ``height`` rows."""
     while True:
-        # Signs tell, so that vector instructions do: is any of these numbers negative?
+        # Conditions are kept as signs, which vectorises: is any of these numbers negative?
         outside, down, before = np.int64(0), np.int64(0), np.int64(-1)
-        # What is looked at is what is copied, though other threads may change the ids meanwhile: each is read once.
+        # Each id is read once, so that what is checked is what is copied, though other threads may change the ids.
         for i in range(start, stop):
             at = np.uint64(i)
             row = np.int64(indices[at])
@@ -92,29 +84,30 @@ def _copy(indices: Any, rows: Any, start: int, stop: int, height: int, found: An
 
 
 @functools.cache
-def checking(is_high: bool) -> int:
-    """The worker that copies and checks ids, to int64 for a high weight, else to int32."""
-    dtype = np.int64 if is_high else np.int32
+def checking(needs_int64: bool) -> int:
+    """The address of the worker that copies and checks ids, to int64 if a weight needs 64-bit ids, else to int32."""
+    dtype = np.int64 if needs_int64 else np.int32
 
     def check(arguments: Any, k: Any, count: Any) -> None:
-        facts = numba.carray(place(arguments), FACTS, np.int64)
+        facts = numba.carray(pointer_to(arguments), FACTS, np.int64)
         address, n, height = facts[BASE + IDS], facts[ENTRIES], facts[HEIGHT]
-        rows = numba.carray(place(facts[ROWS]), n, dtype)
-        found = numba.carray(place(facts[FOUND]), (count, FINDINGS), np.int64)[k]
+        rows = numba.carray(pointer_to(facts[ROWS]), n, dtype)
+        found = numba.carray(pointer_to(facts[FOUND]), (count, FINDINGS), np.int64)[k]
         start, stop = n * k // count, n * (k + 1) // count
         if facts[ARE_LONG]:
-            _copy(numba.carray(place(address), n, np.int64), rows, start, stop, height, found)
+            _copy(numba.carray(pointer_to(address), n, np.int64), rows, start, stop, height, found)
         else:
-            _copy(numba.carray(place(address), n, np.int32), rows, start, stop, height, found)
+            _copy(numba.carray(pointer_to(address), n, np.int32), rows, start, stop, height, found)
 
     return worker(check)
 
 
 @jit()
 def check_ids(facts: Any, rows: int, found: Any, check: int, count: int) -> Any:
-    """Copy the ids to the address ``rows``: the position of one outside the weight and the id, or -1 and 0.
+    """Copy the ids to the address ``rows``; return position and value of one outside the weight, or -1 and 0.
 
-    ``found`` has room for what ``count`` workers find.
+    ``found`` has room for what ``count`` workers find, FINDINGS words each; ``check`` is from :func:`checking`. Sets
+    ROWS, FOUND and ARE_DISTINCT in ``facts``.
     """
     facts[ROWS], facts[FOUND] = rows, found.ctypes.data
     run(check, facts, count)
@@ -130,16 +123,16 @@ def check_ids(facts: Any, rows: int, found: Any, check: int, count: int) -> Any:
 
 
 def checked_rows(at: str, facts: Any) -> Any:
-    """A copy of the row ids of an update, because what is checked must be what is used; ``facts`` is told of it.
+    """A copy of the row ids of an update, because what is checked must be what is used; its address goes to ``facts``.
 
-    int32 where that is enough, else int64.
+    int32 if that is enough, else int64.
 
     Raises
     ------
     IndexError
-        For an id outside the weight; ``at`` says of which gradient.
+        An id is outside the weight; ``at`` is the index of the gradient, for the message.
     """
-    high = bool(facts[HEIGHT] > HIGH)
+    high = bool(facts[HEIGHT] > INT32_ROWS)
     rows = np.empty(facts[ENTRIES], np.int64 if high else np.int32)
     bad, row = check_ids(facts, rows.ctypes.data, np.empty((1, FINDINGS), np.int64), checking(high), 1)
     if bad >= 0:
@@ -150,14 +143,14 @@ def checked_rows(at: str, facts: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------- by each worker
 
 
-# Indices are unsigned here: Numba asks of others whether they count from the end, which took a third of the time.
+# Indices are unsigned here: Numba checks whether signed ones count from the end, which took a third of the time.
 
 
 @jit(helper=True)
 def _hash(row: Any, seed: Any) -> Any:
-    """64 bits, of which the high ones are best. Multiplied once, ids at some regular distances would collide.
+    """64 bits, of which the high ones are best. One multiplication alone would let some strided ids collide.
 
-    Whoever chooses ids cannot make them collide in a table without knowing its ``seed``, an address.
+    Nobody can choose ids that collide in a table without knowing its ``seed``, an address.
     """
     spread = (np.uint64(row) ^ seed) * _GOLDEN
     return (spread ^ (spread >> np.uint64(32))) * _GOLDEN
@@ -165,9 +158,9 @@ def _hash(row: Any, seed: Any) -> Any:
 
 @jit(helper=True)
 def own_rows(ids: Any, k: int, count: int) -> Any:
-    """The positions of the ids whose rows worker ``k`` of ``count`` owns, int32, ascending; the ids there, and padding.
+    """The positions (int32, ascending) of ids whose rows worker ``k`` of ``count`` owns; the ids there, and padding.
 
-    Each worker looks at all ids: to have them sorted out by another, in whose cache they are then, costs more.
+    Each worker scans all ids: having another one distribute them, into its own cache, costs more.
     """
     n, m = len(ids), np.uint64(0)
     positions, rows = np.empty(n + 1, np.int32), np.empty(n + 1 + _AHEAD, ids.dtype)
@@ -183,10 +176,10 @@ def own_rows(ids: Any, k: int, count: int) -> Any:
 
 @jit(helper=True)
 def _own_buckets(ids: Any, k: int, count: int) -> Any:
-    """Which buckets worker ``k`` owns: of the full ones, each goes to whoever has least; the others fill up in turn."""
+    """Whether worker ``k`` owns each bucket: full ones go to the least loaded worker, others fill workers in turn."""
     if count == 1:
         return np.ones(BUCKETS, np.bool_)
-    # Of ids that are looked at here and there, not at a regular distance, as features are; and one of each bucket.
+    # Sampled at irregular positions, because features recur at regular ones; plus one for each bucket.
     n, counts = np.uint64(len(ids)), np.ones(BUCKETS, np.int64)
     for i in range(min(len(ids), SAMPLE)):
         at = ((_hash(i, _NO_SEED) >> np.uint64(32)) * n) >> np.uint64(32)
@@ -215,7 +208,8 @@ def _own_buckets(ids: Any, k: int, count: int) -> Any:
 def _number(ids: Any, m: int) -> Any:
     """Number the rows of the first ``m`` ids by their first occurrence.
 
-    The number of each id; the row and the count of each number; how many there are; memory for a word of each.
+    Returns the number of each id; the row and the count of each number; how many numbers there are; memory for a
+    uint32 for each.
     """
     bits = 4
     while 1 << bits < 2 * m:
@@ -229,10 +223,10 @@ def _number(ids: Any, m: int) -> Any:
         prefetch(places, np.int64(_hash(ids[j + np.uint64(_AHEAD)], seed) >> shift))
         row = ids[j]
         at = _hash(row, seed) >> shift
-        # As if the row were new, so that finding it and entering it are the same steps: no branch to guess.
+        # Entered as if new, so that finding a row and adding it take the same steps: no branch to mispredict.
         rows[n], counts[n] = row, 0
         while True:
-            number = min(np.uint64(table[at]), n)  # where there is none: that of a new row
+            number = min(np.uint64(table[at]), n)  # an empty slot: the number of a new row
             if rows[number] == row:
                 break
             at = (at + np.uint64(1)) & mask
@@ -247,8 +241,8 @@ def _number(ids: Any, m: int) -> Any:
 def group(ids: Any, k: int, count: int) -> Any:
     """Group the ids whose rows worker ``k`` of ``count`` owns.
 
-    Of the rows that occur once: the rows, and the position of each, ascending. Of the others: the positions, ascending,
-    and the number of the sum that each adds to; the row of each sum, and how often it occurs.
+    For rows that occur once: the rows and their positions, ascending. For the others: the positions, ascending, and the
+    number of the sum that each adds to; the row of each sum, and how often it occurs.
     """
     positions, rows_there = own_rows(ids, k, count)
     m, sums = len(positions), np.uint64(0)

@@ -1,4 +1,4 @@
-"""Lists of row-sparse updates of plain arrays on the CPU, and dense ones beside them, by one call of compiled code."""
+"""Lists of row-sparse updates of plain arrays on the CPU, and of both kinds, by one call of compiled code."""
 
 from __future__ import annotations
 
@@ -9,32 +9,29 @@ from typing import Any
 import numpy as np
 
 from adagrad.kernels import cpu_rows
-from adagrad.kernels.checked import refuse_row
 from adagrad.kernels.counts import advance_counts, find_counts
 from adagrad.kernels.cpu_rows import carry_out, kernel, room, work_of
-from adagrad.kernels.cpu_rule import hyper
-from adagrad.kernels.dense_beside import (
+from adagrad.kernels.cpu_rule import rate_table
+from adagrad.kernels.layout import NONE, current_layout, list_item
+from adagrad.kernels.mixed_lists import (
     ELEMENTS,
     NOTHING,
     WEIGHTS,
     WRITTEN,
-    Beside,
-    carry_out_beside,
+    DensePart,
     is_large,
     put_spans,
+    update_dense_part,
 )
-from adagrad.kernels.layout import NONE, hold_parts, item, layout, let_go_of_parts, sparse_body
-from adagrad.kernels.numba_jit import acquire_gil, jit, max_workers, release_gil, uncounted, worker_count, workers
-from adagrad.kernels.outcomes import DONE, LARGE, LEFT, NO_MEMORY, OUT_OF_RANGE, mark_late
-from adagrad.kernels.row_groups import (
+from adagrad.kernels.numba_jit import acquire_gil, jit, release_gil, uncounted, worker_count
+from adagrad.kernels.outcomes import DONE, NO_MEMORY, NOT_PLAIN, NOT_SMALL, OUT_OF_RANGE, attempt
+from adagrad.kernels.records import (
     BASE,
     ENDS,
     ENTRIES,
     FACTS,
-    FINDINGS,
     GRAD,
     HEIGHT,
-    HIGH,
     HISTORY,
     IDS,
     LENGTH,
@@ -42,45 +39,47 @@ from adagrad.kernels.row_groups import (
     RATES,
     SCALARS,
     WEIGHT,
-    check_ids,
-    checking,
 )
+from adagrad.kernels.row_groups import FINDINGS, INT32_ROWS, check_ids, checking
 from adagrad.kernels.row_sums import grouping
-from adagrad.kernels.rows import look_at_rows
+from adagrad.kernels.rows import describe_rows
 from adagrad.kernels.spans import disjoint, guess
+from adagrad.kernels.sparse_layout import hold_parts, release_parts, sparse_body
 from adagrad.kernels.table import PLACES, formats
+from adagrad.kernels.validate import refuse_row
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Rule
 
 _SPANS, _SPANS_WITH_MASTERS = (WEIGHT, HISTORY, GRAD, IDS), (WEIGHT, HISTORY, MASTER, GRAD, IDS)
-"""The order in which spans of memory stand: what is written to comes first."""
+"""The order of the spans of memory: what is written to comes first."""
 
 CHECK, GROUP, UPDATE = range(3)
 """The workers of an update, see :func:`_workers`."""
 
+
 @jit(holds_gil=True)
-def _update(weights: int, values: int, histories: int, masters: int, steps: int, indices: int, how: Any,
+def _update(weights: int, values: int, histories: int, masters: int, steps: int, indices: int, layout: Any,
             row_wise: bool, facts: Any, rates: Any, scalars: Any, known: Any, last: Any, order: Any, dense: Any,
             small: int, count: int) -> Any:  # fmt: skip
-    """What was done, see :mod:`adagrad.kernels.outcomes`, or the number of the workers that are wanted, and of which
-    update; the position of a row id that is outside its weight, and the id.
+    """What was done, or the number of the workers to compile first; the update concerned; position and value of a row
+    id outside its weight. See :func:`adagrad.kernels.outcomes.attempt`.
 
-    ``last[0]`` becomes the work if it is much, else 0; ``last[1]`` goes up where all is done. ``dense`` is for a list
-    beside, see :mod:`adagrad.kernels.dense_beside`; ``count`` is 0 for a call that is tried as if it were little work.
+    Lists are given by ``id``, ``masters`` and ``steps`` as 0 for none. ``last[0]`` becomes the work if it is much, else
+    0. ``dense`` is the dense part of a mixed list, see :mod:`adagrad.kernels.mixed_lists`.
     """
-    n, entries, facts, how, dense = len(facts), 0, uncounted(facts), uncounted(how), uncounted(dense)
+    n, entries, facts, layout, dense = len(facts), 0, uncounted(facts), uncounted(layout), uncounted(dense)
     work, numbers, spans = 0, np.empty(n, np.int64), np.empty((2, len(order)), np.int64)
     step_at = np.empty(n + dense[WEIGHTS] if steps else 0, np.int64)
-    # Spans of what is written to, ours and those of the list beside; then of what is read.
+    # Spans of what is written to, ours and those of the dense part; then of what is read.
     ours, theirs = (3 if masters else 2) * n, dense[WRITTEN]
     put_spans(dense, spans, ours, 2 * n)
     for i in range(n):
-        master = item(masters, i) if masters else how[NONE]
-        code = look_at_rows(item(weights, i), item(values, i), item(histories, i), master, item(indices, i), how,
-                            row_wise, facts[i])  # fmt: skip
+        master = list_item(masters, i) if masters else layout[NONE]
+        code = describe_rows(list_item(weights, i), list_item(values, i), list_item(histories, i), master,
+                             list_item(indices, i), layout, row_wise, facts[i])  # fmt: skip
         if code < 0 or code >= PLACES:
-            return LEFT, i, 0, 0
-        numbers[i] = 2 * code + (1 if facts[i, HEIGHT] > HIGH else 0)
+            return NOT_PLAIN, i, 0, 0
+        numbers[i] = 2 * code + (1 if facts[i, HEIGHT] > INT32_ROWS else 0)
         entries += facts[i, ENTRIES]
         work += work_of(facts[i])
         facts[i, RATES], facts[i, SCALARS] = rates[i if len(rates) > 1 else 0].ctypes.data, scalars.ctypes.data
@@ -91,9 +90,9 @@ def _update(weights: int, values: int, histories: int, masters: int, steps: int,
     is_small = work < small and not is_large(dense)
     last[0] = 0 if is_small else work + dense[ELEMENTS]
     if count == 0 and not is_small:
-        return LARGE, 0, 0, 0
-    if not disjoint(spans[0], spans[1], ours + theirs, order) or (steps and not find_counts(steps, how, step_at)):
-        return LEFT, 0, 0, 0
+        return NOT_SMALL, 0, 0, 0
+    if not disjoint(spans[0], spans[1], ours + theirs, order) or (steps and not find_counts(steps, layout, step_at)):
+        return NOT_PLAIN, 0, 0, 0
     for i in range(n):
         if known[numbers[i], UPDATE] == 0:
             return numbers[i], i, 0, 0
@@ -102,21 +101,21 @@ def _update(weights: int, values: int, histories: int, masters: int, steps: int,
     handles, state = np.zeros((n if count > 0 else 0, 2), np.int64), np.int64(0)
     if count > 0:
         for i in range(n):
-            hold_parts(sparse_body(item(values, i), how), how, handles[i])
+            hold_parts(sparse_body(list_item(values, i), layout), layout, handles[i])
         state = release_gil()
-    # No exception may come from here: it would find no GIL. Lack of memory in a worker is no exception, but a sign.
+    # From here on nothing may raise: an exception would find no GIL. A worker without memory sets a flag instead.
     done, which, bad, row = _check_ids_and_carry_out(
         facts, numbers, known, np.int64(ids.ctypes.data), found, kept, scratch, small, count
     )
     if done == DONE:
-        carry_out_beside(dense, count)
+        update_dense_part(dense, count)
     if count > 0:
         acquire_gil(state)
-        let_go_of_parts(handles.reshape(-1), how)
+        release_parts(handles.reshape(-1), layout)
     if done == DONE:
         advance_counts(step_at)
         last[1] += 1
-    ids[:0] = 0  # it is used by address above: this keeps it alive until here
+    ids[:0] = 0  # used by address above: this keeps it alive until here
     return done, which, bad, row
 
 
@@ -125,7 +124,7 @@ def _check_ids_and_carry_out(facts: Any, numbers: Any, known: Any, ids: Any, fou
                              small: int, count: int) -> Any:  # fmt: skip
     """What was done, see :func:`_update`; all ids are copied to the address ``ids`` first."""
     for i in range(len(facts)):
-        threads = worker_count(facts[i, ENTRIES], small, count)  # to look at an id is as much work as an element
+        threads = worker_count(facts[i, ENTRIES], small, count)  # checking an id is as much work as an element
         bad, row = check_ids(facts[i], ids, found, known[numbers[i], CHECK], threads)
         if bad >= 0:
             return OUT_OF_RANGE, i, bad, row
@@ -139,25 +138,25 @@ def _check_ids_and_carry_out(facts: Any, numbers: Any, known: Any, ids: Any, fou
 
 
 def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], steps: list[Any],
-           lrs: Any, wds: Any, rule: Rule, threads: int | None, dense: Beside = NOTHING,
+           lrs: Any, wds: Any, rule: Rule, threads: int | None, dense: DensePart = NOTHING,
            places: Sequence[int] = ()) -> bool:  # fmt: skip
     """Check and update a list of row-sparse gradients by one call of compiled code; False if it is left as it was.
 
-    The lists :func:`adagrad.kernels.table.fit`. Those of a list beside are updated, too, if all of both can be; then
-    ``steps`` are the counts of both, and messages call weights by their ``places``.
+    The lists must satisfy :func:`adagrad.kernels.table.fit`. ``dense``, the dense part of a mixed list, is updated,
+    too, if all of both can be; then ``steps`` are the counts of both, and messages number weights by ``places``.
 
     Raises
     ------
     IndexError
-        For a row id outside its weight; then nothing has changed.
+        A row id is outside its weight; nothing has changed.
     MemoryError
-        Where there is none for the sums of rows; then row-sparse weights that come later, and all of the list beside,
-        have not changed.
+        No memory is left for grouping and summing the rows of a weight; this one, later row-sparse weights and the
+        dense part have not changed.
     """
-    how, n = layout(), len(weights)
-    if how is None:
+    layout, n = current_layout(), len(weights)
+    if layout is None:
         return False
-    values = indices = grads  # sparse COO tensors: compiled code knows where they keep both
+    values = indices = grads  # sparse COO tensors: compiled code finds both in them
     if RowSparse in set(map(type, grads)):
         values, indices = [], []
         for weight, grad in zip(weights, grads, strict=True):
@@ -174,40 +173,24 @@ def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: 
     lists = id(weights), id(values), id(histories), masters_id, steps_id, id(indices)
     facts, (known, last) = np.empty((n, FACTS), np.int64), _workers(rule.row_wise)
     order = guess((5 if masters else 4) * n + dense.span_count)
-    rates, small = hyper(lrs, wds, rule), cpu_rows.SMALL
-    given = *lists, how, rule.row_wise, facts, rates, rule.scalars, known, last, order, dense.words, small
-    is_trial, done_before = not last[0], last[1]
-    try:
-        while True:
-            if is_trial:
-                done, i, bad, row = _update(*given, 0)
-            else:
-                held = workers(threads or max_workers(), int(last[0]))
-                with held as count:
-                    done, i, bad, row = _update(*given, count)
-                    held.work = int(last[0])
-            if done >= 0:
-                code, high = divmod(done, 2)
-                form = formats(code)[1]
-                known[done] = (
-                    checking(bool(high)), grouping(bool(high), form[2]), kernel(bool(high), *form, rule.row_wise)
-                )  # fmt: skip
-            elif done == OUT_OF_RANGE:
-                refuse_row(f"[{named[i]}]", bad, row, weights[i].shape[0])
-            elif done == NO_MEMORY:
-                raise cpu_rows.out_of_memory(f"[{named[i]}]", int(facts[i, ENTRIES]))
-            elif done != LARGE:
-                return bool(done == DONE)
-            else:
-                is_trial = False
-    except BaseException as interrupt:
-        if last[1] != done_before:
-            mark_late(interrupt)
-        raise
+    rates, small = rate_table(lrs, wds, rule), cpu_rows.PARALLEL_MIN
+    given = *lists, layout, rule.row_wise, facts, rates, rule.scalars, known, last, order, dense.words, small
+
+    def compile_worker(number: int) -> None:
+        code, high = divmod(number, 2)
+        form, high = formats(code)[1], bool(high)
+        known[number] = checking(high), grouping(high, form[2]), kernel(high, *form, rule.row_wise)
+
+    done, i, bad, row = attempt(_update, given, last, not last[0], threads, compile_worker)
+    if done == OUT_OF_RANGE:
+        refuse_row(f"[{named[i]}]", bad, row, weights[i].shape[0])
+    if done == NO_MEMORY:
+        raise cpu_rows.out_of_memory(f"[{named[i]}]", int(facts[i, ENTRIES]))
+    return done == DONE
 
 
 @functools.cache
 def _workers(row_wise: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The workers that have been compiled, by twice the code and 1 more for a high weight; and of lists: how much
-    work the last was, if much, else 0; how many are done."""
+    """The addresses of the compiled workers (0: none yet), by 2 * code, + 1 for a weight that needs 64-bit row ids; and
+    the words ``last``: the work of the last list, if much, else 0; how many lists are done."""
     return np.zeros((2 * PLACES, 3), np.int64), np.zeros(2, np.int64)

@@ -1,6 +1,7 @@
 """The sums of the rows that occur more than once, and what a worker hands over from grouping ids to updating rows.
 
-Occurrences are added in chunks of CHUNK. A row that has more has a second sum, to which each complete chunk is added.
+Occurrences are added in chunks of CHUNK. A row with more than CHUNK has a second sum, to which each complete chunk is
+added.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import numpy as np
 
 from adagrad.kernels.blocks import broadcast, store_block
 from adagrad.kernels.formats import TOKENS, pointer
-from adagrad.kernels.numba_jit import incref, jit, place, worker
-from adagrad.kernels.row_groups import ENTRIES, FACTS, GROUPS, LENGTH, ROWS, group
+from adagrad.kernels.numba_jit import incref, jit, pointer_to, worker
+from adagrad.kernels.records import ENTRIES, FACTS, GROUPS, LENGTH, ROWS
+from adagrad.kernels.row_groups import group
 from adagrad.rule import CHUNK, LANES
 
 
 @jit(helper=True)
 def clear(total: Any, length: int, token: Any) -> None:
-    """Begin a sum: adding to -0 gives the number that is added, the sign of 0 included."""
+    """Set a sum to -0.0, the identity of addition for zeros of either sign."""
     zeros, whole = broadcast(token.dtype.type(-0.0)), length - length % LANES
     for i in range(0, whole, LANES):
         store_block(total, i, zeros, None)
@@ -30,7 +32,8 @@ def clear(total: Any, length: int, token: Any) -> None:
 
 @jit(helper=True)
 def plan_sums(counts: Any) -> Any:
-    """Of each row's sum: how much is missing to a chunk (never 0 for a short one), its second; how many sums in all."""
+    """For each row's sum, how many values are left until its chunk is complete (never 0 for a short row), and the
+    number of its second sum; and how many sums there are in all."""
     n = len(counts)
     missing, second, total = np.empty(n, np.int32), np.empty(n, np.int32), n
     for i in range(n):
@@ -42,6 +45,7 @@ def plan_sums(counts: Any) -> Any:
 
 @jit(helper=True)
 def begin_sums(total: int, length: int, th: Any) -> Any:
+    """Memory for ``total`` sums of ``length`` elements, cleared."""
     memory = np.empty((total, length), th.dtype)
     for i in range(total):
         clear(sum_at(np.int64(memory.ctypes.data), i, length, th), length, th)
@@ -50,12 +54,13 @@ def begin_sums(total: int, length: int, th: Any) -> Any:
 
 @jit(helper=True)
 def sum_at(memory: Any, i: Any, length: int, th: Any) -> Any:
+    """A pointer to the ``i``-th sum in the memory at the address ``memory``."""
     return pointer(memory + i * length * th.itemsize, th, "sum")
 
 
-# What a worker has grouped, for the one that updates: the rows that occur once and their positions; what is to be added
-# up and to which sum; row and count of each sum; what `plan_sums` says of each, and their memory. Address, length and
-# owner of each array.
+# What a worker that groups hands to the one that updates: the rows that occur once and their positions; the positions
+# to add up and the sum for each; row and count of each sum; what `plan_sums` returns for each, and their memory. Each
+# array is kept as its address, its length in elements and its owner.
 SINGLE, POSITIONS, ADDED, TO, SUMMED, COUNTS, MISSING, SECOND, SUMS, GROUPED = range(10)
 ADDRESS, SIZE, OWNER = range(3)
 
@@ -66,15 +71,15 @@ def _hand_over(kept: Any, what: int, array: Any) -> None:
 
 
 @functools.cache
-def grouping(is_high: bool, history: str) -> int:
-    """The worker that groups the ids by row: all that may run out of memory, before anything is updated."""
-    th, dtype = TOKENS[history], np.int64 if is_high else np.int32
+def grouping(needs_int64: bool, history: str) -> int:
+    """The address of the worker that groups the ids by row: all that may run out of memory, before any update."""
+    th, dtype = TOKENS[history], np.int64 if needs_int64 else np.int32
 
     def group_ids(arguments: Any, k: Any, count: Any) -> None:
-        facts = numba.carray(place(arguments), FACTS, np.int64)
-        ids = numba.carray(place(facts[ROWS]), facts[ENTRIES], dtype)
-        kept = numba.carray(place(facts[GROUPS]), (count, GROUPED, 3), np.int64)[k]
-        # What is handed over is let go by whoever called, even where there is no memory for the next.
+        facts = numba.carray(pointer_to(arguments), FACTS, np.int64)
+        ids = numba.carray(pointer_to(facts[ROWS]), facts[ENTRIES], dtype)
+        kept = numba.carray(pointer_to(facts[GROUPS]), (count, GROUPED, 3), np.int64)[k]
+        # The caller releases what is handed over, even if no memory is left for the next.
         single, positions, added, to, summed, counts = group(ids, k, count)
         _hand_over(kept, SINGLE, single)
         _hand_over(kept, POSITIONS, positions)
@@ -92,4 +97,5 @@ def grouping(is_high: bool, history: str) -> int:
 
 @jit(helper=True)
 def grouped(kept: Any, what: int, dtype: Any) -> Any:
-    return numba.carray(place(kept[what, ADDRESS]), kept[what, SIZE], dtype)
+    """The array that was handed over as ``what``."""
+    return numba.carray(pointer_to(kept[what, ADDRESS]), kept[what, SIZE], dtype)

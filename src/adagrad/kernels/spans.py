@@ -1,4 +1,4 @@
-"""Whether the memory of a call is disjoint where it is written to, found by sorting the spans of its arrays."""
+"""Whether the memory that a call writes to is disjoint from the rest, found by sorting the spans of its arrays."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def _sort(starts: Any, order: Any) -> None:
 def disjoint(starts: Any, ends: Any, written: int, order: Any) -> bool:
     """See :func:`are_disjoint`. Empty spans share nothing.
 
-    ``order`` is a guess at the order of the spans, the one found last time. Where the starts strictly increase along
-    it, it is their order, whatever anyone has done to it; else they are sorted and the guess is made better.
+    ``order`` is a guess at the order of the spans, the one found last time. If the starts strictly increase along it,
+    it is their order, whatever other threads did to it; else the spans are sorted and the guess is updated.
     """
     n = len(starts)
     guess, before = np.empty(n, np.int64), np.int64(-1)
@@ -59,12 +59,12 @@ def disjoint(starts: Any, ends: Any, written: int, order: Any) -> bool:
 
 
 def are_disjoint(spans: np.ndarray, written: int) -> bool:
-    """Whether the first ``written`` spans, of starts and ends, share no byte with any other span."""
+    """Whether the first ``written`` of ``spans``, (2, n) starts and ends, share no byte with any other span."""
     return bool(disjoint(spans[0], spans[1], written, guess(spans.shape[1])))
 
 
-def together(pieces: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, int]:
-    """Spans and how many of them, the first, are written to: those of several pieces as one."""
+def concatenate(pieces: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, int]:
+    """Several pieces as one, each the spans and how many of them, the first, are written to."""
     if len(pieces) == 1:
         return pieces[0]
     parts = [spans[:, :count] for spans, count in pieces] + [spans[:, count:] for spans, count in pieces]
@@ -73,5 +73,5 @@ def together(pieces: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, int]:
 
 @functools.lru_cache(maxsize=64)
 def guess(spans: int) -> np.ndarray:
-    """A guess at the order of so many spans, which :func:`disjoint` makes better."""
+    """A guess at the order of so many spans, which :func:`disjoint` updates."""
     return np.arange(spans)

@@ -20,7 +20,7 @@ TILE = 16_384
 
 
 def update(
-    memories: Sequence[np.ndarray | None], formats: Any, hyper: np.ndarray, rule: Rule, threads: int | None
+    memories: Sequence[np.ndarray | None], formats: Any, rates: np.ndarray, rule: Rule, threads: int | None
 ) -> None:
     """Update one weight, given the memory of weight, gradient, history and master copy (None for none)."""
     weight, grad, history, master = memories
@@ -30,38 +30,38 @@ def update(
         for r in range(len(weight)):
             row = slice(r, r + 1)
             copy = None if master is None else master[row]
-            _long_row(weight[row], grad[row], history[row], copy, formats, hyper, rule)
+            _long_row(weight[row], grad[row], history[row], copy, formats, rates, rule)
         return
     pieces = row_blocks if rule.row_wise else tiles
     for piece in pieces(weight, grad, history, master):
         table = np.array([cpu_dense.table_row([*piece, *[None] * (4 - len(piece))], rule)])
-        cpu_dense.launch(table, piece[0].size, hyper, rule.scalars, formats, rule.row_wise, threads)
+        cpu_dense.launch(table, piece[0].size, rates, rule.scalars, formats, rule.row_wise, threads)
 
 
 def _long_row(
-    row: np.ndarray, grad: np.ndarray, history: np.ndarray, master: np.ndarray | None, formats: Any, hyper: np.ndarray,
+    row: np.ndarray, grad: np.ndarray, history: np.ndarray, master: np.ndarray | None, formats: Any, rates: np.ndarray,
     rule: Rule,
 ) -> None:  # fmt: skip
     """Row-wise, one row longer than a buffer: a pass over its pieces for the history, another for the weight."""
     lanes = np.zeros(LANES, history.dtype.newbyteorder("="))
-    for size in _pass(row, grad, lanes, master, formats, hyper, rule, descending=False):
-        lanes[:] = np.roll(lanes, -size)  # the next piece begins in lane 0, wherever in the row that is
+    for size in _pass(row, grad, lanes, master, formats, rates, rule, descending=False):
+        lanes[:] = np.roll(lanes, -size)  # the next piece begins in lane 0, wherever in the row it lies
     with np.errstate(all="ignore"):
         new = history + mean_of_lanes(np.roll(lanes, row.size)[None], row.size).reshape(history.shape)
-    for _ in _pass(row, grad, new, master, formats, hyper, rule, descending=True):
+    for _ in _pass(row, grad, new, master, formats, rates, rule, descending=True):
         pass
     history[...] = new
 
 
 def _pass(
-    row: Any, grad: Any, shared: np.ndarray, master: Any | None, formats: Any, hyper: np.ndarray, rule: Rule,
+    row: Any, grad: Any, shared: np.ndarray, master: Any | None, formats: Any, rates: np.ndarray, rule: Rule,
     *, descending: bool,
 ) -> Iterator[int]:  # fmt: skip
-    """One pass over the pieces of a row, in order, giving the size of each when it is done."""
+    """One pass over the pieces of a row, in order; yields the size of each when it is done."""
     operands, written = [row, grad] + ([] if master is None else [master]), [descending, False, descending]
     for w, g, *m in _pieces(operands, written, order="C"):
         addresses = [array.ctypes.data for array in (w, g, shared, *m)] + ([] if m else [0])
-        cpu_dense.launch_row_part(np.array([[*addresses, w.size, 0]]), hyper, rule.scalars, formats, descending)
+        cpu_dense.launch_row_part(np.array([[*addresses, w.size, 0]]), rates, rule.scalars, formats, descending)
         yield w.size
 
 
@@ -89,7 +89,7 @@ def _pieces(operands: Any, written: list[bool], order: Any) -> Iterator[list[np.
 
 
 def row_blocks(weight: Any, grad: Any, history: Any, master: Any | None) -> Iterator[list[np.ndarray]]:
-    """The same, by whole rows, which fit a buffer: a block of them is copied there and back."""
+    """The same, by blocks of whole rows, which must fit a buffer; they are copied there and back if need be."""
     operands = [weight, grad, history] + ([] if master is None else [master])
     rows = max(TILE // max(math.prod(weight.shape[1:]), 1), 1)
     for start in range(0, len(weight), rows):

@@ -1,6 +1,6 @@
 """The address table of a list of dense updates, built and checked by compiled code.
 
-Whatever is not plain, and every error, is left to the ordinary way: a row of the table then has the code -1.
+Whatever is not plain, and every error, is left to the general path: a row of the table then has the code -1.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from adagrad.arrays import computing_format
-from adagrad.kernels.cpu_dense import COLUMNS, GRAD, HISTORY, MASTER, ROW, SIZE, WEIGHT
 from adagrad.kernels.layout import (
     CONTIGUOUS,
     COUNT,
@@ -20,23 +19,24 @@ from adagrad.kernels.layout import (
     FLOAT32,
     FLOAT64,
     FORMAT,
+    INFO,
     KIND,
     NONE,
     PLACE,
     RANK,
-    SEEN,
     SIZES,
     START,
     STRIDES,
     UNIT,
     WRITEABLE,
-    item,
+    current_layout,
+    describe,
     item_size,
-    layout,
-    look,
-    word,
+    list_item,
+    read_word,
 )
 from adagrad.kernels.numba_jit import jit, uncounted
+from adagrad.kernels.records import COLUMNS, GRAD, HISTORY, MASTER, ROW, SIZE, WEIGHT
 
 Formats: TypeAlias = "tuple[str, str, str, str | None]"
 """The element formats of weight, gradient, history and master copy (None for none)."""
@@ -53,7 +53,7 @@ def _same_shape(a: Any, b: Any, row_wise: bool) -> Any:
     """Whether ``b`` has the shape of ``a``, or of its row-wise history."""
     same = a[RANK] == b[RANK]
     for d in range(a[RANK] if same else 0):
-        same &= word(b[SIZES], 8 * d) == (1 if row_wise and d > 0 else word(a[SIZES], 8 * d))
+        same &= read_word(b[SIZES], 8 * d) == (1 if row_wise and d > 0 else read_word(a[SIZES], 8 * d))
     return same
 
 
@@ -64,7 +64,7 @@ def _same_order(a: Any, b: Any) -> Any:
         return b[CONTIGUOUS] != 0
     same = True
     for d in range(a[RANK]):
-        same &= word(a[STRIDES], 8 * d) * b[UNIT] == word(b[STRIDES], 8 * d) * a[UNIT]
+        same &= read_word(a[STRIDES], 8 * d) * b[UNIT] == read_word(b[STRIDES], 8 * d) * a[UNIT]
     return same
 
 
@@ -76,31 +76,31 @@ def _has_no_gaps(a: Any) -> Any:
     reach = 1
     for _ in range(a[RANK]):
         for d in range(a[RANK]):
-            if word(a[STRIDES], 8 * d) == reach * a[UNIT] and word(a[SIZES], 8 * d) > 1:
-                reach *= word(a[SIZES], 8 * d)
+            if read_word(a[STRIDES], 8 * d) == reach * a[UNIT] and read_word(a[SIZES], 8 * d) > 1:
+                reach *= read_word(a[SIZES], 8 * d)
                 break
     return reach == a[COUNT]
 
 
 @jit(helper=True)
 def _fits(a: Any, b: Any, row_wise: bool, shared: bool) -> Any:
-    """Whether ``b`` goes with the elements of ``a``, one by one, or by rows where it is ``shared`` by each of them."""
+    """Whether ``b`` fits ``a`` element by element, or, if ``shared``, with one element for each row."""
     return _same_shape(a, b, shared) and (row_wise or _same_order(a, b))
 
 
 @jit(helper=True)
-def code_of(seen: Any, has_master: bool, row_wise: bool) -> Any:
-    """The code of an update whose arrays fit together, else -1; the gradient's shape is not looked at.
+def code_of(info: Any, has_master: bool, row_wise: bool) -> Any:
+    """The code of an update whose arrays fit together, else -1; the gradient's shape is not checked.
 
-    ``seen[k]`` is what :func:`adagrad.kernels.layout.look` found out of weight, gradient, history and master copy.
+    ``info[k]`` is what :func:`adagrad.kernels.layout.describe` filled in for weight, gradient, history, master copy.
     """
-    w, g = seen[WEIGHT], seen[GRAD]
+    w, g = info[WEIGHT], info[GRAD]
     low = w[FORMAT] < FLOAT32
     computing = FLOAT32 if low else w[FORMAT]
     if w[FORMAT] > FLOAT64 or (has_master and not low) or (w[RANK] == 0 if row_wise else not _has_no_gaps(w)):
         return -1
     for k in range(4):
-        a = seen[k]
+        a = info[k]
         if k == MASTER and not has_master:
             continue
         if a[KIND] != w[KIND] or a[PLACE] != w[PLACE] or (row_wise and not a[CONTIGUOUS]):
@@ -116,7 +116,7 @@ def code_of(seen: Any, has_master: bool, row_wise: bool) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def formats(code: int) -> tuple[int, Formats]:
-    """What a code says: the place (0 for the CPU, 1 + index of a CUDA device) and the formats."""
+    """A code, decoded: the place (0 for the CPU, 1 + index of a CUDA device) and the formats."""
     place, digits = divmod(code, PLACES)
     weight = ELEMENT_FORMATS[digits % WITH_MASTER]
     computing = computing_format(weight)
@@ -133,75 +133,76 @@ def code_of_formats(weight: str, grad: str, *, has_master: bool) -> int:
 
 
 @jit(holds_gil=True)
-def fill(weights: int, grads: int, histories: int, masters: int, how: Any, row_wise: bool, table: Any, codes: Any,
+def fill(weights: int, grads: int, histories: int, masters: int, layout: Any, row_wise: bool, table: Any, codes: Any,
          spans: Any) -> Any:  # fmt: skip
     """Fill ``table``, the ``codes`` of its rows and the ``spans`` of memory, from four lists, given by ``id``.
 
     Row ``i`` is for the ``i``-th weight, gradient, history and, if there is such a list, master copy or None. Codes
-    are -1, and spans empty, where the row is left to the ordinary way. ``spans``: the starts and the ends of weights,
+    are -1, and spans empty, for rows that are left to the general path. ``spans``: the starts and the ends of weights,
     histories, master copies if there is such a list, gradients. Returns the code that all rows share (-1 if they do
     not) and the number of elements.
     """
     n, total = len(table), 0
     columns = spans.shape[1] // n
-    own_out, own_seen, own_things = np.empty(1, np.int64), np.zeros((4, SEEN), np.int64), np.empty(4, np.int64)
-    out, seen, things, how = uncounted(own_out), uncounted(own_seen), uncounted(own_things), uncounted(how)
+    own_out, own_info, own_things = np.empty(1, np.int64), np.zeros((4, INFO), np.int64), np.empty(4, np.int64)
+    out, info, things, layout = uncounted(own_out), uncounted(own_info), uncounted(own_things), uncounted(layout)
     for i in range(n):
-        things[WEIGHT], things[GRAD], things[HISTORY] = item(weights, i), item(grads, i), item(histories, i)
-        things[MASTER] = item(masters, i) if masters else how[NONE]
-        has_master, plain = things[MASTER] != how[NONE], True
+        things[WEIGHT], things[GRAD] = list_item(weights, i), list_item(grads, i)
+        things[HISTORY] = list_item(histories, i)
+        things[MASTER] = list_item(masters, i) if masters else layout[NONE]
+        has_master, plain = things[MASTER] != layout[NONE], True
         for k in range(4):
             if plain and (k != MASTER or has_master):
-                plain = look(things[k], how, out, seen[k])
-        plain = plain and _fits(seen[WEIGHT], seen[GRAD], row_wise, False)
-        codes[i] = code_of(seen, has_master, row_wise) if plain else -1
+                plain = describe(things[k], layout, out, info[k])
+        plain = plain and _fits(info[WEIGHT], info[GRAD], row_wise, False)
+        codes[i] = code_of(info, has_master, row_wise) if plain else -1
         table[i] = 0
         for at in range(i, n * columns, n):
             spans[0, at], spans[1, at] = 0, 0
         if codes[i] < 0:
             continue
-        count = seen[WEIGHT, COUNT]
+        count = info[WEIGHT, COUNT]
         total += count
         table[i, SIZE] = count
         if row_wise and count:
-            table[i, ROW] = count // word(seen[WEIGHT, SIZES], 0)
+            table[i, ROW] = count // read_word(info[WEIGHT, SIZES], 0)
         for k in range(4):
             if k != MASTER or has_master:
-                start, size = seen[k, START], seen[k, COUNT] * item_size(seen[k, FORMAT])
+                start, size = info[k, START], info[k, COUNT] * item_size(info[k, FORMAT])
                 at = i + n * (columns - 1 if k == GRAD else k // 2 if k < MASTER else 2)
                 table[i, k], spans[0, at], spans[1, at] = start, start, start + size
     same = codes[0]
     for i in range(n):
         same = same if codes[i] == same else -1
-    own_out[:0], own_seen[:0], own_things[:0] = 0, 0, 0  # they are used by address above: this keeps them alive
+    own_out[:0], own_info[:0], own_things[:0] = 0, 0, 0  # they are used by address above: this keeps them alive
     return same, total
 
 
 class Table(NamedTuple):
-    """Lists of arrays as the kernels want them. Keep the arrays while it is in use."""
+    """Lists of arrays as the kernels take them. The arrays must outlive it."""
 
     rows: np.ndarray
     """(n, COLUMNS), as :mod:`adagrad.kernels.cpu_dense` has it."""
     codes: np.ndarray
-    """Which rows go together, see :func:`formats`; -1 for those that are left to the ordinary way."""
+    """Which rows go together, see :func:`formats`; -1 for those that are left to the general path."""
     common: int
     """The code of all rows, or -1."""
     total: int
     """Elements in all rows."""
     spans: np.ndarray
-    """Where the rows' memory begins and ends: what is written to, then what is read."""
+    """(2, n) starts and ends of the rows' memory: what is written to, then what is read."""
     written: int
     """How many of the spans are written to."""
 
     def groups(self) -> list[tuple[int, Sequence[int]]]:
-        """Each code but -1, in order, and which rows have it."""
+        """Each code but -1, in ascending order, and the positions of its rows."""
         if self.common >= 0:
             return [(self.common, range(len(self.rows)))]
         kinds = np.unique(self.codes[self.codes >= 0]).tolist()
         return [(code, np.flatnonzero(self.codes == code).tolist()) for code in kinds]
 
     def part(self, which: Sequence[int]) -> tuple[np.ndarray, np.ndarray, int]:
-        """Some of the rows, or all, their codes and their elements."""
+        """The rows at the positions ``which``, their codes and their number of elements."""
         if len(which) == len(self.rows):
             return self.rows, self.codes, self.total
         rows, codes = self.rows[list(which)], self.codes[list(which)]
@@ -215,15 +216,17 @@ def fit(weights: Any, grads: Any, histories: Any, masters: Any) -> bool:
     return 0 < len(weights) == len(grads) == len(histories) and len(masters) in (0, len(weights))
 
 
-def table(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], row_wise: bool) -> Table:
+def build_table(
+    weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], row_wise: bool
+) -> Table:
     """See :class:`Table`. ``masters`` may be empty or hold None."""
-    n, how = len(weights), layout()
+    n, layout = len(weights), current_layout()
     columns = 4 if masters else 3
     rows, codes, spans = np.empty((n, COLUMNS), np.int64), np.empty(n, np.int64), np.empty((2, columns * n), np.int64)
-    if how is None or not fit(weights, grads, histories, masters):
+    if layout is None or not fit(weights, grads, histories, masters):
         codes[:], spans[:] = -1, 0
         return Table(rows, codes, -1, 0, spans, (columns - 1) * n)
     common, total = fill(
-        id(weights), id(grads), id(histories), id(masters) if masters else 0, how, row_wise, rows, codes, spans
+        id(weights), id(grads), id(histories), id(masters) if masters else 0, layout, row_wise, rows, codes, spans
     )
     return Table(rows, codes, common, total, spans, (columns - 1) * n)

@@ -1,4 +1,4 @@
-"""Checks of torch tensors one by one, for what compiled code has not found plain: on any device, of any kind."""
+"""Checks of single torch tensors that compiled code has not found plain: on any device, of any kind."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from adagrad.arrays import Operand, overlaps_itself
-from adagrad.kernels.checked import refuse_row
+from adagrad.kernels.validate import refuse_row
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Rule, history_shape
 
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
-"""The types whose objects are their memory and nothing else (a buffer is a Tensor)."""
+"""The types whose objects are nothing but their memory (a buffer is a Tensor)."""
 
 
 def are_memory(given: Sequence[Any]) -> bool:
-    """Whether the tensors are their memory and nothing else: not of subclasses or transforms that wrap others."""
+    """Whether the tensors are nothing but their memory: not of subclasses or transforms that wrap others."""
     tensors = [tensor for tensor in given if isinstance(tensor, Tensor)]
     return all(_is_memory(type(tensor)) and not is_functorch_wrapped_tensor(tensor) for tensor in tensors)
 
@@ -34,7 +34,7 @@ def _is_memory(kind: type[Tensor]) -> bool:
 
 
 def check_memory(written: Sequence[Operand], read: Operand) -> None:
-    """ValueError for tensors without memory, and on devices for what overlaps itself."""
+    """ValueError for CPU and CUDA tensors without memory, and CUDA tensors written to that overlap themselves."""
     for o in (*written, read):
         if o.array.device.type not in ("cpu", "cuda"):
             continue
@@ -45,7 +45,7 @@ def check_memory(written: Sequence[Operand], read: Operand) -> None:
 
 
 def check_wrapped(at: str, weight: Tensor, grad: Any, history: Tensor, master: Tensor | None, rule: Rule) -> None:
-    """What can be asked of any tensor."""
+    """TypeError or ValueError for what can be checked of any tensor: dtypes, shapes, overlaps and devices."""
     computing = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"weights{at}: dtype {weight.dtype}: must be float16, bfloat16, float32 or float64")
@@ -70,7 +70,7 @@ def check_wrapped(at: str, weight: Tensor, grad: Any, history: Tensor, master: T
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether it certainly does, as PyTorch asks before it writes in place."""
+    """Whether it certainly does, by PyTorch's own check before it writes in place."""
     try:
         return int(torch._debug_has_internal_overlap(tensor)) == 1
     except RuntimeError:  # tensors of a transform, which have no memory of their own
@@ -78,28 +78,28 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 
 
 def check_rows(at: str, indices: Tensor, rows: int) -> None:
-    """IndexError for a row id outside the weight, on any device, which is waited for."""
+    """IndexError for a row id outside the weight, on any device, for which it waits."""
     if indices.device.type == "meta":
         return
     outside = (indices < 0) | (indices >= rows)
     try:
         if not bool(outside.any()):
             return
-    except RuntimeError:  # fake tensors, and those of a transform, have no numbers that could be asked for
+    except RuntimeError:  # fake tensors, and those of a transform, have no numbers to check
         return
     position = int(outside.nonzero()[0, 0])
     refuse_row(at, position, int(indices[position]), rows)
 
 
 def placed(o: Operand) -> Operand:
-    """The operand with memory that is right in its addresses, on any device; not to be read."""
+    """The operand with ``memory`` whose addresses are right on any device; that memory must not be read."""
     if o.memory is not None or not isinstance(o.array, Tensor) or o.array.device.type not in ("cpu", "cuda"):
         return o
     return o._replace(memory=o.array.numpy() if o.array.device.type == "cpu" else _addresses(o.array))
 
 
 def _addresses(tensor: Tensor) -> np.ndarray:
-    """An array that lies where ``tensor`` does, on any device: not to be read."""
+    """An array at the addresses of ``tensor``, on any device: it must not be read."""
     interface = {
         "data": (tensor.data_ptr(), False),
         "shape": tuple(tensor.shape),

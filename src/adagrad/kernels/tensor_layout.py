@@ -1,4 +1,4 @@
-"""Where the torch at hand keeps what tensors are: found by comparison with public attributes of a few tensors."""
+"""The layout of the installed torch's tensors: found by comparison with public attributes of a few tensors."""
 
 from __future__ import annotations
 
@@ -41,32 +41,32 @@ from adagrad.kernels.layout import (
     TENSOR,
     UNIT,
     VALUES_AT,
-    look_once,
+    describe_once,
 )
 from adagrad.kernels.tensor_checks import PLAIN_TYPES
 
 SEARCHED = 192
-"""Bytes of a C++ tensor that are searched for its dispatch keys; it has more."""
+"""Bytes of a C++ tensor that are searched for dispatch keys, rank and dtype; it has more."""
 
 SEARCHED_IN_SPARSE = 224
 """Bytes of a sparse one that are searched for its parts; it has more."""
 
 
-def add_to(how: np.ndarray, *, with_cuda: bool) -> None:
-    """Make a layout know tensors; where they are not laid out in a way that can be found, it knows none."""
-    found = how.copy()
+def add_to(layout: np.ndarray, *, with_cuda: bool) -> None:
+    """Add torch's tensors to ``layout``, in place; it is left without them if their layout cannot be found."""
+    found = layout.copy()
     try:
-        # Tensors of a mode, as fake ones are, are laid out otherwise.
+        # Tensors made under a mode, such as fake ones, are laid out differently.
         with torch.inference_mode(False), torch._C.DisableTorchFunction(), _disable_current_modes():
             if _find(found, with_cuda):
-                how[:] = found
-                _find_parts(found)  # where that fails, other tensors are known nevertheless
-                how[:] = found
+                layout[:] = found
+                _find_parts(found)  # if that fails, other tensors are known nevertheless
+                layout[:] = found
     except (AttributeError, OSError, RuntimeError):
         return
 
 
-def _find(how: np.ndarray, with_cuda: bool) -> bool:
+def _find(layout: np.ndarray, with_cuda: bool) -> bool:
     library = _library()
     base = torch.arange(24.0, device="cpu")
     plain = [
@@ -81,35 +81,35 @@ def _find(how: np.ndarray, with_cuda: bool) -> bool:
     probes = [*plain, torch._neg_view(base), base.to("meta"), base.view(4, 6).to_sparse()]
     codes = {name: getattr(library, f"aoti_torch_dtype_{name}")() for name in ELEMENT_FORMATS}
     for what, name in ((GET_ADDRESS, "get_data_ptr"), (GET_INDEX, "get_device_index")):
-        how[what] = _address_of(name)
-    how[HOLDER] = _offset([(id(t), object.__sizeof__(t), t._cdata) for t in probes])
-    how[KEYS_AT] = _offset([(t._cdata, SEARCHED, _keys_of(t)) for t in probes])
-    how[RANK_AT] = _offset([(t._cdata, SEARCHED, t.ndim) for t in plain])
-    how[DTYPE_AT] = _offset([(t._cdata, SEARCHED, codes[tensor_format(t)]) for t in plain], ctypes.c_uint16)
-    how[ON_CPU], how[ON_CUDA] = _keys_of(base), _keys_of(torch.empty(0, device="cuda")) if with_cuda else 0
-    how[CODES : CODES + len(codes)] = list(codes.values())
-    how[TENSOR], how[PARAMETER] = map(id, PLAIN_TYPES)
-    return all(_agrees(how, t) for t in probes)
+        layout[what] = _address_of(name)
+    layout[HOLDER] = _offset([(id(t), object.__sizeof__(t), t._cdata) for t in probes])
+    layout[KEYS_AT] = _offset([(t._cdata, SEARCHED, _keys_of(t)) for t in probes])
+    layout[RANK_AT] = _offset([(t._cdata, SEARCHED, t.ndim) for t in plain])
+    layout[DTYPE_AT] = _offset([(t._cdata, SEARCHED, codes[tensor_format(t)]) for t in plain], ctypes.c_uint16)
+    layout[ON_CPU], layout[ON_CUDA] = _keys_of(base), _keys_of(torch.empty(0, device="cuda")) if with_cuda else 0
+    layout[CODES : CODES + len(codes)] = list(codes.values())
+    layout[TENSOR], layout[PARAMETER] = map(id, PLAIN_TYPES)
+    return all(_agrees(layout, t) for t in probes)
 
 
-def _find_parts(how: np.ndarray) -> None:
-    """Where sparse COO tensors keep their values and indices."""
+def _find_parts(layout: np.ndarray) -> None:
+    """Add where sparse COO tensors keep their values and indices; RuntimeError if that cannot be found."""
     for what, name in ((NEW_HANDLE, "new_tensor_handle"), (DELETE_HANDLE, "delete_tensor_object")):
-        how[what] = _address_of(name)
-    with torch.inference_mode():  # else what they give is not what they keep, but another view of the same memory
+        layout[what] = _address_of(name)
+    with torch.inference_mode():  # else they return other views of the same memory, not the tensors they keep
         probes = [_sparse(k) for k in range(3)]
         for at, part_of in ((VALUES_AT, torch.Tensor._values), (INDICES_AT, torch.Tensor._indices)):
             parts = [part_of(t) for t in probes]
             places = zip(probes, parts, strict=True)
-            how[at] = _offset([(t._cdata, SEARCHED_IN_SPARSE, part._cdata) for t, part in places])
-    usual = _sparse(0)  # gradients are no inference tensors: do they keep what they give in the same places?
-    get_address = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(int(how[GET_ADDRESS]))
+            layout[at] = _offset([(t._cdata, SEARCHED_IN_SPARSE, part._cdata) for t, part in places])
+    usual = _sparse(0)  # gradients are not inference tensors: do the same offsets hold for them?
+    get_address = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(int(layout[GET_ADDRESS]))
     for at, part in ((VALUES_AT, usual._values()), (INDICES_AT, usual._indices())):
-        kept, start = usual._cdata + int(how[at]), ctypes.c_int64()
-        keys = ctypes.c_int64.from_address(ctypes.c_int64.from_address(kept).value + int(how[KEYS_AT])).value
-        if keys != how[ON_CPU] or get_address(kept, ctypes.byref(start)) or start.value != part.data_ptr():
+        kept, start = usual._cdata + int(layout[at]), ctypes.c_int64()
+        keys = ctypes.c_int64.from_address(ctypes.c_int64.from_address(kept).value + int(layout[KEYS_AT])).value
+        if keys != layout[ON_CPU] or get_address(kept, ctypes.byref(start)) or start.value != part.data_ptr():
             raise RuntimeError("a sparse tensor keeps other parts than it gives")
-    how[SPARSE] = _keys_of(usual)
+    layout[SPARSE] = _keys_of(usual)
 
 
 def _sparse(first: int) -> torch.Tensor:
@@ -124,7 +124,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _address_of(name: str) -> int:
-    """That of a C function which PyTorch exports for compiled models."""
+    """The address of a C function that PyTorch exports for compiled models."""
     return ctypes.cast(getattr(_library(), f"aoti_torch_{name}"), ctypes.c_void_p).value or 0
 
 
@@ -144,12 +144,12 @@ def _offset(places: list[tuple[int, int, int]], unit: Any = ctypes.c_int64) -> i
     return offsets.pop()
 
 
-def _agrees(how: np.ndarray, tensor: torch.Tensor) -> bool:
-    """Whether compiled code sees of ``tensor`` what Python sees."""
-    plain = type(tensor) in PLAIN_TYPES and _keys_of(tensor) == how[ON_CPU]
-    seen = look_once(tensor, how)
-    if not plain or seen is None:
-        return not plain and seen is None
+def _agrees(layout: np.ndarray, tensor: torch.Tensor) -> bool:
+    """Whether compiled code sees ``tensor`` as Python does."""
+    plain = type(tensor) in PLAIN_TYPES and _keys_of(tensor) == layout[ON_CPU]
+    info = describe_once(tensor, layout)
+    if not plain or info is None:
+        return not plain and info is None
     expected = {
         KIND: 1,
         PLACE: 0,
@@ -161,6 +161,6 @@ def _agrees(how: np.ndarray, tensor: torch.Tensor) -> bool:
         COUNT: tensor.numel(),
     }
     numbers = ctypes.c_int64 * tensor.ndim
-    sizes, strides = (tuple(numbers.from_address(int(seen[what]))) for what in (SIZES, STRIDES))
-    alike = all(seen[what] == value for what, value in expected.items())
+    sizes, strides = (tuple(numbers.from_address(int(info[what]))) for what in (SIZES, STRIDES))
+    alike = all(info[what] == value for what, value in expected.items())
     return alike and sizes == tensor.shape and strides == tensor.stride()

@@ -1,4 +1,4 @@
-"""Unusual tensors seen as plain ones: what an update of theirs is, in terms of memory of real numbers.
+"""Unusual tensors seen as ordinary ones: their updates in terms of memory that holds real numbers.
 
 Complex numbers are updated by their real and imaginary parts, as everywhere in PyTorch. A DTensor is updated by its
 local part. A sparse COO gradient becomes a :class:`~adagrad.RowSparse`, duplicates and all. What is returned shares
@@ -24,14 +24,17 @@ Operands = tuple[Any, Any, Any, Any]
 
 def plain(at: str, weight: Tensor, grad: Tensor | RowSparse, history: Tensor, master: Tensor | None, *,
           row_wise: bool) -> Operands:  # fmt: skip
-    """The operands of an update as the dispatcher takes them; ``at`` stands behind their names in messages.
+    """The operands of an update as the dispatcher takes them; ``at`` follows their names in messages.
 
     Raises
     ------
     TypeError
         For a gradient that is neither strided nor sparse COO, and DTensors mixed with other tensors.
     ValueError
-        For views that cannot be written through, and DTensors or sparse gradients that the rule cannot take in parts.
+        For views that cannot be written through, DTensors or sparse gradients that the rule cannot take in parts, and
+        complex weights with row-wise history.
+    IndexError
+        For indices in several sparse dimensions on the CPU that are outside the weight.
     """
     if any(map(is_dtensor, (weight, grad, history, master))):
         weight, grad, history, master = _local(at, weight, grad, history, master, row_wise=row_wise)
@@ -63,8 +66,7 @@ def _as_real(tensor: Tensor) -> Tensor:
 
 def _rows(at: str, weight: Tensor, grad: Tensor, history: Tensor, master: Tensor | None, *,
           row_wise: bool) -> Operands:  # fmt: skip
-    """A sparse COO gradient by rows. Several sparse dimensions become one, each entry a row; without any there is one.
-    """
+    """A sparse COO gradient by rows: several sparse dimensions become one, each entry a row; without any, one row."""
     indices, values = grad._indices(), grad._values().resolve_conj().resolve_neg()
     count = grad.sparse_dim()
     if count == 1:
@@ -84,10 +86,10 @@ def _rows(at: str, weight: Tensor, grad: Tensor, history: Tensor, master: Tensor
             check_rows(at, indices[d], size)
     row = indices.new_zeros(indices.shape[1])
     is_inside = torch.ones_like(row, dtype=torch.bool)
-    for d, size in enumerate(sizes):  # a number each, no tensor of them: the host does not wait to send it
+    for d, size in enumerate(sizes):  # sizes as numbers, not as a tensor: the host would wait to send that
         row = row * size + indices[d]
         is_inside &= (indices[d] >= 0) & (indices[d] < size)
-    # An entry outside the weight must not become another row: -1 is refused like any row id out of range.
+    # An entry outside the weight must not become another row: -1 is refused as any row id out of range.
     row = torch.where(is_inside, row, -1)
     shape = (math.prod(sizes), *rest)
     flat = RowSparse(values, row, shape)
@@ -97,7 +99,7 @@ def _rows(at: str, weight: Tensor, grad: Tensor, history: Tensor, master: Tensor
 
 
 def mark_changed(tensors: list[Tensor]) -> None:
-    """Tell autograd that what it saved of the tensors is stale: kernels do not say so by themselves."""
+    """Tell autograd that what it saved of the tensors is stale: kernels do not tell it."""
     try:
         increment_version(tensors)
     except TypeError:  # an older PyTorch, which takes them one by one
@@ -109,7 +111,7 @@ def mark_changed(tensors: list[Tensor]) -> None:
 
 
 def _local(at: str, weight: Any, grad: Any, history: Any, master: Any, *, row_wise: bool) -> Operands:
-    """The local parts. A gradient that is placed otherwise, as a sum not yet taken, is redistributed first."""
+    """The local parts. A gradient that is placed differently, such as a pending sum, is redistributed first."""
     for name, tensor in (("grads", grad), ("history in states", history), ("master copy in states", master)):
         if tensor is not None and not (is_dtensor(weight) and is_dtensor(tensor)):
             raise TypeError(f"{name}{at}: must be a DTensor like the weight, or neither of them")

@@ -1,9 +1,9 @@
-"""A list of dense updates that is carried out beside row-sparse ones, by one call of compiled code.
+"""The dense part of a mixed list, carried out with its row-sparse updates by one call of compiled code.
 
-The call gets it as one block of words: how many launches there are (one for each combination of formats), how many
-weights and elements, from how many elements on a launch is worth several threads, and how many spans of memory are
-written to; for each launch the worker, the address of its arguments and its elements; then all starts and all ends of
-spans. Zeros stand for no list.
+The call gets it as one block of words: the number of launches (one for each combination of formats), of weights and of
+elements; from how many elements on a launch is worth several threads; how many spans of memory are written to; for each
+launch the addresses of the worker and of its arguments, and its elements; then the starts and the ends of all spans.
+All zeros stand for no dense part.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 
 from adagrad.kernels import cpu_dense
 from adagrad.kernels.cpu_dense import GIVEN, arguments, kernel
-from adagrad.kernels.numba_jit import jit, place, run, worker_count
-from adagrad.kernels.table import PLACES, formats, table
+from adagrad.kernels.numba_jit import jit, pointer_to, run, worker_count
+from adagrad.kernels.table import PLACES, build_table, formats
 from adagrad.rule import Rule
 
 LAUNCHES, WEIGHTS, ELEMENTS, THRESHOLD, WRITTEN = range(5)
@@ -25,28 +25,28 @@ ABOUT = 5
 
 WORKER, ARGUMENTS, WORK = range(3)
 LAUNCH = 3
-"""Words of a launch."""
+"""Words per launch."""
 
 
-class Beside(NamedTuple):
-    """A list, looked at and checked. Keep its arrays while it is in use."""
+class DensePart(NamedTuple):
+    """A dense part, inspected and checked. The arrays of its list must outlive it."""
 
     words: np.ndarray
     span_count: int
     pointed_at: tuple[np.ndarray, ...]
-    """What the words have the addresses of."""
+    """The arrays whose addresses are in ``words``."""
 
 
-NOTHING = Beside(np.zeros(ABOUT, np.int64), 0, ())
+NOTHING = DensePart(np.zeros(ABOUT, np.int64), 0, ())
 
 
-def dense_beside(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], rates: np.ndarray,
-                 rule: Rule) -> Beside | None:  # fmt: skip
+def dense_part(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], rates: np.ndarray,
+                 rule: Rule) -> DensePart | None:  # fmt: skip
     """The block for a list; None unless all of it is plain and on the CPU.
 
-    ``rates`` has a row for each weight, or one for all. The compiled call compares the spans.
+    ``rates`` has a row for each weight, or one for all. The compiled call checks that the spans are disjoint.
     """
-    found = table(weights, grads, histories, masters, rule.row_wise)
+    found = build_table(weights, grads, histories, masters, rule.row_wise)
     groups, n = found.groups(), len(weights)
     if sum(len(which) for _, which in groups) < n or groups[-1][0] >= PLACES:
         return None
@@ -57,14 +57,14 @@ def dense_beside(weights: list[Any], grads: list[Any], histories: list[Any], mas
         block = arguments(rows, some, rule.scalars, elements)
         launches += [kernel(*formats(code)[1], rule.row_wise), block.ctypes.data, elements]
         pointed_at += [block, rows, some]
-    about = [len(groups), n, found.total, cpu_dense.SMALL, found.written]
+    about = [len(groups), n, found.total, cpu_dense.PARALLEL_MIN, found.written]
     words = np.concatenate([about + launches, found.spans.ravel()])
-    return Beside(words, found.spans.shape[1], tuple(pointed_at))
+    return DensePart(words, found.spans.shape[1], tuple(pointed_at))
 
 
 @jit(helper=True)
 def put_spans(words: Any, spans: Any, first: int, gap: int) -> None:
-    """Put its spans into the columns of ``spans`` from ``first`` on, those of what is read another ``gap`` later."""
+    """Copy its spans to the columns of ``spans`` from ``first`` on, those only read ``gap`` columns further on."""
     begin = ABOUT + LAUNCH * words[LAUNCHES]
     count = (len(words) - begin) // 2
     for j in range(count):
@@ -74,15 +74,15 @@ def put_spans(words: Any, spans: Any, first: int, gap: int) -> None:
 
 @jit(helper=True)
 def is_large(words: Any) -> Any:
-    """Whether a launch with all of it would be worth several threads."""
+    """Whether one launch of all of it would be worth several threads."""
     return words[ELEMENTS] >= words[THRESHOLD] and words[ELEMENTS] > 0
 
 
 @jit(helper=True)
-def carry_out_beside(words: Any, count: int) -> None:
-    """Update the weights, by ``count`` threads where that is more than one and a launch is worth them."""
+def update_dense_part(words: Any, count: int) -> None:
+    """Update the weights, with ``count`` threads (at least one) for launches that are worth them."""
     for j in range(words[LAUNCHES]):
         launch = words[ABOUT + LAUNCH * j :]
         if launch[WORK] > 0:
-            block = numba.carray(place(launch[ARGUMENTS]), GIVEN, np.int64)
+            block = numba.carray(pointer_to(launch[ARGUMENTS]), GIVEN, np.int64)
             run(launch[WORKER], block, worker_count(launch[WORK], words[THRESHOLD], count))

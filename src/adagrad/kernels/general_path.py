@@ -1,7 +1,7 @@
-"""The ordinary way: lists of updates of any kind, looked at, checked as a whole, then carried out.
+"""The general path: lists of updates of any kind are inspected, checked as a whole, then carried out.
 
-Plain arrays, nearly always all of them, go through tables that compiled code fills and checks; the others one by one.
-What the host can know is checked before the first element changes, over all batches of a call.
+Plain arrays, nearly always all of them, go through tables that compiled code fills and checks; others are checked one
+by one. All that the host can know is checked over all batches of a call before the first element changes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from adagrad.arrays import bounds
-from adagrad.kernels import cpu_dense, ordinary, rows, table
+from adagrad.kernels import cpu_dense, general_cpu, rows, table
 from adagrad.kernels.batch import Batch, Job, Prepared
-from adagrad.kernels.checked import Update, Wrapped, is_row_sparse, look_at, operands_of, refuse_shared
-from adagrad.kernels.cpu_rule import hyper
+from adagrad.kernels.cpu_rule import rate_table
 from adagrad.kernels.expressions import by_expression
-from adagrad.kernels.spans import are_disjoint, together
+from adagrad.kernels.spans import are_disjoint, concatenate
+from adagrad.kernels.validate import Update, Wrapped, is_row_sparse, operands_of, refuse_shared, validate
 from adagrad.rule import Rule, is_torch
 
 
@@ -36,25 +36,25 @@ def prepare(
     ----------
     batches : sequence of Batch
     threads : int, optional
-        At most so many threads; by default as many as Numba may use.
+        The most threads to use; by default as many as Numba may use.
     grad_scale, found_inf : Tensor, optional
-        One number each. Every gradient is divided by ``grad_scale`` first (on the CPU: multiplied by its reciprocal,
-        the same for powers of two). Where ``found_inf`` is not 0, nothing changes. For weights that the CUDA kernels
-        do not take, the numbers are waited for.
+        One number each. Every gradient is divided by ``grad_scale`` first (outside the CUDA kernels, ``rescale_grad``
+        is divided instead, which is the same for powers of two). If ``found_inf`` is not 0, nothing changes. Both are
+        waited for unless the CUDA kernels take every weight.
 
     Returns
     -------
     Prepared
-        Carried out, it returns one number on each CUDA device with row ids: not 0 where one of them was outside its
-        weight, and so nothing on that device has changed.
+        Its ``run`` returns one number on each CUDA device with row ids: not 0 if one of them was outside its weight,
+        in which case nothing on that device has changed.
 
     Raises
     ------
     TypeError, ValueError, IndexError
-        Naming the argument, its value and the rule it broke. A row id outside a weight on a CUDA device is raised by a
-        later call instead.
+        Names the argument, its value and the rule it broke. A row id outside a weight on a CUDA device is reported by
+        a later call instead.
     """
-    calls = [_Call(batch) for batch in batches if batch.weights]
+    calls = [_CheckedBatch(batch) for batch in batches if batch.weights]
     _refuse_shared(calls)
     scale = 1.0
     if not all(call.all_on_cuda() for call in calls):
@@ -70,8 +70,8 @@ def prepare(
     return Prepared([*plan.wrapped, *launches, *plan.jobs], [call.batch for call in calls])
 
 
-class _CudaLaunch:
-    """What goes to one CUDA device: by rule, dense updates and row-sparse ones."""
+class _DeviceUpdates:
+    """The updates on one CUDA device: by rule, the dense and the row-sparse ones."""
 
     def __init__(self, device: Any) -> None:
         self.device = device
@@ -87,7 +87,7 @@ class _CudaLaunch:
         return self._groups.setdefault(rule, ([], []))
 
     def _here(self, updates: Any) -> Any:
-        """Updates whose learning rates are numbers, or on the device."""
+        """The updates, with learning rates that are tensors moved to the device."""
         if set(map(type, updates.lrs)) == {float}:
             return updates
         lrs = [lr.to(self.device, non_blocking=True) if is_torch(lr) else lr for lr in updates.lrs]
@@ -97,29 +97,29 @@ class _CudaLaunch:
         scale, found = (t if t is None else t.to(self.device, non_blocking=True) for t in (grad_scale, found_inf))
         cuda = _cuda()
         groups = [
-            cuda.Group(rule, cuda.cuda_dense.together(dense), cuda.cuda_row_lists.together(rows))
+            cuda.Group(rule, cuda.cuda_dense.concatenate(dense), cuda.cuda_row_lists.concatenate(rows))
             for rule, (dense, rows) in self._groups.items()
         ]
         return cuda.update(groups, self.device, grad_scale=scale, found_inf=found)
 
 
 def check(batches: Sequence[Batch]) -> None:
-    """Raise what :func:`prepare` would, but for row ids and learning rates; nothing is compiled or planned."""
-    _refuse_shared([_Call(batch) for batch in batches])
+    """Raise what :func:`prepare` would, except for row ids and learning rates; nothing is compiled or planned."""
+    _refuse_shared([_CheckedBatch(batch) for batch in batches])
 
 
 class _Plan:
-    """What carries out a call, in this order."""
+    """What carries out a call, in the order in which it runs."""
 
     def __init__(self) -> None:
         self.wrapped: list[Job] = []
-        """What a user's class may refuse in a way that no check foresees: first, when nothing else has changed."""
-        self.launches: dict[Any, _CudaLaunch] = {}
+        """What a user's class may refuse in a way that no check foresees: run first, before anything else changes."""
+        self.launches: dict[Any, _DeviceUpdates] = {}
         """By device."""
         self.jobs: list[Job] = []
 
-    def launch_on(self, device: Any) -> _CudaLaunch:
-        return self.launches.setdefault(device, _CudaLaunch(device))
+    def launch_on(self, device: Any) -> _DeviceUpdates:
+        return self.launches.setdefault(device, _DeviceUpdates(device))
 
 
 @functools.cache
@@ -130,9 +130,9 @@ def _cuda() -> Any:
     return cuda
 
 
-class _Call:
-    """A batch, looked at: a table of the plain dense updates; one of the plain row-sparse ones, whose positions are
-    ``sparse``; the others as checked operands, and those of tensors that only PyTorch understands."""
+class _CheckedBatch:
+    """A batch, inspected: ``table``, the plain dense updates; ``rows``, the plain row-sparse ones, at the positions
+    ``sparse``; ``others``, as checked operands; ``wrapped``, those of tensors that only PyTorch understands."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
@@ -144,30 +144,32 @@ class _Call:
         self.wrapped: dict[int, Wrapped] = {}
         rest: Sequence[int] = range(len(batch.weights))
         if all(map(is_row_sparse, batch.grads)):
-            rest = self._look_at_rows([*rest])
+            rest = self._describe_rows([*rest])
         else:
-            found = table.table(batch.weights, batch.grads, batch.histories, batch.masters, batch.rule.row_wise)
+            found = table.build_table(batch.weights, batch.grads, batch.histories, batch.masters, batch.rule.row_wise)
             self.table = found
             self.groups, rest = found.groups(), ()
             if found.common < 0:
                 rest = np.flatnonzero(found.codes < 0).tolist()
                 sparse = [i for i in rest if is_row_sparse(batch.grads[i])]
-                rest = sorted({*rest}.difference(sparse).union(self._look_at_rows(sparse)))
+                rest = sorted({*rest}.difference(sparse).union(self._describe_rows(sparse)))
         for i in rest:
-            self._look_at(i)
+            self._validate(i)
 
-    def _look_at_rows(self, which: list[int]) -> list[int]:
-        """Look at row-sparse updates; those that are not plain."""
+    def _describe_rows(self, which: list[int]) -> list[int]:
+        """Inspect the row-sparse updates ``which``; returns those that are not plain."""
         batch = self.batch
         lists = batch.weights, batch.grads, batch.histories, batch.masters
-        found = rows.rows(*([each[i] for i in which] if each else [] for each in lists), row_wise=batch.rule.row_wise)
+        found = rows.inspect_rows(
+            *([each[i] for i in which] if each else [] for each in lists), row_wise=batch.rule.row_wise
+        )
         plain = [k for k, code in enumerate(found.codes) if code >= 0]
         self.rows, self.sparse = found.some(plain), [which[k] for k in plain]
         return [i for i, code in zip(which, found.codes, strict=True) if code < 0]
 
-    def _look_at(self, i: int) -> None:
-        """Look at an update that is not plain."""
-        found = look_at(self.batch.at(i), *self.batch.arrays(i), self.batch.rule)
+    def _validate(self, i: int) -> None:
+        """Check an update that is not plain."""
+        found = validate(self.batch.at(i), *self.batch.arrays(i), self.batch.rule)
         if isinstance(found, Update):
             self.others[i] = found
         else:
@@ -205,7 +207,7 @@ class _Call:
             if place:
                 on_device.setdefault(place, []).append(k)
             else:
-                rates = hyper(*self.batch.some_rates([self.sparse[k]]), scaled)[0]
+                rates = rate_table(*self.batch.some_rates([self.sparse[k]]), scaled)[0]
                 plan.jobs.append(self.rows.plan(k, self.batch.at(self.sparse[k]), rates, scaled, threads))
         for members in on_device.values():
             device = self.batch.weights[self.sparse[members[0]]].device
@@ -219,13 +221,13 @@ class _Call:
                 _add_to_launch(plan.launch_on(u.weight.array.device), u, *rates, self.batch.rule)
             elif u.weight.device != "cpu":
                 plan.jobs.append(by_expression(at, u, *rates, scaled))
-            elif u.indices is None and ordinary.is_plain(u):
-                dense.setdefault(ordinary.formats(u), []).append(i)
-            elif (job := ordinary.other(at, u, *rates, scaled, threads)) is not None:
+            elif u.indices is None and general_cpu.is_plain(u):
+                dense.setdefault(general_cpu.formats(u), []).append(i)
+            elif (job := general_cpu.other(at, u, *rates, scaled, threads)) is not None:
                 plan.jobs.append(job)
         for which in dense.values():
             updates = [self.others[i] for i in which]
-            plan.jobs.append(ordinary.plain(updates, *self.batch.some_rates(which), scaled, threads))
+            plan.jobs.append(general_cpu.plain(updates, *self.batch.some_rates(which), scaled, threads))
 
     def _dense_on_cuda(self, which: Sequence[int]) -> Any:
         found: Any = self.table
@@ -243,14 +245,14 @@ class _Call:
     def _launch(self, which: Sequence[int], formats: table.Formats, rule: Rule, threads: int | None) -> Job:
         found: Any = self.table
         addresses, _, total = found.part(which)
-        rates = hyper(*self.batch.some_rates(which), rule)
-        cpu_dense.kernel(*formats, rule.row_wise)  # compiled now, when nothing has changed
+        rates = rate_table(*self.batch.some_rates(which), rule)
+        cpu_dense.kernel(*formats, rule.row_wise)  # compiled now, before anything changes
         return functools.partial(
             cpu_dense.launch, addresses, total, rates, rule.scalars, formats, rule.row_wise, threads
         )
 
 
-def _add_to_launch(launch: _CudaLaunch, u: Update, lr: Any, wd: float, rule: Rule) -> None:
+def _add_to_launch(launch: _DeviceUpdates, u: Update, lr: Any, wd: float, rule: Rule) -> None:
     weight, grad, history = u.weight.array, u.grad.array, u.history.array
     master = None if u.master is None else u.master.array
     if u.indices is None:
@@ -261,26 +263,26 @@ def _add_to_launch(launch: _CudaLaunch, u: Update, lr: Any, wd: float, rule: Rul
 
 
 def _is_on_cuda(u: Update) -> bool:
-    """Whether the CUDA kernels take it: all of it contiguous."""
+    """Whether the CUDA kernels take an update: on CUDA, and all of it contiguous."""
     operands = (u.weight, u.grad, u.history, u.master)
     return u.weight.device.startswith("cuda") and all(o is None or o.array.is_contiguous() for o in operands)
 
 
-def _refuse_shared(calls: list[_Call]) -> None:
+def _refuse_shared(calls: list[_CheckedBatch]) -> None:
     """ValueError where what a call writes to shares a byte with anything else in it."""
     if not calls or are_disjoint(*_spans(calls)):
         return
-    # Their bounds are not: perhaps their bytes are, and if not, the message tells which.
+    # Their bounds overlap. Their bytes may still be disjoint; if not, the message tells which overlap.
     found: list[Update] = []
     for call in calls:
         for i in range(len(call.batch.weights)):
-            update = call.others.get(i) or look_at(call.batch.at(i), *call.batch.arrays(i), call.batch.rule)
+            update = call.others.get(i) or validate(call.batch.at(i), *call.batch.arrays(i), call.batch.rule)
             found += [update] if isinstance(update, Update) else []
     refuse_shared(found)
 
 
-def _spans(calls: list[_Call]) -> tuple[np.ndarray, int]:
-    """Where all memory of the calls begins and ends, (2, n), and how many of these spans, the first, are written to."""
+def _spans(calls: list[_CheckedBatch]) -> tuple[np.ndarray, int]:
+    """Starts and ends (2, n) of all memory of the calls, and how many of these spans, the first, are written to."""
     pieces: list[tuple[np.ndarray, int]] = []
     for call in calls:
         if call.table is not None:
@@ -291,4 +293,4 @@ def _spans(calls: list[_Call]) -> tuple[np.ndarray, int]:
             operands = operands_of(u)
             written, read = ([bounds(o.memory) for o in some if o.memory is not None] for some in operands)
             pieces.append((np.array([*written, *read], np.int64).reshape(-1, 2).T, len(written)))
-    return together(pieces)
+    return concatenate(pieces)

@@ -32,12 +32,12 @@ class Wrapped(NamedTuple):
     master: Array | None
 
 
-def look_at(at: str, weight: Array, grad: Any, history: Any, master: Any, rule: Rule) -> Update | Wrapped:
-    """An update of a call, checked; ``at`` stands behind the arguments' names in messages, ``master`` may be None.
+def validate(at: str, weight: Array, grad: Any, history: Any, master: Any, rule: Rule) -> Update | Wrapped:
+    """An update of a call, checked; ``at`` follows the arguments' names in messages, ``master`` may be None.
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, IndexError
         Naming the argument, its value and the rule it broke.
     """
     if is_torch(weight):
@@ -83,7 +83,7 @@ def check_update(at: str, weight: Array, grad: Any, history: Any, master: Any, r
 
 
 def gradient(at: str, grad: Any, w: Operand) -> Operand:
-    """A gradient, or the values of a row-sparse one, checked: TypeError or ValueError if it is none of ``w``'s."""
+    """A gradient, or the values of a row-sparse one, checked: TypeError or ValueError if it does not fit ``w``."""
     g, _ = _gradient(at, grad, w)
     _require_same_place(g, w)
     return g
@@ -125,7 +125,7 @@ def refuse_shared(updates: list[Update]) -> None:
 
 
 def operands_of(u: Update) -> tuple[list[Operand], list[Operand]]:
-    """What is written to, and what is read; their memory is right in its addresses on any device, not to be read."""
+    """What is written to, and what is read; ``memory`` has the right addresses on any device, but is not to be read."""
     written, read = [o for o in (u.weight, u.history, u.master) if o is not None], [u.grad]
     if u.indices is not None:
         memory = host_indices(u.indices) if u.weight.device == "cpu" else None
@@ -168,12 +168,12 @@ def is_row_sparse(grad: Any) -> bool:
 
 
 def seems_row_sparse(grad: Any) -> bool:
-    """The same, quicker, but also true of other objects that say so: compiled code leaves them to the ordinary way."""
+    """The same, faster, but also true of other objects with ``is_sparse``, which are left to the general path."""
     return type(grad) is not np.ndarray and (isinstance(grad, RowSparse) or getattr(grad, "is_sparse", False) is True)
 
 
 def any_row_sparse(grads: Any) -> bool:
-    """Whether any of ``grads`` is row-sparse; quick where all are NumPy arrays."""
+    """Whether any of ``grads`` is row-sparse; fast if all are NumPy arrays."""
     return set(map(type, grads)) != {np.ndarray} and any(map(is_row_sparse, grads))
 
 

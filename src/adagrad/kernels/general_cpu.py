@@ -1,4 +1,4 @@
-"""Updates that compiled code has not found plain, one by one: any strides, byte order, alignment and array class."""
+"""Updates on the CPU that compiled code has not found plain: any strides, byte order, alignment and array class."""
 
 from __future__ import annotations
 
@@ -11,23 +11,12 @@ import numpy as np
 from adagrad.arrays import Operand, row_length
 from adagrad.kernels import cpu_dense, cpu_rows, strided
 from adagrad.kernels.batch import Job
-from adagrad.kernels.checked import Update, host_indices
-from adagrad.kernels.cpu_rule import hyper
+from adagrad.kernels.cpu_rule import rate_table
 from adagrad.kernels.expressions import by_expression
-from adagrad.kernels.row_groups import (
-    ARE_LONG,
-    BASE,
-    ENTRIES,
-    FACTS,
-    HEIGHT,
-    IDS,
-    LENGTH,
-    MOST,
-    ROWS,
-    STRIDE,
-    checked_rows,
-)
+from adagrad.kernels.records import ARE_LONG, BASE, ENTRIES, FACTS, HEIGHT, IDS, LENGTH, ROWS, STRIDE
+from adagrad.kernels.row_groups import MOST, checked_rows
 from adagrad.kernels.table import Formats
+from adagrad.kernels.validate import Update, host_indices
 from adagrad.rule import Rule
 
 
@@ -43,28 +32,28 @@ def is_plain(u: Update) -> bool:
 def plain(
     updates: Sequence[Update], lrs: Sequence[float], wds: Sequence[float], rule: Rule, threads: int | None
 ) -> Job:
-    """What carries out dense updates of the same formats, in one launch."""
+    """The job that carries out dense updates of the same formats, in one launch."""
     table = np.array([cpu_dense.table_row(_memories(u), rule) for u in updates])
     total = sum(math.prod(u.weight.shape) for u in updates)
 
     def run() -> None:
-        rates = hyper(lrs, wds, rule)
+        rates = rate_table(lrs, wds, rule)
         cpu_dense.launch(table, total, rates, rule.scalars, formats(updates[0]), rule.row_wise, threads)
 
     return run
 
 
 def other(at: str, u: Update, lr: Any, wd: float, rule: Rule, threads: int | None) -> Job | None:
-    """What carries out an update on the CPU, if there is anything to do; IndexError for a row id out of range."""
+    """The job that carries out an update, None if there is nothing to do; IndexError for a row id out of range."""
     if u.indices is not None:
         return _rows(at, u, lr, wd, rule, threads)
     if not math.prod(u.weight.shape):
         return None
-    return lambda: strided.update(_memories(u), formats(u), hyper([lr], [wd], rule), rule, threads)
+    return lambda: strided.update(_memories(u), formats(u), rate_table([lr], [wd], rule), rule, threads)
 
 
 def _checked_rows(at: str, u: Update) -> tuple[np.ndarray, np.ndarray]:
-    """The facts of a row-sparse update, which lack where its operands are, and the checked row ids."""
+    """The facts of a row-sparse update, still without its operands' addresses, and a checked copy of its row ids."""
     indices = host_indices(u.indices)
     indices = np.require(np.ascontiguousarray(indices, indices.dtype.newbyteorder("=")), requirements="A")
     facts = np.zeros(FACTS, np.int64)
@@ -83,7 +72,7 @@ def _rows(at: str, u: Update, lr: float, wd: float, rule: Rule, threads: int | N
     def run() -> None:
         memories, rows, present = _memories(u), ids, None
         if not all(m is None or _rows_are_plain(m) for m in memories):
-            # The rows present, gathered into buffers: row r of a buffer is the r-th of them.
+            # The rows present are gathered into buffers: row r of a buffer is the r-th of them.
             present, inverse = np.unique(ids, return_inverse=True)
             rows = inverse.astype(ids.dtype, copy=False)
             memories = [m if m is None or m is u.grad.memory else m[present] for m in memories]
@@ -92,7 +81,7 @@ def _rows(at: str, u: Update, lr: float, wd: float, rule: Rule, threads: int | N
             facts[ROWS] = rows.ctypes.data
         for k, m in enumerate(memories):
             facts[BASE + k], facts[STRIDE + k] = (0, 0) if m is None else (m.ctypes.data, m.strides[0])
-        rates = hyper([lr], [wd], rule)[0]
+        rates = rate_table([lr], [wd], rule)[0]
         cpu_rows.launch(at, facts, rows, formats(u), rule.row_wise, rates, rule.scalars, threads)
         if present is not None:
             for memory, buffer in zip(_memories(u), memories, strict=True):
@@ -111,5 +100,5 @@ def _memory(o: Operand | None) -> np.ndarray | None:
 
 
 def _rows_are_plain(memory: np.ndarray) -> bool:
-    """Whether each row is contiguous, aligned and native; the rows may lie any distance apart."""
+    """Whether each row is contiguous, aligned and native; rows may lie any distance apart."""
     return bool(memory.dtype.isnative) and memory.flags.aligned and memory[:1].flags.c_contiguous

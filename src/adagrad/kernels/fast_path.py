@@ -1,4 +1,4 @@
-"""The quick way for a list of updates: one call of compiled code, if all of it is plain arrays on the CPU."""
+"""The fast path for a list of updates: one call of compiled code, if all its arrays are plain and on the CPU."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from adagrad.kernels import dense_lists, row_lists, table
 from adagrad.kernels.batch import some
-from adagrad.kernels.checked import is_row_sparse, seems_row_sparse
-from adagrad.kernels.cpu_rule import hyper
-from adagrad.kernels.dense_beside import dense_beside
+from adagrad.kernels.cpu_rule import rate_table
+from adagrad.kernels.mixed_lists import dense_part
+from adagrad.kernels.validate import is_row_sparse, seems_row_sparse
 from adagrad.rule import Rule
 
 
@@ -17,8 +17,8 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
                  lrs: Any, wds: Any, rule: Rule, threads: int | None) -> bool:  # fmt: skip
     """Check and update a list, if all of it is plain and on the CPU.
 
-    ``steps``, counts of the weights' updates, go up by 1 with them: tensors of one number, or an empty list. False if
-    all is left as it was, to :func:`adagrad.kernels.call.prepare`.
+    ``steps`` are the weights' update counts, tensors of one number, which are advanced by 1; or an empty list. False
+    if nothing has changed and the list is left to :func:`adagrad.kernels.general_path.prepare`.
 
     Raises
     ------
@@ -32,14 +32,15 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
         if is_sparse:
             done = row_lists.update(weights, grads, histories, masters, steps, lrs, wds, rule, threads)
         else:
-            done = dense_lists.update(weights, grads, histories, masters, steps, hyper(lrs, wds, rule), rule, threads)
+            rates = rate_table(lrs, wds, rule)
+            done = dense_lists.update(weights, grads, histories, masters, steps, rates, rule, threads)
         if done or n < 3:
             return done
     return _update_mixed(weights, grads, histories, masters, steps, lrs, wds, rule, threads)
 
 
 def _are_plain(lrs: Sequence[Any], wds: Sequence[Any], n: int) -> bool:
-    """Whether there is a rate for each weight, or one for all, and no lr is a tensor, which may be on a device."""
+    """Whether there is a rate for each weight, or one for all, and each lr is a float: a tensor may be on a device."""
     if len(lrs) == len(wds) == 1:
         return type(lrs[0]) is float
     return len(lrs) in (1, n) and len(wds) in (1, n) and set(map(type, lrs)) == {float}
@@ -57,7 +58,7 @@ def _update_mixed(weights: list[Any], grads: list[Any], histories: list[Any], ma
         return False
     lists = weights, grads, histories, masters, lrs, wds
     w, g, h, m, lr, wd = (some(values, dense) for values in lists)
-    beside = dense_beside(w, g, h, m, hyper(lr, wd, rule), rule)
+    beside = dense_part(w, g, h, m, rate_table(lr, wd, rule), rule)
     if beside is None:
         return False
     w, g, h, m, lr, wd = (some(values, sparse) for values in lists)
