@@ -741,8 +741,8 @@ def test_an_interrupt_is_counted_if_it_is_noticed_after_the_kernels(
     place, name = {
         "dense": (dense_lists, "_update"),
         "rows": (row_lists, "_update"),
-        "strided": (cpu_dense, "run") if late else (general_path, "look_at"),
-        "expression": (rule, "step") if late else (expressions, "look_at"),
+        "strided": (cpu_dense, "run") if late else (general_path, "validate"),
+        "expression": (rule, "step") if late else (expressions, "validate"),
     }[way]
     real = getattr(place, name)
     updater = get_updater(AdaGrad(0.5, epsilon=0.0, use_fused_step=way != "expression"))
