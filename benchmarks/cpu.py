@@ -1,6 +1,6 @@
 """Time this and other libraries on the CPU in one run, and write CSV, a table and plots.
 
-    python benchmarks/cpu.py [--quick] [--rounds N] [--only TEXT] [--out FOLDER]
+    python benchmarks/cpu.py [--quick] [--rounds N] [--only TEXT] [--threads N] [--out FOLDER]
 
 Each round takes the cases, and the contenders of a case, in a new random order: a fixed order gave ratios that were
 wrong by a factor of 1.5. A contender makes a few calls in a row, each timed; the figures are percentiles over all
@@ -26,6 +26,8 @@ from tqdm import tqdm
 
 from cases import CASES, SEED, Case, Dense, Rows
 from contenders import Data, contenders, versions
+
+RESULTS = Path(__file__).parent / "results"
 
 BLOCK_SECONDS = 0.08
 """Duration of a contender's calls in one round."""
@@ -107,12 +109,19 @@ def _processor() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="no 1 x 64M, no scaling")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="how often to time each case (default: %(default)s)")
     parser.add_argument("--only", default="", help="only cases whose name contains this text")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    cores = os.cpu_count() or 1
+    parser.add_argument("--threads", type=int, default=cores, help="of every library (default: all, %(default)s here)")
+    where = "folder to write to (default: benchmarks/results, and partial in it with --quick or --only)"
+    parser.add_argument("--out", type=Path, help=where)
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    cases = [case for case in CASES if arguments.only in case.name and not (arguments.quick and "64M" in case.name)]
+    if not cases:
+        parser.error(f"--only {arguments.only!r}: must be part of one of: {'; '.join(case.name for case in CASES)}")
+    partial = arguments.quick or bool(arguments.only)
+    out = arguments.out or (RESULTS / "partial" if partial else RESULTS)
+    out.mkdir(parents=True, exist_ok=True)
 
     import numba
 
@@ -124,14 +133,13 @@ def main() -> None:
     except ImportError:
         pass
 
-    cases = [case for case in CASES if arguments.only in case.name and not (arguments.quick and "64M" in case.name)]
     samples, notes = measure(cases, arguments.rounds, arguments.threads)
-    rows = write_csv(arguments.out / "cpu.csv", samples, arguments.threads)
+    rows = write_csv(out / "cpu.csv", samples, arguments.threads)
     from report import plot_ratios, plot_scaling, table
 
-    (arguments.out / "cpu.md").write_text(table(rows, notes))
-    plot_ratios(arguments.out / "cpu.png", rows)
-    if not arguments.quick and not arguments.only:
+    (out / "cpu.md").write_text(table(rows, notes))
+    plot_ratios(out / "cpu.png", rows)
+    if not partial:
         by_height = [Rows(f"height {2**e}", 2**e, 16, 4096, "uniform", True) for e in range(14, 25, 2)]
         by_lookups = [Rows(f"lookups {10**e}", 1 << 20, 64, 10**e, "uniform", False) for e in range(2, 7)]
         by_size = [Dense(f"size {10**e}", ((10**e,),)) for e in range(3, 9)]
@@ -139,9 +147,9 @@ def main() -> None:
         scaling, _ = measure(
             [*by_height, *by_lookups, *by_size], max(arguments.rounds // 2, 1), arguments.threads, named
         )
-        scaled = write_csv(arguments.out / "scaling.csv", scaling, arguments.threads)
-        plot_scaling(arguments.out / "scaling.png", scaled)
-    print((arguments.out / "cpu.md").read_text())
+        scaled = write_csv(out / "scaling.csv", scaling, arguments.threads)
+        plot_scaling(out / "scaling.png", scaled)
+    print((out / "cpu.md").read_text())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train a recommender with torch.optim.Adagrad and with adagrad.torch.Adagrad: the same model, one import changed.
 
-    python examples/torch_recommender.py
+    python examples/torch_recommender.py        # takes about a minute on two cores
 
 The model is a small DLRM (Naumov et al., 2019): a table of vectors for each of 8 categorical features, a network for
 the numerical features, the inner products of all these vectors, and a network on top that predicts the odds of a click.
@@ -114,7 +114,7 @@ def train(rows: int, steps: int, rate: float, seed: int) -> tuple[dict[str, Run]
     }
     best, guess = [], []
     shuffle = random.Random(seed)
-    with tqdm(range(steps), unit="step", desc="training both") as bar:
+    with tqdm(range(steps), unit="step", desc="training both", disable=None) as bar:
         for step in bar:
             numbers, categories, odds, clicks = truth.draw(BATCH)
             best.append(log_loss(odds, clicks).item())
@@ -165,14 +165,15 @@ def draw(runs: dict[str, Run], best: list[float], guess: list[float], path: Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=int, default=50_000, help="categories of each of the 8 features")
-    parser.add_argument("--steps", type=int, default=600, help="batches to train on")
-    parser.add_argument("--rate", type=float, default=0.05, help="learning rate")
-    parser.add_argument(
-        "--threads", type=int, default=1, help="1 varies least on a computer that is also used otherwise"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--picture", type=Path, default=Path("torch_recommender.png"), help="where to draw")
+    features = "categories of each of the 8 features (default: %(default)s)"
+    parser.add_argument("--rows", type=int, default=50_000, help=features)
+    parser.add_argument("--steps", type=int, default=600, help="batches to train on (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=0.05, help="learning rate (default: %(default)s)")
+    threads = "the default, %(default)s, varies least on a computer that is also used otherwise"
+    parser.add_argument("--threads", type=int, default=1, help=threads)
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    picture = Path("torch_recommender.png")
+    parser.add_argument("--picture", type=Path, default=picture, help="where to draw (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.steps <= WARM_UP:
         parser.error(f"--steps {arguments.steps}: must be more than {WARM_UP}, the steps that are not timed")

@@ -96,7 +96,7 @@ def train(
 
     # The initial history is 1, as in the authors' program: the first steps are proportional to the gradients, not
     # lr * sign. Weight decay keeps rare words from overfitting; it applies to the rows of the batch only: cheap.
-    optimizer = adagrad.AdaGrad(learning_rate=0.2, wd=0.03, initial_accumulator_value=1.0, aggregate_num=np.inf)
+    optimizer = adagrad.AdaGrad(learning_rate=0.2, wd=0.03, initial_accumulator_value=1.0)
     optimizer.set_wd_mult({2: 0.0, 3: 0.0})  # no decay for the biases b and d
     updater = adagrad.get_updater(optimizer)
 
@@ -104,7 +104,7 @@ def train(
     weight = np.minimum(1.0, (pairs.count / X_MAX) ** 0.75).astype(np.float32)
     starts = range(0, len(target), BATCH)
     losses: list[float] = []
-    with tqdm(total=epochs * len(starts), unit="batch", desc="training") as bar:
+    with tqdm(total=epochs * len(starts), unit="batch", desc="training", disable=None) as bar:
         for _ in range(epochs):
             total = 0.0
             order = rng.permutation(len(target))

@@ -87,6 +87,30 @@ def test_row_ids_are_as_named(modules: Any) -> None:
         assert math.isclose(case.columns * case.rows, 2**26, rel_tol=0.7)
 
 
+def test_a_partial_run_keeps_the_complete_results(
+    modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numba
+    import torch
+
+    import cpu
+
+    def measure(cases: list[Any], *_: Any) -> Any:
+        return {(case.name, peer): [1.0] for case in cases for peer in ("adagrad", "limit")}, set()
+
+    monkeypatch.setattr(cpu, "RESULTS", tmp_path)
+    monkeypatch.setattr(cpu, "measure", measure)
+    for module in (numba, torch):
+        monkeypatch.setattr(module, "set_num_threads", lambda count: None)
+    for partial in (["--only", "1K"], ["--quick"]):
+        monkeypatch.setattr(sys, "argv", ["cpu.py", *partial])
+        cpu.main()
+        assert [path.name for path in tmp_path.iterdir()] == ["partial"]
+    monkeypatch.setattr(sys, "argv", ["cpu.py", "--only", "nothing of the kind"])
+    with pytest.raises(SystemExit):
+        cpu.main()
+
+
 class Event:
     """In place of CUDA's."""
 

@@ -455,7 +455,7 @@ def test_leaves_have_the_order_of_jax() -> None:
             (ScaleByRssState(f32(1)), ScaleByScheduleState(7)),
             {},
             r"count=7: optax continues its schedule from there, and so must the optimizer: pass learning_rate=None, "
-            r"begin_num_update=7, lr_scheduler=lambda t: schedule\(t - 1\), since optax counts from 0",
+            r"begin_num_update=7, lr_scheduler=lambda t: float\(schedule\(t - 1\)\), since optax counts from 0",
         ),
         (
             (ScaleByRssState(f32(1)), ScaleByScheduleState(7)),

@@ -477,7 +477,7 @@ def test_of_gradients_of_both_kinds_all_or_none_are_used() -> None:
         assert_same(o, w, f"weight {i}")
 
 
-def test_several_weights_and_dense_ones_in_one_general_path() -> None:
+def test_several_weights_and_dense_ones_in_one_call() -> None:
     rng = np.random.default_rng(14)
     given = [
         rows(rng, FLOAT32, (9, 4), some(rng, 30, 9)),

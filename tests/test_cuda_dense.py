@@ -176,7 +176,7 @@ def test_more_tensors_than_are_searched_at_once() -> None:
     check_update([make((1 + i % 3,), "float32", i, lr=1.0 + i) for i in range(260)], Rule())
 
 
-def test_mixed_dtypes_in_one_general_path() -> None:
+def test_mixed_dtypes_in_one_call() -> None:
     updates = [make((20,), dtype, i) for i, dtype in enumerate([*DTYPES, *DTYPES])]
     updates.append(make((20,), "bfloat16", 9, master=True))
     check_update(updates, Rule())

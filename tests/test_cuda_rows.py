@@ -209,7 +209,7 @@ def test_sums_begin_with_the_first_value() -> None:
     assert not torch.signbit(u.weight).any()
 
 
-def test_several_updates_with_dense_ones_in_one_general_path() -> None:
+def test_several_updates_with_dense_ones_in_one_call() -> None:
     rows = [make_rows(zipf(50, 9, i), (9, 2 + i), dtype, i, lr=0.1 + i) for i, dtype in enumerate(DTYPES)]
     rows.insert(2, make_rows([], (4, 3)))
     twins = [u._replace(weight=u.weight.clone(), history=u.history.clone()) for u in rows]

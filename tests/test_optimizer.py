@@ -1105,3 +1105,64 @@ def test_row_ids_of_a_class_that_refuses_to_be_compared() -> None:
         optimizer.update(0, weight, rows, optimizer.create_state(0, weight))
         results.append(weight)
     assert_same_bits(*results)
+
+
+def test_a_count_that_a_subclass_keeps_in_its_own_way() -> None:
+    class Together(AdaGrad):
+        """One count for all, as where several weights are one to the schedule."""
+
+        def _update_count(self, index: Any) -> None:
+            self.num_update += 1
+
+    optimizer, weight = Together(0.5), np.ones(1)
+    for n in (1, 2):
+        optimizer.update(0, weight, np.ones(1), np.zeros(1))
+        assert (optimizer.num_update, optimizer._index_update_count) == (n, {})
+
+
+def test_copies_keep_slots() -> None:
+    optimizer = Slotted(0.5)
+    optimizer.extra = 5
+    for other in (copy.copy(optimizer), copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert (other.extra, other.learning_rate, other.param_dict) == (5, 0.5, {})
+
+
+class Slotted(AdaGrad):
+    __slots__ = ("extra",)
+
+    extra: int
+
+
+def test_several_sparse_dimensions_where_a_subclass_steps() -> None:
+    weight = torch.ones(3, 2, dtype=torch.bfloat16)
+    grad = torch.sparse_coo_tensor(torch.tensor([[0, 1], [1, 1]]), torch.ones(2, dtype=weight.dtype), (3, 2),
+                                   check_invariants=True)  # fmt: skip
+    results = []
+    for kind in (AdaGrad, OwnStep):
+        optimizer, w = kind(0.5, multi_precision=True), weight.clone()
+        optimizer.update_multi_precision(0, w, grad, optimizer.create_state_multi_precision(0, w))
+        results.append(w)
+    assert_same_bits(*results)
+    with pytest.raises(ValueError, match=r"grads\[0\]: shape \(3, 2\): must be \(2, 3\)"):
+        optimizer.update_multi_precision(0, w.t(), grad, optimizer.create_state_multi_precision(0, w.t()))
+
+
+@pytest.mark.parametrize(("name", "here"), [("eps", "epsilon"), ("lr", "learning_rate"), ("weight_decay", "wd")])
+def test_names_of_other_frameworks(name: str, here: str) -> None:
+    with pytest.raises(TypeError, match=rf"AdaGrad\(\) got an unexpected keyword argument '{name}': here it is {here}"):
+        AdaGrad(**{name: 0.1})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"GroupAdaGrad\(\) got an unexpected keyword argument 'nesterov'$"):
+        GroupAdaGrad(nesterov=True)  # type: ignore[call-arg]
+
+
+def test_repr() -> None:
+    optimizer = AdaGrad(0.5, wd=0.25)
+    optimizer.update(0, np.ones(1), np.ones(1), np.zeros(1))
+    assert repr(optimizer) == (
+        "AdaGrad(learning_rate=0.5, rescale_grad=1.0, wd=0.25, clip_gradient=None, begin_num_update=0, "
+        "multi_precision=False, epsilon=1e-06, initial_accumulator_value=0.0, epsilon_inside=False, "
+        "decoupled_decay=False, num_update=1)"
+    )
+    assert repr(GroupAdaGrad(None, lr_scheduler=FactorScheduler(3))).startswith(
+        "GroupAdaGrad(lr_scheduler=FactorScheduler(step=3, factor=1.0,"
+    )

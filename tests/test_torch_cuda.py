@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adagrad import AdaGrad, RowSparse, torch_step
@@ -186,7 +187,9 @@ def test_counts_on_the_device_advance_together(fused: bool | None) -> None:
     found_inf = torch.zeros(1)
     for p in params:
         p.grad = torch.ones(3)
-    part = torch_step.Part(optimizer.defaults, optimizer.param_groups[0], [optimizer.state[p] for p in params], {})
+    for p in params[::2]:
+        optimizer.state[p]["step"] = optimizer.state[p]["step"].long()  # as loaded from a file that had them so
+    part = torch_step.Part(optimizer.defaults, optimizer.param_groups[0], [optimizer.state[p] for p in params], 0, {})
     with Operators() as seen:
         part.advance(found_inf.reshape(()), [])
     assert max(seen.counts.values()) < 10
@@ -200,6 +203,11 @@ def test_learning_rates_are_divided_once_wherever_counts_are() -> None:
         for counts in ([*range(300)], [torch.tensor(float(n), dtype=torch.float64) for n in range(300)]):
             rates = torch_step._decayed(lr, decay, counts)
             assert [float(rate) for rate in rates] == [lr / (1 + n * decay) for n in range(300)]
+        with FakeTensorMode(allow_non_fake_inputs=True):  # as if there were two devices
+            counts = [torch.empty((), device=f"cuda:{k}", dtype=torch.float64) for k in (0, 1, 0)]
+            for given in (lr, torch.tensor(lr, device="cpu")):
+                rates = torch_step._decayed(given, decay, counts)
+                assert [rate.device.index for rate in rates] == [0, 1, 0]
         mixed = torch_step._decayed(torch.tensor(lr, dtype=torch.float64), decay, [3.0, torch.tensor(4.0).double()])
         assert [float(rate) for rate in mixed] == [lr / (1 + n * decay) for n in (3, 4)]
 

@@ -674,3 +674,26 @@ def test_a_differentiable_step_of_a_leaf_is_refused() -> None:
     with pytest.raises(RuntimeError, match="leaf"):
         optimizer.step()
     assert all((p == 1).all() for p in params)
+
+
+def test_messages_count_the_parameters_of_all_groups() -> None:
+    params = [nn.Parameter(torch.ones(4, 2)) for _ in range(6)]
+    groups = [{"params": params[:2]}, {"params": params[2:4], "row_wise": True}, {"params": params[4:], "lr": 0.5}]
+    for bad in (1, 3, 5):
+        for spoil, error, message in (
+            (lambda p, o: rows_outside(p, o, 9), IndexError, rf"indices of grads\[{bad}\]: indices\[1\]=9"),
+            (lambda p, o: o.state[p].update(sum=torch.zeros(3)), ValueError, rf"history in states\[{bad}\]: shape"),
+        ):
+            optimizer = Adagrad([dict(group) for group in groups])
+            for p in params:
+                p.grad = None
+            params[4].grad = torch.ones(4, 2)
+            params[bad].grad = torch.ones(4, 2)
+            spoil(params[bad], optimizer)
+            with pytest.raises(error, match=message):
+                optimizer.step()
+
+
+def test_a_group_has_no_dialect_of_its_own() -> None:
+    with pytest.raises(ValueError, match="dialect='keras' of a parameter group: must be passed to the optimizer"):
+        Adagrad([{"params": [nn.Parameter(torch.ones(2))], "dialect": "keras"}])

@@ -815,3 +815,34 @@ def test_states_of_another_dtype_are_refused_where_the_index_is_known() -> None:
     tensors = get_updater(AdaGrad())
     tensors(0, torch.ones(3), torch.ones(3))
     tensors.set_states(narrow.get_states())  # of another library, but of the same kind
+
+
+def test_a_long_training_can_be_saved() -> None:
+    for schedule in (FactorScheduler(1), FactorScheduler(1, 0.5), FactorScheduler(10, 0.999, base_lr=0.1)):
+        updater = get_updater(AdaGrad(None, lr_scheduler=schedule, begin_num_update=10**8))
+        updater(0, np.ones(1), np.ones(1))
+        again = get_updater(AdaGrad())
+        again.set_states(updater.get_states(dump_optimizer=True))
+        assert again.optimizer.learning_rate == updater.optimizer.learning_rate
+
+
+def test_states_of_a_users_own_kind_are_left_to_its_step() -> None:
+    class Own(AdaGrad):
+        """Its states are arrays, too, of another shape."""
+
+        def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+            for weight, grad, state in zip(weights, grads, states, strict=True):
+                state += 1
+                weight -= grad
+
+        def create_state(self, index: Any, weight: Any) -> Any:
+            return np.zeros(7)
+
+    updater, weights = get_updater(Own()), [np.ones(2), np.ones(2)]
+    updater([0, 1], [np.ones(2)] * 2, weights)
+    assert all((weight == 0).all() for weight in weights)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"No such folder.*nowhere'$"):
+        get_updater(AdaGrad()).save_states(tmp_path / "nowhere" / "states")

@@ -22,6 +22,17 @@ elif TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+_OTHER_NAMES = {
+    "lr": "learning_rate",
+    "eps": "epsilon",
+    "float_stable_eps": "epsilon",
+    "weight_decay": "wd",
+    "clip_value": "clip_gradient",
+    "clipvalue": "clip_gradient",
+}
+"""What other frameworks call the arguments."""
+
+
 @register
 class AdaGrad(Optimizer):
     r"""AdaGrad: one step size per element, which shrinks as its squared gradients accumulate.
@@ -103,6 +114,10 @@ class AdaGrad(Optimizer):
         # Checked before the base class overwrites the base_lr of a scheduler.
         self.epsilon = checks.non_negative("epsilon", epsilon)
         self.initial_accumulator_value = checks.non_negative("initial_accumulator_value", initial_accumulator_value)
+        for name in kwargs.keys() - Options.__annotations__.keys():
+            other = _OTHER_NAMES.get(name)
+            hint = f": here it is {other}" if other else ""
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}{hint}")
         super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
         self._rule_given: tuple[Any, ...] = ()
 
@@ -208,9 +223,16 @@ class AdaGrad(Optimizer):
         kernels.prepare(weights, grads, states, lrs, wds, self.rule(), fused=fused, places=which)
 
     def _is_known(self, weight: Any, state: Any) -> bool:
+        """Whether a state looks like ours for this weight."""
+        w = operand("weight", weight)
         if isinstance(state, (tuple, list)):
-            return self.multi_precision and operand("weight", weight).format in LOW_PRECISION
-        return isinstance(state, np.ndarray) or is_torch(state)
+            if not (self.multi_precision and w.format in LOW_PRECISION and len(state) == 2):
+                return False
+            state = state[1]
+        if not (isinstance(state, np.ndarray) or is_torch(state)) or (self.row_wise and not w.shape):
+            return False
+        is_history = tuple(state.shape) == history_shape(w.shape, row_wise=self.row_wise)
+        return is_history and getattr(state.dtype, "name", str(state.dtype)).endswith(computing_format(w.format))
 
     def rule(self) -> Rule:
         """Return the rule's current options and scalars, checked, since attributes may have been set."""

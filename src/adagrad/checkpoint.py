@@ -19,6 +19,7 @@ two more copies of the data, and drop the metadata when reading from bytes.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import io
 import json
@@ -321,6 +322,8 @@ def save(path: str | os.PathLike[str], data: bytes) -> None:
         raise ValueError(f"path={os.fsdecode(path)!r}: must be a regular file")
     folder = os.path.dirname(target)
     temporary = os.path.join(folder, f".adagrad-{secrets.token_hex(8)}.tmp")
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(errno.ENOENT, "No such folder", folder)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     descriptor = os.open(temporary, flags, 0o666 if mode is None else stat.S_IMODE(mode))
     try:

@@ -14,7 +14,7 @@ from adagrad import checks
 
 
 class LRScheduler:
-    """Base class: a warm-up, then :meth:`after_warmup`, which the subclass defines.
+    """Abstract base class: a warm-up, then :meth:`after_warmup`, which the subclass defines.
 
     A subclass may also override ``__call__`` alone, as in MXNet.
 
@@ -99,7 +99,7 @@ class FactorScheduler(LRScheduler):
     factor : float, default 1
         In (0, 1].
     stop_factor_lr : float, default 1e-8
-        The learning rate does not fall below this.
+        Decays stop here; a ``base_lr`` below it is raised to it at the first decay.
     base_lr, warmup_steps, warmup_begin_lr, warmup_mode
         See :class:`LRScheduler`.
 
@@ -123,7 +123,8 @@ class FactorScheduler(LRScheduler):
         self.step = checks.at_least_one("step", step)
         self.factor = _factor(factor)
         self.stop_factor_lr = checks.non_negative("stop_factor_lr", stop_factor_lr)
-        self._last: tuple[Any, float, float] = (None, 0, 0.0)
+
+    _last: tuple[Any, float, float] = (None, 0, 0.0)
 
     def after_warmup(self, num_update: int) -> float:
         # Repeated multiplication, not a power, to round as MXNet does; it continues from the last result if possible.
@@ -307,8 +308,13 @@ MOST_DECAYS = 10**7
 
 
 def require_reachable(schedule: Any, num_update: int) -> None:
-    """Raise ValueError if the schedule would need more than MOST_DECAYS multiplications to reach ``num_update``."""
-    if isinstance(schedule, FactorScheduler) and num_update // schedule.step > MOST_DECAYS:
+    """ValueError for a schedule that needs more than MOST_DECAYS multiplications to get to ``num_update``."""
+    if not isinstance(schedule, FactorScheduler) or schedule.factor == 1 or schedule.base_lr == 0:
+        return
+    decays = num_update / schedule.step
+    if schedule.stop_factor_lr > 0:  # where it stops
+        decays = min(decays, math.log(schedule.stop_factor_lr / schedule.base_lr) / math.log(schedule.factor))
+    if decays > MOST_DECAYS:
         raise ValueError(f"num_update={num_update}: must be <= {MOST_DECAYS} steps of its FactorScheduler")
 
 

@@ -77,8 +77,12 @@ class Record:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.is_known = "." not in name
         self.attributes: dict[int | str, Any] | None = None
+
+
+def is_unknown(value: Any) -> bool:
+    """Whether it is an object of an unknown class, or that class or function itself; all are inert."""
+    return isinstance(value, (Record, _Global)) and "." in kind(value)
 
 
 class _Dtype:

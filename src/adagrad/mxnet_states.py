@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from adagrad.checkpoint import State
-from adagrad.mxnet_pickle import OPTIMIZERS, SCHEDULERS, Array, Machine, Record, kind, refusal
+from adagrad.mxnet_pickle import OPTIMIZERS, SCHEDULERS, Array, Machine, Record, is_unknown, kind, refusal
 
 _Number = TypeVar("_Number", int, float)
 
@@ -79,8 +79,8 @@ def decode(data: bytes) -> tuple[dict[int | str, State], MXNetOptimizer | None]:
         optimizer = None
         if isinstance(found, tuple) and len(found) == 2:
             found, record = found
-            if isinstance(record, Record) and not record.is_known:
-                raise refusal(record.name)
+            if is_unknown(record):
+                raise refusal(kind(record))
             if not isinstance(record, Record) or record.name not in OPTIMIZERS.values():
                 raise ValueError("what follows the states is not an optimizer")
             optimizer = _optimizer(_Attributes(record))
@@ -157,7 +157,9 @@ class _Attributes:
 
 def _optimizer(found: _Attributes) -> MXNetOptimizer:
     num_update, lr = found.count("num_update"), found.real_or_none("lr")
-    schedule = found.get("lr_scheduler", Record, type(None))
+    schedule = found.values.get("lr_scheduler")
+    if not is_unknown(schedule):
+        schedule = found.get("lr_scheduler", Record, type(None))
     if lr is None and schedule is None:
         raise ValueError(f"{found.name} has neither lr nor lr_scheduler")
     aggregate = found.values.get("aggregate_num")
@@ -181,17 +183,17 @@ def _optimizer(found: _Attributes) -> MXNetOptimizer:
         multi_precision=bool(found.get("multi_precision", bool, int)),
         aggregate_num=math.inf if aggregate == math.inf else 1 if first else found.count("aggregate_num"),
         use_fused_step=first or bool(found.get("use_fused_step", bool, int)),
-        scheduler=None if schedule is None else _scheduler(schedule, lr, num_update),
+        scheduler=_scheduler(schedule, lr, num_update),
         epsilon_inside=first,
         decoupled_decay=first,
     )
 
 
-def _scheduler(record: Record, lr: float | None, num_update: int) -> tuple[str, dict[str, Any]] | str:
+def _scheduler(schedule: Any, lr: float | None, num_update: int) -> tuple[str, dict[str, Any]] | str | None:
     """Return the schedule from its start. MXNet's decays in place: the file must agree with its current position."""
-    if not record.is_known:
-        return "custom"
-    found = _Attributes(record)
+    if schedule is None or is_unknown(schedule):
+        return None if schedule is None else "custom"
+    found = _Attributes(schedule)
     if found.name not in SCHEDULERS.values():
         raise ValueError(f"{found.name} cannot be a scheduler")
     now, warm = found.real("base_lr"), found.real("warmup_final_lr")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -209,6 +210,11 @@ class Optimizer(Rates):
     def check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """Raise the errors that an update with these lists would raise; for callers that split a list into updates."""
 
+    def __repr__(self) -> str:
+        rate = {"learning_rate": self.lr} if self.lr_scheduler is None else {"lr_scheduler": self.lr_scheduler}
+        shown = {**rate, **{name: getattr(self, name) for name in self._saved()}, "num_update": self.num_update}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
     def config(self) -> dict[str, Any]:
@@ -262,6 +268,7 @@ class Optimizer(Rates):
             raise ValueError(f"optimizer {config.get('class')!r}: must be {type(self).__name__!r}, like the one here")
         try:
             new = self._checked(config)
+            lr_scheduler.require_reachable(new.get("lr_scheduler"), new["num_update"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"optimizer {type(self).__name__}: its saved hyper-parameters: {error!r}") from error
         here = self.lr_scheduler
@@ -294,12 +301,14 @@ class Optimizer(Rates):
         schedule = config["lr_scheduler"]
         if schedule != "custom":
             new["lr_scheduler"] = None if schedule is None else lr_scheduler.from_config(*schedule)
-            lr_scheduler.require_reachable(new["lr_scheduler"], new["num_update"])
         return new
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Any:
         # As in MXNet: param_dict holds the model's parameters, so a copy or unpickled object must be given its own.
-        return {**vars(self), "param_dict": {}}
+        state = {**vars(self), "param_dict": {}}
+        names: list[str] = copyreg._slotnames(type(self))  # type: ignore[attr-defined]
+        slots = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return (state, slots) if slots else state
 
 
 def kind_of(state: Any) -> str:

@@ -202,7 +202,9 @@ class Rates:
                 self._update_count(index)
                 lrs.append(checks.non_negative(f"lr of index {index!r}", self._get_lr(index)))
                 wds.append(checks.non_negative(f"wd of index {index!r}", self._get_wd(index)))
-            return lrs, wds, {index: counts[index] for index in indices}
+            new = _Counts({index: counts[index] for index in indices if index in counts})
+            new.reached = self.num_update
+            return lrs, wds, new
         finally:
             self._set_counts(before, reached)
 
@@ -217,7 +219,10 @@ class Rates:
 
     def _count(self, new: Mapping[Index, int]) -> None:
         """Store the counts that :meth:`_resolve` returned."""
-        if new:
+        if isinstance(new, _Counts):
+            self._index_update_count.update(new)
+            self.num_update = new.reached
+        elif new:
             self._index_update_count.update(new)
             self.num_update = max(self.num_update, *new.values())
 
@@ -241,6 +246,12 @@ class Rates:
             raise
         finally:
             self._resolved = {}
+
+
+class _Counts(dict[Index, int]):
+    """New counts that a subclass may have had its own way with, and the ``num_update`` that it reached."""
+
+    reached = 0
 
 
 _overridable = operator.attrgetter("learning_rate", "_get_lr", "_get_lrs", "_get_wd", "_get_wds", "_update_count")

@@ -165,7 +165,7 @@ class Adagrad(Optimizer):
             "decoupled_decay": decoupled_decay,
         }
         check_options(defaults)
-        self._versions: dict[int, Any] = {}  # see torch_step.Part.keep_masters
+        self._left: dict[int, Any] = {}  # see torch_step.Part
         super().__init__(params, defaults)
 
     @property
@@ -192,6 +192,9 @@ class Adagrad(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with its own options, and create their state."""
         if isinstance(param_group, dict):
+            if "dialect" in param_group:
+                why = "must be passed to the optimizer; a group can set its options, such as eps and epsilon_inside"
+                raise ValueError(f"dialect={param_group['dialect']!r} of a parameter group: {why}")
             check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -244,9 +247,10 @@ class Adagrad(Optimizer):
         Raises
         ------
         TypeError, ValueError, IndexError
-            If a parameter cannot be updated; nothing is changed. (If a tensor subclass itself raises, earlier
-            parameters of such classes may have changed.) On CUDA a row id outside its parameter makes the step a no-op,
-            and a later step, or :func:`check_row_ids`, raises.
+            If a parameter cannot be updated; nothing is changed. The message gives its position among the parameters of
+            all groups. (If a tensor subclass itself raises, earlier parameters of such classes may have changed.) On
+            CUDA a row id outside its parameter makes the step a no-op, and a later step, or :func:`check_row_ids`,
+            raises.
         """
         loss = None
         if closure is not None:
@@ -261,10 +265,10 @@ class Adagrad(Optimizer):
 
     @apart_from_compiler
     def _update(self) -> None:
-        parts = [
-            Part(self.defaults, group, states, self._versions)
-            for group, states in zip(self.param_groups, self._states(), strict=True)
-        ]
+        parts, first = list[Part](), 0
+        for group, states in zip(self.param_groups, self._states(), strict=True):
+            parts.append(Part(self.defaults, group, states, first, self._left))
+            first += len(group["params"])
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         found_inf = None if found_inf is None else found_inf.reshape(())
         if found_inf is not None and not (found_inf.is_cuda and all(part.on_cuda() for part in parts)):
@@ -323,7 +327,7 @@ class Adagrad(Optimizer):
                 if loaded:
                     state["state"][p] = fitted(f"state of parameter {k} of group {i}", p, loaded, group)
         super().__setstate__(state)
-        self._versions = {}
+        self._left = {}
 
 
 def _bare(step: Any) -> Any:

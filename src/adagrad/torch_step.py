@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,22 +30,34 @@ class Part(Batch):
     """The updates of a group, for those of its parameters that have gradients."""
 
     def __init__(
-        self, defaults: dict[str, Any], group: dict[str, Any], states: list[dict[str, Any]], versions: dict[int, Any]
+        self,
+        defaults: dict[str, Any],
+        group: dict[str, Any],
+        states: list[dict[str, Any]],
+        first: int,
+        left: dict[int, _Left | None],
     ) -> None:
-        """``versions`` are those of the parameters with master copies after the last step, by id."""
+        """``first`` is the number of parameters in earlier groups; messages count the parameters of all.
+
+        ``left`` tells how the last step left the parameters with master copies, by id.
+        """
         params: list[Any] = list(group["params"])
         grads: list[Any] = list(map(_grad_of, params))
+        places: Sequence[int] = range(first, first + len(params)) if first else ()
         if type(None) in map(type, grads):
             present = [i for i, grad in enumerate(grads) if grad is not None]
             params, grads, states = ([some[i] for i in present] for some in (params, grads, states))
+            places = [first + i for i in present]
         rule, wd, lr_decay = rule_and_decays(group)
-        super().__init__(rule, params, grads, list(map(_sum_of, states)), [], [], [wd])
+        super().__init__(rule, params, grads, list(map(_sum_of, states)), [], [], [wd], places)
+        self._are_ours: list[bool] = []
         if group["multi_precision"]:
+            self._are_ours = [_is_as_left(p, left.get(id(p))) for p in params]
             self.masters = [
-                master(p, state, is_ours=(found := _version(p)) is not None and versions.get(id(p)) == found)
-                for p, state in zip(params, states, strict=True)
+                master(p, state, is_ours=is_ours)
+                for p, state, is_ours in zip(params, states, self._are_ours, strict=True)
             ]
-        self.states, self._versions = states, versions
+        self.states, self._left = states, left
         self.steps: list[Any] = list(map(_step_of, states))
         lr = group["lr"]
         is_usual = type(lr) is float and math.isfinite(lr) and lr_decay == 0
@@ -84,20 +96,24 @@ class Part(Batch):
         if found_inf is None and not (devices and any(state["step"].device in devices for state in self.states)):
             self.counts.advance()
             return
-        together: dict[torch.device, list[Tensor]] = {}
+        together: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for p, state in zip(self.weights, self.states, strict=True):
             if found_inf is not None:
                 state["step"] = state["step"].to(p.device, non_blocking=True)
-            together.setdefault(state["step"].device, []).append(state["step"])
-        for device, counts in together.items():
-            torch._foreach_add_(counts, _went(device, found_inf, skips))
+            together.setdefault((state["step"].device, state["step"].dtype), []).append(state["step"])
+        for (device, dtype), counts in together.items():
+            went = _went(device, found_inf, skips)
+            torch._foreach_add_(counts, went.to(dtype) if isinstance(went, Tensor) else went)
 
     def keep_masters(self) -> None:
         """Store the updated master copies in the state."""
         for state, copy in zip(self.states, self.masters, strict=True):
             if copy is not None:
                 state["master"] = copy
-        self._versions.update({id(p): _version(p) for p in self.weights})
+        for p, is_ours in zip(self.weights, self._are_ours, strict=True):
+            # The step has changed the values of the parameter alone: the memory is the same.
+            before = self._left.get(id(p)) if is_ours else None
+            self._left[id(p)] = _as_left(p) if before is None else (p._version, *before[1:])
 
 
 def _went(device: torch.device, found_inf: Tensor | None, skips: list[Tensor]) -> Any:
@@ -105,7 +121,7 @@ def _went(device: torch.device, found_inf: Tensor | None, skips: list[Tensor]) -
     flags = [skip.reshape(()) for skip in skips if skip.device == device]
     if found_inf is not None:
         flags.append(found_inf.to(device, non_blocking=True))
-    return functools.reduce(operator.mul, [flag == 0 for flag in flags]).float() if flags else 1
+    return functools.reduce(operator.mul, [flag == 0 for flag in flags]) if flags else 1
 
 
 def _decayed(lr: Any, decay: float, counts: list[Any]) -> list[Any]:
@@ -117,25 +133,38 @@ def _decayed(lr: Any, decay: float, counts: list[Any]) -> list[Any]:
         return [rate for count in counts for rate in _decayed(lr, decay, [count])]
     divisors = torch._foreach_mul(on_device, decay)
     torch._foreach_add_(divisors, 1)
-    # Tensors by tensors: PyTorch divides a number by a tensor through the reciprocal, which is rounded twice.
-    like = divisors[0]
-    start = lr.to(like.device, non_blocking=True) if isinstance(lr, Tensor) else like.new_full((), lr)
-    return list(torch._foreach_div([start.to(like.dtype)] * len(divisors), divisors))
+    # Tensors by tensors: PyTorch divides a number by a tensor as reciprocal times number, which is rounded twice.
+    starts: dict[torch.device, Tensor] = {}
+    for divisor in divisors:
+        if divisor.device not in starts:
+            is_tensor = isinstance(lr, Tensor)
+            start = lr.to(divisor.device, non_blocking=True) if is_tensor else divisor.new_full((), lr)
+            starts[divisor.device] = start.to(divisor.dtype)
+    return list(torch._foreach_div([starts[divisor.device] for divisor in divisors], divisors))
 
 
-def _version(p: Tensor) -> tuple[Any, ...] | None:
-    """Return how often a tensor was changed in place, and its memory; None if changes are not counted.
+_Left: TypeAlias = "tuple[int, int, Any]"
+"""A parameter as a step left it: how often it had been changed in place, the address of its memory and a weak reference
+to that, because an address may be reused. None instead of the reference if it has no memory of its own."""
 
-    Memory is identified by a weak reference: an address may be reused.
-    """
+
+def _is_as_left(p: Tensor, left: _Left | None) -> bool:
+    """Whether nothing has changed a parameter since a step left it; False if that is not known."""
+    if left is None or p._version != left[0]:
+        return False
+    return left[2] is None or (p.data_ptr() == left[1] and not left[2].expired())
+
+
+def _as_left(p: Tensor) -> _Left | None:
+    """Remember a parameter after a step; None if PyTorch does not count its changes."""
     if p.is_inference():
         return None
     if isinstance(p, FakeTensor):
-        return (p._version,)
+        return p._version, 0, None
     try:
         return p._version, p.data_ptr(), StorageWeakRef(p.untyped_storage())  # type: ignore[no-untyped-call]
     except RuntimeError:  # a wrapper subclass without its own memory
-        return (p._version,)
+        return p._version, 0, None
 
 
 def _batches(parts: list[Part]) -> list[Batch]:
@@ -147,7 +176,7 @@ def _batches(parts: list[Part]) -> list[Batch]:
 
 
 def _together(rule: Rule, parts: list[Part]) -> Batch:
-    batch = Batch(rule, [], [], [], [], [], [])
+    batch, places = Batch(rule, [], [], [], [], [], []), list[int]()
     has_masters = any(part.masters for part in parts)
     for part in parts:
         n = len(part.weights)
@@ -158,6 +187,8 @@ def _together(rule: Rule, parts: list[Part]) -> Batch:
         batch.histories += part.histories
         batch.lrs += part.lrs if len(part.lrs) == n else part.lrs * n
         batch.wds += part.wds * n
+        places += part.places or range(n)
+    batch.places = places
     return batch
 
 
@@ -190,7 +221,9 @@ def _update_and_count(batches: Sequence[Batch], parts: list[Part], threads: int)
     if len(batches) > 1 or (b.weights and b.weights[0].is_cuda):
         return False
     steps = parts[0].steps if len(parts) == 1 else [step for part in parts for step in part.steps]
-    return fast_path.update_plain(b.weights, b.grads, b.histories, b.masters, steps, b.lrs, b.wds, b.rule, threads)
+    return fast_path.update_plain(
+        b.weights, b.grads, b.histories, b.masters, steps, b.lrs, b.wds, b.rule, threads, b.places
+    )
 
 
 def _finish(parts: list[Part], owed: list[Counts], found_inf: Tensor | None, skips: list[Tensor]) -> None:
@@ -214,14 +247,18 @@ def update_differentiably(parts: list[Part]) -> None:
             lr = part.lrs[i if len(part.lrs) > 1 else 0]
             rows: Any = ...
             if torch.is_grad_enabled() and p.is_leaf and p.requires_grad:
-                raise RuntimeError(f"parameter {i}: a leaf that requires grad: autograd cannot record its update")
+                raise RuntimeError(
+                    f"parameter{part.at(i)}: a leaf that requires grad: autograd cannot record its update"
+                )
             if grad.layout == torch.sparse_coo:
                 for d, indices in enumerate(grad._indices()):
-                    tensor_checks.check_rows(f"[{i}]", indices, p.shape[d])
+                    tensor_checks.check_rows(part.at(i), indices, p.shape[d])
                 grad = grad.coalesce()
                 rows, grad = tuple(grad.indices()), grad.values()
                 if part.rule.row_wise and len(rows) != 1:
-                    raise ValueError(f"grads[{i}]: {len(rows)} sparse dimensions: must be 1 for row-wise history")
+                    raise ValueError(
+                        f"grads{part.at(i)}: {len(rows)} sparse dimensions: must be 1 for row-wise history"
+                    )
             targets = [t for t in (p, history, copy) if t is not None]
             if p.is_complex():
                 grad, *targets = (torch.view_as_real(t) for t in (grad, *targets))

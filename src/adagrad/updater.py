@@ -50,7 +50,8 @@ class Updater:
 
         ``optimizer.aggregate_num`` weights are passed to one step, or all if that makes no difference. Errors are those
         of :meth:`Optimizer.update`; no weight, state or count is changed, whatever the position of the invalid one.
-        (Exceptions: row ids on CUDA, see there, and a step overridden in a subclass that raises.)
+        (Exceptions: row ids on CUDA, see there; an overridden step that raises; a custom scheduler or overridden rates
+        that return an invalid value, since these are asked once for each weight, in order.)
         """
         indices, weights, grads, _ = as_lists(index, weight, grad, [None] * len(index) if _is_list(index) else None)
         indices = [each.decode() if isinstance(each, bytes) else each for each in indices]
@@ -135,7 +136,8 @@ class Updater:
             for index in loaded.keys() & self.states.keys():
                 found, expected = _forms(loaded[index]), _forms(self.states[index])
                 if found != expected:
-                    raise ValueError(f"states[{index!r}]: {found}: must be {expected}, like the one here")
+                    hint = "resize_rows=True lets the number of rows change"
+                    raise ValueError(f"states[{index!r}]: {found}: must be {expected}, like the one here; {hint}")
         if config is not None:
             self.optimizer.set_config(config)
         self.states = dict(loaded)
@@ -177,7 +179,8 @@ def _adopted(at: str, loaded: Any, fresh: Any, *, resize: bool) -> Any:
     """Return a loaded state in the structure of a ``fresh`` one, each array converted by :func:`_into`."""
     entries = [len(each) if isinstance(each, (tuple, list)) else None for each in (loaded, fresh)]
     if entries[0] != entries[1]:
-        raise ValueError(f"{at}: {kind_of(loaded)}: must be {kind_of(fresh)}, for this weight")
+        why = "for this weight; is multi_precision as it was when the states were saved?"
+        raise ValueError(f"{at}: {kind_of(loaded)}: must be {kind_of(fresh)}, {why}")
     if entries[1] is None:
         return _into(loaded, fresh, resize=resize)
     adopted = [_adopted(f"{at}[{k}]", *pair, resize=resize) for k, pair in enumerate(zip(loaded, fresh, strict=True))]

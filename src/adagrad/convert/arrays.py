@@ -37,8 +37,9 @@ def from_arrays(histories: Iterable[Any] | Mapping[Index, Any], optimizer: AdaGr
     Raises
     ------
     ValueError
-        If the optimizer has epsilon or weight decay in another place than the dialect, or an array is not a valid
-        history, for example one in half precision, which was rounded at every step.
+        If the optimizer has epsilon or weight decay in another place than the dialect, or an array is not float32 or
+        float64, is masked or only a part of a tensor, or not ``(n, 1, ...)`` for a row-wise optimizer. Histories in
+        half precision are refused, because they were rounded at every step.
 
     Examples
     --------

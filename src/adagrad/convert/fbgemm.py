@@ -30,8 +30,8 @@ def from_fbgemm(momentum1: Iterable[Any], optimizer: AdaGrad) -> States:
     Raises
     ------
     ValueError
-        If the optimizer has another rule, only one of optimizer and table is row-wise, or the states are of another
-        FBGEMM optimizer.
+        If the optimizer has epsilon in another place than FBGEMM, only one of optimizer and table is row-wise, or the
+        states are of another FBGEMM optimizer.
 
     Examples
     --------

@@ -22,7 +22,7 @@ def from_keras(variables: Iterable[Any], optimizer: AdaGrad) -> States:
         ``keras_optimizer.variables``, or only the accumulators, as arrays.
     optimizer : AdaGrad
         Continues with the states: constructed with ``dialect="keras"`` and the learning rate in the variables. For a
-        schedule, ``learning_rate=None, lr_scheduler=lambda t: schedule(t - 1), begin_num_update=iterations``.
+        schedule, ``learning_rate=None, lr_scheduler=lambda t: float(schedule(t - 1)), begin_num_update=iterations``.
 
     Returns
     -------
@@ -32,8 +32,9 @@ def from_keras(variables: Iterable[Any], optimizer: AdaGrad) -> States:
     Raises
     ------
     ValueError
-        If the optimizer has another rule or rate, the variables are of another optimizer, or Keras has accumulated
-        gradients that are not applied yet.
+        If the optimizer has epsilon or weight decay in another place than Keras, another learning rate than the
+        variables, or does not continue a schedule from their iteration; if the variables are of another optimizer, or
+        Keras has accumulated gradients that are not applied yet.
 
     Examples
     --------

@@ -24,7 +24,7 @@ def from_optax(opt_state: Any, optimizer: AdaGrad) -> States:
     opt_state : ScaleByRssState, or tuples of states with one in it
     optimizer : AdaGrad
         Continues with the states: constructed with ``dialect="optax"`` and the learning rate passed to optax. For a
-        schedule, ``learning_rate=None, lr_scheduler=lambda t: schedule(t - 1), begin_num_update=count``.
+        schedule, ``learning_rate=None, lr_scheduler=lambda t: float(schedule(t - 1)), begin_num_update=count``.
 
     Returns
     -------
@@ -34,8 +34,8 @@ def from_optax(opt_state: Any, optimizer: AdaGrad) -> States:
     Raises
     ------
     ValueError
-        If the optimizer has another rule or does not continue the schedule, or there are transformations with a state
-        that this rule does not have; the message names them.
+        If the optimizer has epsilon in another place than optax, or does not continue a schedule from its count, or
+        there are transformations with a state that this rule does not have; the message names them.
 
     Examples
     --------

@@ -33,8 +33,10 @@ def from_torch(state_dict: Mapping[str, Any], optimizer: AdaGrad) -> States:
     Raises
     ------
     ValueError
-        If an option differs, ``lr_decay`` is not 0 and the optimizer has no ``lr_scheduler`` that continues it, a
-        history is in float16 or bfloat16, or ``state_dict`` is not such a dict.
+        If the learning rate at the next update or an option of the rule in the groups (epsilon, weight decay, maximize
+        and, from :class:`adagrad.torch.Adagrad`, its own) is not the optimizer's, ``lr_decay`` is not 0 and the
+        optimizer has no ``lr_scheduler`` that continues it, a history is in float16 or bfloat16, or ``state_dict`` is
+        not such a dict.
 
     Examples
     --------

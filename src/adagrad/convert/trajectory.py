@@ -61,7 +61,7 @@ def require_schedule(what: str, step: int, framework: str, optimizer: AdaGrad, i
     if optimizer.lr_scheduler is None or any(count(optimizer, index) != step for index in indices):
         raise ValueError(
             f"{what}: {framework} continues its schedule from there, and so must the optimizer: pass "
-            f"learning_rate=None, begin_num_update={step}, lr_scheduler=lambda t: schedule(t - 1), "
+            f"learning_rate=None, begin_num_update={step}, lr_scheduler=lambda t: float(schedule(t - 1)), "
             f"since {framework} counts from 0"
         )
 

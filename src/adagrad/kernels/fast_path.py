@@ -14,8 +14,8 @@ from adagrad.rule import Rule
 
 
 def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], steps: list[Any],
-                 lrs: Any, wds: Any, rule: Rule, threads: int | None) -> bool:  # fmt: skip
-    """Check and update a list, if all of it is plain and on the CPU.
+                 lrs: Any, wds: Any, rule: Rule, threads: int | None, places: Sequence[int] = ()) -> bool:  # fmt: skip
+    """Check and update a list, if all of it is plain and on the CPU. Messages number the weights by ``places``, if any.
 
     ``steps`` are the weights' update counts, tensors of one number, which are advanced by 1; or an empty list. False
     if nothing has changed and the list is left to :func:`adagrad.kernels.general_path.prepare`.
@@ -30,13 +30,13 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
     is_sparse, n = seems_row_sparse(grads[0]), len(grads)
     if n == 1 or seems_row_sparse(grads[-1]) == is_sparse:
         if is_sparse:
-            done = row_lists.update(weights, grads, histories, masters, steps, lrs, wds, rule, threads)
+            done = row_lists.update(weights, grads, histories, masters, steps, lrs, wds, rule, threads, places=places)
         else:
             rates = rate_table(lrs, wds, rule)
             done = dense_lists.update(weights, grads, histories, masters, steps, rates, rule, threads)
         if done or n < 3:
             return done
-    return _update_mixed(weights, grads, histories, masters, steps, lrs, wds, rule, threads)
+    return _update_mixed(weights, grads, histories, masters, steps, lrs, wds, rule, threads, places)
 
 
 def _are_plain(lrs: Sequence[Any], wds: Sequence[Any], n: int) -> bool:
@@ -47,7 +47,7 @@ def _are_plain(lrs: Sequence[Any], wds: Sequence[Any], n: int) -> bool:
 
 
 def _update_mixed(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], steps: list[Any],
-                  lrs: Any, wds: Any, rule: Rule, threads: int | None) -> bool:  # fmt: skip
+                  lrs: Any, wds: Any, rule: Rule, threads: int | None, places: Sequence[int]) -> bool:  # fmt: skip
     """The same for a list with gradients of both kinds; False for others."""
     if getattr(weights[0], "is_cuda", False):
         return False
@@ -62,4 +62,5 @@ def _update_mixed(weights: list[Any], grads: list[Any], histories: list[Any], ma
     if beside is None:
         return False
     w, g, h, m, lr, wd = (some(values, sparse) for values in lists)
-    return row_lists.update(w, g, h, m, steps, lr, wd, rule, threads, beside, sparse)
+    named = [places[i] for i in sparse] if places else sparse
+    return row_lists.update(w, g, h, m, steps, lr, wd, rule, threads, beside, named)

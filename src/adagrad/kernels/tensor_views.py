@@ -116,11 +116,11 @@ def _local(at: str, weight: Any, grad: Any, history: Any, master: Any, *, row_wi
         if tensor is not None and not (is_dtensor(weight) and is_dtensor(tensor)):
             raise TypeError(f"{name}{at}: must be a DTensor like the weight, or neither of them")
     mesh, placements = weight.device_mesh, weight.placements
+    if any(p.is_partial() for p in placements):
+        raise ValueError(f"weights{at}: placements {placements}: must be replicated or sharded")
     for name, tensor in (("history in states", history), ("master copy in states", master)):
         if tensor is not None and (tensor.device_mesh, tensor.placements) != (mesh, placements):
             raise ValueError(f"{name}{at}: placements {tensor.placements}: must be {placements}, the weight's")
-    if any(p.is_partial() for p in placements):
-        raise ValueError(f"weights{at}: placements {placements}: must be replicated or sharded")
     if row_wise and not has_whole_rows(weight):
         raise ValueError(f"weights{at}: placements {placements}: row-wise history needs whole rows")
     if (grad.device_mesh, grad.placements) != (mesh, placements):

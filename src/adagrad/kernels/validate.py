@@ -67,8 +67,8 @@ def check_update(at: str, weight: Array, grad: Any, history: Any, master: Any, r
 
     g, indices = _gradient(at, grad, w)
     for o in (h, m):
-        if o is not None:
-            _require(o, "dtype", o.format, computing, TypeError)
+        if o is not None and o.format != computing:
+            raise TypeError(f"{o.name}: dtype {o.format}: must be {computing}, for a weight of {w.format}")
     for o in (g, h, m):
         if o is not None:
             _require_same_place(o, w)
@@ -84,7 +84,12 @@ def check_update(at: str, weight: Array, grad: Any, history: Any, master: Any, r
 
 def gradient(at: str, grad: Any, w: Operand) -> Operand:
     """A gradient, or the values of a row-sparse one, checked: TypeError or ValueError if it does not fit ``w``."""
-    g, _ = _gradient(at, grad, w)
+    if is_row_sparse(grad) and not isinstance(grad, RowSparse) and grad.sparse_dim() != 1:
+        _require_shape(at, grad.shape, w)
+        g = operand(f"values of grads{at}", grad._values())
+        _require_format(g, w)
+    else:
+        g, _ = _gradient(at, grad, w)
     _require_same_place(g, w)
     return g
 
@@ -96,15 +101,23 @@ def _gradient(at: str, grad: Any, w: Operand) -> tuple[Operand, Array | None]:
         g, indices = operand(f"grads{at}", grad), None
         _require(g, "shape", g.shape, w.shape)
     else:
-        if rows.shape != w.shape:
-            raise ValueError(f"grads{at}: shape {rows.shape}: must be {w.shape}, the weight's")
+        _require_shape(at, rows.shape, w)
         g, indices = operand(f"values of grads{at}", rows.values), rows.indices
         if str(getattr(indices, "device", "cpu")) != w.device:
             raise ValueError(f"indices of grads{at}: on {indices.device}: must be on {w.device}, like the weight")
+    _require_format(g, w)
+    return g, indices
+
+
+def _require_shape(at: str, shape: tuple[int, ...], w: Operand) -> None:
+    if tuple(shape) != w.shape:
+        raise ValueError(f"grads{at}: shape {tuple(shape)}: must be {w.shape}, the weight's")
+
+
+def _require_format(g: Operand, w: Operand) -> None:
     if g.format != w.format and not (g.format == "float32" and w.format in LOW_PRECISION):
         also = " or float32" if w.format in LOW_PRECISION else ""
         raise TypeError(f"{g.name}: dtype {g.format}: must be {w.format}{also}, for a weight of {w.format}")
-    return g, indices
 
 
 def _require_same_place(o: Operand, w: Operand) -> None:
@@ -138,9 +151,9 @@ def operands_of(u: Update) -> tuple[list[Operand], list[Operand]]:
     return written, read
 
 
-def _require(o: Operand, what: str, found: Any, expected: Any, error: type[Exception] = ValueError) -> None:
+def _require(o: Operand, what: str, found: Any, expected: Any) -> None:
     if found != expected:
-        raise error(f"{o.name}: {what} {found}: must be {expected}")
+        raise ValueError(f"{o.name}: {what} {found}: must be {expected}")
 
 
 def _kind(array: Array) -> str:
