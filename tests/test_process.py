@@ -687,6 +687,14 @@ def test_subnormal_numbers_do_not_depend_on_threads_or_on_what_the_caller_flushe
         found = [zeros(4)]
         if torch.set_flush_denormal(True):
             found += [zeros(1), zeros(2), zeros(4)]
+            results = []
+            for step in (1, -1):  # a long row, and one that no kernel can address
+                w, h = np.zeros((2, 20_000), np.float32), np.zeros((2, 1), np.float32)
+                g = np.full((2, 20_000), 1e-20, np.float32)
+                kernels.update([w[::step]], [g], [h], [0.5], [0.0], Rule(epsilon=0.0, row_wise=True), fused=True)
+                results += [w.view(np.int32), h.view(np.int32)]
+            found.append(int((results[0] != results[2]).sum() + (results[1] != results[3]).sum()))
+            found.append(int((results[3] == 0).sum()))
             assert float(torch.tensor(1e-39) * 1) == 0, "the caller's own mode stays"
         print(found)
         """

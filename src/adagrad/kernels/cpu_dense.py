@@ -191,8 +191,9 @@ def kernel(weight: str, grad: str, history: str, master: str | None, row_wise: b
 def row_part_kernel(weight: str, grad: str, history: str, master: str | None, descending: bool) -> int:
     """The address of the worker for a part of one row.
 
-    A first pass adds the part's squared gradients to the lanes at the address ``HISTORY``, the first one to lane 0; a
-    second one, ``descending``, updates the weights, given the row's new history value at that address.
+    At the address ``HISTORY`` lie LANES lanes, the row's history value and room for the new one. A first pass adds the
+    part's squared gradients to the lanes, the first one to lane 0; a second one, ``descending``, takes their mean over
+    the ``ROW`` elements of the row for the new value, and updates the weights.
     """
     tw, tg, th, tm = TOKENS[weight], TOKENS[grad], TOKENS[history], None if master is None else TOKENS[master]
     second = descending or None  # as above
@@ -202,12 +203,14 @@ def row_part_kernel(weight: str, grad: str, history: str, master: str | None, de
         w, g = pointer(table[0, WEIGHT], tw, "weight"), pointer(table[0, GRAD], tg, "grad")
         m = pointer(table[0, MASTER], tm, "master")
         size, fixed = table[0, SIZE], constants(scalars, rates[0], th)
+        shared = pointer(table[0, HISTORY], th, "sum")
+        lanes = load_block(shared, 0, None)
         if second is None:
-            lanes = pointer(table[0, HISTORY], th, "sum")
-            added = add_squares(load_block(lanes, 0, None), master_or(w, m), g, 0, size, fixed, None)
-            store_block(lanes, 0, added, None)
+            store_block(shared, 0, add_squares(lanes, master_or(w, m), g, 0, size, fixed, None), None)
         else:
-            update_weights_of_row(w, g, m, 0, size, load(pointer(table[0, HISTORY], th, "history"), 0), fixed)
+            history = load(shared, LANES) + sum_by_halves(lanes) / constant(shared, table[0, ROW])
+            store(shared, LANES + 1, history)
+            update_weights_of_row(w, g, m, 0, size, history, fixed)
 
     return worker(row_part)
 

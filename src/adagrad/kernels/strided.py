@@ -13,7 +13,7 @@ import numpy as np
 
 from adagrad.arrays import row_length
 from adagrad.kernels import cpu_dense
-from adagrad.rule import LANES, Rule, mean_of_lanes
+from adagrad.rule import LANES, Rule
 
 TILE = 16_384
 """Elements of a buffer."""
@@ -43,14 +43,14 @@ def _long_row(
     rule: Rule,
 ) -> None:  # fmt: skip
     """Row-wise, one row longer than a buffer: a pass over its pieces for the history, another for the weight."""
-    lanes = np.zeros(LANES, history.dtype.newbyteorder("="))
-    for size in _pass(row, grad, lanes, master, formats, rates, rule, descending=False):
+    shared = np.zeros(LANES + 2, history.dtype.newbyteorder("="))
+    lanes, shared[LANES] = shared[:LANES], history.reshape(1)[0]
+    for size in _pass(row, grad, shared, master, formats, rates, rule, descending=False):
         lanes[:] = np.roll(lanes, -size)  # the next piece begins in lane 0, wherever in the row it lies
-    with np.errstate(all="ignore"):
-        new = history + mean_of_lanes(np.roll(lanes, row.size)[None], row.size).reshape(history.shape)
-    for _ in _pass(row, grad, new, master, formats, rates, rule, descending=True):
+    lanes[:] = np.roll(lanes, row.size)
+    for _ in _pass(row, grad, shared, master, formats, rates, rule, descending=True):
         pass
-    history[...] = new
+    history[...] = shared[LANES + 1]
 
 
 def _pass(
@@ -61,7 +61,7 @@ def _pass(
     operands, written = [row, grad] + ([] if master is None else [master]), [descending, False, descending]
     for w, g, *m in _pieces(operands, written, order="C"):
         addresses = [array.ctypes.data for array in (w, g, shared, *m)] + ([] if m else [0])
-        cpu_dense.launch_row_part(np.array([[*addresses, w.size, 0]]), rates, rule.scalars, formats, descending)
+        cpu_dense.launch_row_part(np.array([[*addresses, w.size, row.size]]), rates, rule.scalars, formats, descending)
         yield w.size
 
 
