@@ -178,4 +178,6 @@ if __name__ == "__main__":
     folder, job, rank = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=WORLD)
     torch.save(JOBS[job](rank), folder / f"{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # without the interpreter's end, in which threads of PyTorch's were seen to abort the process
