@@ -27,8 +27,6 @@ from tqdm import tqdm
 from cases import CASES, SEED, Case, Dense, Rows
 from contenders import Data, contenders, versions
 
-RESULTS = Path(__file__).parent / "results"
-
 BLOCK_SECONDS = 0.08
 """Duration of a contender's calls in one round."""
 
@@ -120,10 +118,11 @@ def main() -> None:
     if not cases:
         parser.error(f"--only {arguments.only!r}: must be part of one of: {'; '.join(case.name for case in CASES)}")
     partial = arguments.quick or bool(arguments.only)
-    out = arguments.out or (RESULTS / "partial" if partial else RESULTS)
-    out.mkdir(parents=True, exist_ok=True)
-
     import numba
+
+    from report import folder, plot_ratios, plot_scaling, table
+
+    out = folder(arguments.out, partial)
 
     numba.set_num_threads(min(arguments.threads, numba.config.NUMBA_NUM_THREADS))
     try:
@@ -135,8 +134,6 @@ def main() -> None:
 
     samples, notes = measure(cases, arguments.rounds, arguments.threads)
     rows = write_csv(out / "cpu.csv", samples, arguments.threads)
-    from report import plot_ratios, plot_scaling, table
-
     (out / "cpu.md").write_text(table(rows, notes))
     plot_ratios(out / "cpu.png", rows)
     if not partial:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from cases import SEED, Dense, Rows
 from contenders import LEARNING_RATE, versions
+from report import folder
 from report import table as markdown
 
 DEVICE = "cuda"
@@ -208,15 +209,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three rounds instead of fifteen")
     parser.add_argument("--only", default="", help="only cases whose name contains this text")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    where = "folder to write to (default: benchmarks/results, and partial in it with --quick or --only)"
+    parser.add_argument("--out", type=Path, help=where)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(1, "no CUDA device here\n")
-    arguments.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(DEVICE)
     cases = [case for case in CASES if arguments.only in case.name]
     if not cases:
         parser.error(f"--only {arguments.only!r}: must be part of one of: {'; '.join(case.name for case in CASES)}")
+    out = folder(arguments.out, arguments.quick or bool(arguments.only))
     found = {**versions(), "triton": importlib.metadata.version("triton"), "cuda": torch.version.cuda}
     about = {
         "threads": 1,
@@ -230,7 +232,7 @@ def main() -> None:
             p20, p50, p80 = (round(float(p) * 1e6, 2) for p in np.percentile(times, [20, 50, 80]))
             row = {"case": case.name, "peer": name, "p20_us": p20, "p50_us": p50, "p80_us": p80, "calls": len(times)}
             rows.append(row | about)
-        with (arguments.out / "cuda.csv").open("w", newline="") as file:
+        with (out / "cuda.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
@@ -238,7 +240,7 @@ def main() -> None:
         gc.collect()
         torch.cuda.empty_cache()
     text = markdown(rows, set(), own="adagrad.torch")
-    (arguments.out / "cuda.md").write_text(text)
+    (out / "cuda.md").write_text(text)
     print(text)
 
 

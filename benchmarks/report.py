@@ -28,6 +28,16 @@ COLORS = {
 }
 
 
+RESULTS = Path(__file__).parent / "results"
+
+
+def folder(given: Path | None, partial: bool) -> Path:
+    """Return the folder to write to: by default that of the results, or for a partial run another one within."""
+    found = given or (RESULTS / "partial" if partial else RESULTS)
+    found.mkdir(parents=True, exist_ok=True)
+    return found
+
+
 def medians(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Return median microseconds by case and contender."""
     found: dict[str, dict[str, float]] = defaultdict(dict)

@@ -94,11 +94,12 @@ def test_a_partial_run_keeps_the_complete_results(
     import torch
 
     import cpu
+    import report
 
     def measure(cases: list[Any], *_: Any) -> Any:
         return {(case.name, peer): [1.0] for case in cases for peer in ("adagrad", "limit")}, set()
 
-    monkeypatch.setattr(cpu, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(cpu, "measure", measure)
     for module in (numba, torch):
         monkeypatch.setattr(module, "set_num_threads", lambda count: None)

@@ -381,7 +381,6 @@ def test_zeros_of_either_sign_have_tables_of_their_own(first: float) -> None:
         results.append(math.copysign(1.0, u.weight.item()))
     expected = [math.copysign(1.0, -0.0 - value) for value in (first, -first, first)]
     assert results == expected
-    u = make((1,), "float32", lr=0.5, wd=0.0)
     scaled = []
     for scale in (first, -first):
         u = make((1,), "float32", lr=0.5, wd=0.0)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adagrad import checks, dialects, kernels, lr_scheduler
-from adagrad.arrays import LOW_PRECISION, computing_format, operand
+from adagrad.arguments import as_lists
+from adagrad.arrays import LOW_PRECISION, computing_format, format_of, operand
 from adagrad.dialects import Default
-from adagrad.optimizer import Optimizer, Options, as_lists, register
+from adagrad.optimizer import Optimizer, Options, register
 from adagrad.rates import Index, check_indices
 from adagrad.rule import Array, Rule, history_shape, is_torch
 
@@ -231,8 +232,8 @@ class AdaGrad(Optimizer):
             state = state[1]
         if not (isinstance(state, np.ndarray) or is_torch(state)) or (self.row_wise and not w.shape):
             return False
-        is_history = tuple(state.shape) == history_shape(w.shape, row_wise=self.row_wise)
-        return is_history and getattr(state.dtype, "name", str(state.dtype)).endswith(computing_format(w.format))
+        shape = history_shape(w.shape, row_wise=self.row_wise)
+        return tuple(state.shape) == shape and format_of(state) == computing_format(w.format)
 
     def rule(self) -> Rule:
         """Return the rule's current options and scalars, checked, since attributes may have been set."""

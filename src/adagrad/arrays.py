@@ -57,14 +57,18 @@ def operand(name: str, array: Any) -> Operand:
         kind = f"{type(array).__module__}.{type(array).__qualname__}"
         raise TypeError(f"{name}={describe(array)}: must be a NumPy array or a torch tensor, not {kind}")
     array = np.asarray(array)
-    dtype = array.dtype if array.dtype.isnative else array.dtype.newbyteorder("=")
-    format_name = _NATIVE.get(dtype) or dtype.name
+    format_name = _NATIVE.get(array.dtype) or array.dtype.name
     if format_name not in FORMATS:
         raise TypeError(f"{name}: dtype {array.dtype}: must be float16, bfloat16, float32 or float64")
     memory = array
     if format_name in LOW_PRECISION:
         memory = array.view(np.dtype(np.uint16).newbyteorder(array.dtype.byteorder))
     return Operand(name, array, format_name, "cpu", memory)
+
+
+def format_of(array: Array) -> str:
+    """Return the name of an array's or a tensor's dtype, whatever its byte order."""
+    return tensor_format(array) if is_torch(array) else str(array.dtype.name)
 
 
 def tensor_format(tensor: Any) -> str:

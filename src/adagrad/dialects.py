@@ -95,8 +95,6 @@ DIALECTS: Mapping[str, Dialect] = MappingProxyType(
 
 def find(name: str) -> Dialect:
     """Return the dialect ``name``; ValueError, which lists the known names, if it is unknown."""
-    if not isinstance(name, str):
-        raise TypeError(f"dialect={checks.describe(name)}: must be a string, not {type(name).__name__}")
-    if name not in DIALECTS:
+    if checks.string("dialect", name) not in DIALECTS:
         raise ValueError(f"dialect={name!r}: must be one of {', '.join(map(repr, DIALECTS))}")
     return DIALECTS[name]

@@ -143,8 +143,12 @@ class _Attributes:
         value: int = self.get(key, int)
         return self.not_negative(key, value)
 
-    def steps(self, key: str, values: list[Any]) -> list[float]:
-        return [self.not_negative(key, self.checked(key, value, int, float)) for value in values]
+    def step(self, key: str) -> float:
+        value: float = self.get(key, int, float)
+        return self.not_negative(key, value)
+
+    def steps(self, key: str) -> list[float]:
+        return [self.not_negative(key, self.checked(key, value, int, float)) for value in self.get(key, list)]
 
     def table(self, key: str, *types: type) -> dict[int | str, Any]:
         return {index: self.checked(key, value, *types) for index, value in self.get(key, dict).items()}
@@ -211,14 +215,14 @@ def _scheduler(schedule: Any, lr: float | None, num_update: int) -> tuple[str, d
     else:
         # lr overwrote the base_lr of a scheduler passed with it; one that was set later starts from its own.
         starts = [warm] if lr is None else [lr, warm]
-        factor, count = found.real("factor"), found.steps("count", [found.get("count", int, float)])[0]
+        factor, count = found.real("factor"), found.step("count")
         if found.name == "FactorScheduler":
-            step = found.steps("step", [found.get("step", int, float)])[0]
+            step = found.step("step")
             stop = found.real("stop_factor_lr")
             arguments |= {"step": step, "stop_factor_lr": stop}
             decays = round(count / max(step, 1))
         else:
-            arguments["step"] = found.steps("step", found.get("step", list))
+            arguments["step"] = found.steps("step")
             stop, decays = -math.inf, found.count("cur_step_ind")
         arguments["factor"] = factor
         if abs(factor) > 1 or 0 < num_update <= count:

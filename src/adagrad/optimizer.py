@@ -10,10 +10,10 @@ from typing import Any, ClassVar, TypedDict, TypeVar
 
 import numpy as np
 
-from adagrad import checks, kernels, lr_scheduler
-from adagrad.arrays import LOW_PRECISION, Operand, operand, refuse_shared_memory, refuse_unwritable
+from adagrad import checks, lr_scheduler
+from adagrad.arguments import as_lists, cast_gradient, check_low_precision
+from adagrad.arrays import LOW_PRECISION, operand
 from adagrad.rates import Index, Rates
-from adagrad.row_sparse import RowSparse
 from adagrad.rule import Array, cast, is_torch
 
 O = TypeVar("O", bound="type[Optimizer]")  # noqa: E741
@@ -193,9 +193,9 @@ class Optimizer(Rates):
             self.multi_precision and operand(f"weights[{i}]", weight).format in LOW_PRECISION
             for i, weight in enumerate(weights)
         ]
-        _check_low_precision([i for i, is_low in enumerate(low) if is_low], weights, grads, states)
+        check_low_precision([i for i, is_low in enumerate(low) if is_low], weights, grads, states)
         masters = [state[0] if is_low else w for is_low, w, state in zip(low, weights, states, strict=True)]
-        full = [_cast_gradient(g, m) if is_low else g for is_low, g, m in zip(low, grads, masters, strict=True)]
+        full = [cast_gradient(g, m) if is_low else g for is_low, g, m in zip(low, grads, masters, strict=True)]
         inner = [state[1] if is_low else state for is_low, state in zip(low, states, strict=True)]
         self.update(indices, masters, full, inner)
         for is_low, weight, master in zip(low, weights, masters, strict=True):
@@ -311,65 +311,12 @@ class Optimizer(Rates):
         return (state, slots) if slots else state
 
 
-def kind_of(state: Any) -> str:
-    """Describe the structure of a state, for messages."""
-    if not isinstance(state, (tuple, list)):
-        return "one history"
-    return "a pair (master copy, history)" if len(state) == 2 else f"{len(state)} entries"
-
-
-def _check_low_precision(which: list[int], weights: list[Any], grads: list[Any], states: list[Any]) -> None:
-    """Check what no step sees: low-precision weights and gradients, before these are cast up and masters down."""
-    written: list[Operand] = []
-    read: list[Operand] = []
-    for i in which:
-        weight, state = operand(f"weights[{i}]", weights[i]), states[i]
-        if not isinstance(state, (tuple, list)) or len(state) != 2:
-            raise ValueError(f"states[{i}]: {kind_of(state)}: must be a pair (master copy, state), for this weight")
-        master = operand(f"master copy in states[{i}]", state[0])
-        if master.shape != weight.shape:
-            raise ValueError(f"{master.name}: shape {master.shape}: must be {weight.shape}")
-        refuse_unwritable(weight)
-        refuse_unwritable(master)
-        grad = kernels.gradient(f"[{i}]", grads[i], weight)
-        written += [weight, master]
-        read.append(grad)
-    refuse_shared_memory(written, read)
-
-
-def _cast_gradient(grad: Any, like: Array) -> Any:
-    if isinstance(grad, RowSparse):
-        return RowSparse(cast(grad.values, like), grad.indices, grad.shape)
-    return cast(grad, like)
-
-
 def _aggregate_num(value: Any) -> float:
     if value is None:
         return 1
     if isinstance(value, float) and value == math.inf:
         return math.inf
     return checks.integer("aggregate_num", value, 1)
-
-
-def as_lists(indices: Any, weights: Any, grads: Any, states: Any) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
-    """Return the arguments of an update as lists of equal length; indices must be hashable and distinct."""
-    if not isinstance(indices, (list, tuple)):
-        indices, weights, grads, states = [indices], [weights], [grads], [states]
-    n = len(indices)
-    if not (type(weights) is type(grads) is type(states) is list and len(weights) == len(grads) == len(states) == n):
-        for name, values in (("weights", weights), ("grads", grads), ("states", states)):
-            if not isinstance(values, (list, tuple)):
-                raise TypeError(f"{name}={checks.describe(values)}: must be a list, like indices")
-            if len(values) != n:
-                raise ValueError(f"{name}: {len(values)} entries: must be {n}, as many as indices")
-    try:
-        distinct = len(set(indices)) == n
-    except TypeError:
-        raise TypeError(f"indices={checks.describe(indices)}: must be integers or strings") from None
-    if not distinct:
-        raise ValueError(f"indices={checks.describe(indices)}: must be distinct within one call")
-    # Copies of the lists: another thread that changes the caller's cannot free arrays in use.
-    return list(indices), list(weights), list(grads), list(states)
 
 
 register = Optimizer.register

@@ -168,7 +168,7 @@ class Rates:
         counts, begin = self._index_update_count, self.begin_num_update
         if not {int, str}.issuperset(map(type, indices)):
             check_indices(indices)
-        if _overridable(type(self)) != _OURS:
+        if self._has_own_rates():
             return self._ask(indices)
         if self.lr_scheduler is None and not (self.param_dict or self.lr_mult or self.wd_mult):
             lr, wd = checks.non_negative("lr", self.learning_rate), checks.non_negative("wd", self.wd)
@@ -193,8 +193,7 @@ class Rates:
 
     def _ask(self, indices: Sequence[Index]) -> tuple[list[float], list[float], dict[Index, int]]:
         """Do :meth:`_resolve` through overridden methods: each index is counted before its rates, as in MXNet."""
-        counts, reached = self._index_update_count, self.num_update
-        before = {index: counts.get(index) for index in indices}
+        counts, before = self._index_update_count, self._counts_of(indices)
         lrs: list[float] = []
         wds: list[float] = []
         try:
@@ -206,12 +205,15 @@ class Rates:
             new.reached = self.num_update
             return lrs, wds, new
         finally:
-            self._set_counts(before, reached)
+            self._restore(before)
 
-    def _set_counts(self, before: Mapping[Index, int | None], reached: int) -> None:
-        """Restore previous counts; None for a weight that had no count."""
-        self.num_update = reached
-        for index, count in before.items():
+    def _counts_of(self, indices: Sequence[Index]) -> tuple[dict[Index, int | None], int]:
+        """Return the counts of some weights (None for no count) and ``num_update``, for :meth:`_restore`."""
+        return {index: self._index_update_count.get(index) for index in indices}, self.num_update
+
+    def _restore(self, before: tuple[dict[Index, int | None], int]) -> None:
+        counts, self.num_update = before
+        for index, count in counts.items():
             if count is None:
                 self._index_update_count.pop(index, None)
             else:
@@ -235,14 +237,13 @@ class Rates:
         The counts are restored if it raises.
         """
         rates = zip(lrs, wds, strict=True) if len(lrs) > 1 else [(lrs[0], wds[0])] * len(indices)
-        counts, reached = self._index_update_count, self.num_update
-        before = {index: counts.get(index) for index in indices}
+        before = self._counts_of(indices)
         self._count(new)
         self._resolved = dict(zip(indices, rates, strict=True))
         try:
             yield
         except Exception:
-            self._set_counts(before, reached)
+            self._restore(before)
             raise
         finally:
             self._resolved = {}

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from adagrad import checks
-from adagrad.optimizer import Optimizer, as_lists, kind_of
+from adagrad.arguments import as_lists, kind_of
+from adagrad.arrays import format_of
+from adagrad.optimizer import Optimizer
 from adagrad.rates import Index
 from adagrad.rule import is_torch
 
@@ -75,14 +77,12 @@ class Updater:
             for start in range(0, n, size):
                 part = slice(start, start + size)
                 optimizer.update_multi_precision(indices[part], weights[part], grads[part], states[part])
-                if size < n:  # keep completed updates, even if a custom step raises later
-                    self._keep(indices[part], new)
+                self._keep(indices[part], new)  # even if a custom step raises later
         except Exception:
             raise
         except BaseException:  # an interrupt, noticed only after the kernels have finished
             self.states.update(new)
             raise
-        self._keep(indices, new)
 
     def _keep(self, indices: list[Index], new: dict[Index, Any]) -> None:
         """Store the ``new`` states of indices that have been updated."""
@@ -171,8 +171,7 @@ def _forms(state: Any) -> str:
         return "None"
     if not (isinstance(state, np.ndarray) or is_torch(state)):
         return type(state).__name__  # of a custom optimizer
-    dtype = str(state.dtype if is_torch(state) else state.dtype.newbyteorder("="))
-    return f"{dtype.removeprefix('torch.')} of shape {tuple(state.shape)}"
+    return f"{format_of(state)} of shape {tuple(state.shape)}"
 
 
 def _adopted(at: str, loaded: Any, fresh: Any, *, resize: bool) -> Any:

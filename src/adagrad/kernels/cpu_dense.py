@@ -123,13 +123,13 @@ def update_weights_of_row(w: Any, g: Any, m: Any, start: int, stop: int, history
     """Update the weights from ``start`` to ``stop``, given the new history value of their row."""
     whole = stop - (stop - start) % LANES
     for i in range(start, whole, LANES):
-        _descend_block(w, g, m, i, None, history, fixed)
+        _update_weight_block(w, g, m, i, None, history, fixed)
     if whole < stop:
-        _descend_block(w, g, m, whole, stop - whole, history, fixed)
+        _update_weight_block(w, g, m, whole, stop - whole, history, fixed)
 
 
 @jit(helper=True)
-def _descend_block(w: Any, g: Any, m: Any, i: int, count: Any, history: Any, fixed: Any) -> None:
+def _update_weight_block(w: Any, g: Any, m: Any, i: int, count: Any, history: Any, fixed: Any) -> None:
     rescale, clip, eps_inside, eps_outside, lr, wd, decoupled_wd = fixed
     weight = load_block(master_or(w, m), i, count)
     grad = effective_gradient(load_block(g, i, count), weight, wd, rescale, clip)

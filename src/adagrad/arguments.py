@@ -1,0 +1,63 @@
+"""The arguments of an update: its lists, the structure of states, gradients of low-precision weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adagrad import checks, kernels
+from adagrad.arrays import Operand, operand, refuse_shared_memory, refuse_unwritable
+from adagrad.row_sparse import RowSparse
+from adagrad.rule import Array, cast
+
+
+def as_lists(indices: Any, weights: Any, grads: Any, states: Any) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+    """Return the arguments of an update as lists of equal length; indices must be hashable and distinct."""
+    if not isinstance(indices, (list, tuple)):
+        indices, weights, grads, states = [indices], [weights], [grads], [states]
+    n = len(indices)
+    if not (type(weights) is type(grads) is type(states) is list and len(weights) == len(grads) == len(states) == n):
+        for name, values in (("weights", weights), ("grads", grads), ("states", states)):
+            if not isinstance(values, (list, tuple)):
+                raise TypeError(f"{name}={checks.describe(values)}: must be a list, like indices")
+            if len(values) != n:
+                raise ValueError(f"{name}: {len(values)} entries: must be {n}, as many as indices")
+    try:
+        distinct = len(set(indices)) == n
+    except TypeError:
+        raise TypeError(f"indices={checks.describe(indices)}: must be integers or strings") from None
+    if not distinct:
+        raise ValueError(f"indices={checks.describe(indices)}: must be distinct within one call")
+    # Copies of the lists: another thread that changes the caller's cannot free arrays in use.
+    return list(indices), list(weights), list(grads), list(states)
+
+
+def kind_of(state: Any) -> str:
+    """Describe the structure of a state, for messages."""
+    if not isinstance(state, (tuple, list)):
+        return "one history"
+    return "a pair (master copy, history)" if len(state) == 2 else f"{len(state)} entries"
+
+
+def check_low_precision(which: list[int], weights: list[Any], grads: list[Any], states: list[Any]) -> None:
+    """Check what no step sees: low-precision weights and gradients, before these are cast up and masters down."""
+    written: list[Operand] = []
+    read: list[Operand] = []
+    for i in which:
+        weight, state = operand(f"weights[{i}]", weights[i]), states[i]
+        if not isinstance(state, (tuple, list)) or len(state) != 2:
+            raise ValueError(f"states[{i}]: {kind_of(state)}: must be a pair (master copy, state), for this weight")
+        master = operand(f"master copy in states[{i}]", state[0])
+        if master.shape != weight.shape:
+            raise ValueError(f"{master.name}: shape {master.shape}: must be {weight.shape}")
+        refuse_unwritable(weight)
+        refuse_unwritable(master)
+        grad = kernels.gradient(f"[{i}]", grads[i], weight)
+        written += [weight, master]
+        read.append(grad)
+    refuse_shared_memory(written, read)
+
+
+def cast_gradient(grad: Any, like: Array) -> Any:
+    if isinstance(grad, RowSparse):
+        return RowSparse(cast(grad.values, like), grad.indices, grad.shape)
+    return cast(grad, like)
