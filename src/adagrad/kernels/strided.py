@@ -67,7 +67,10 @@ def _pass(
 
 def tiles(weight: Any, grad: Any, history: Any, master: Any | None) -> Iterator[list[np.ndarray]]:
     """Contiguous, aligned, native one-dimensional pieces of the operands; what is written to them is written back."""
-    operands = [weight, grad, history] + ([] if master is None else [master])
+    # Axes in the order of the weight's memory: where the gradient's differs, nditer would take the order of the axes,
+    # and copy weight and history there and back.
+    axes = sorted(range(weight.ndim), key=lambda axis: -abs(weight.strides[axis]))
+    operands = [each.transpose(axes) for each in (weight, grad, history, master) if each is not None]
     return _pieces(operands, [True, False, True, True], order="K")
 
 
