@@ -238,7 +238,7 @@ def test_rounds_to_nearest_even(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [1, 2, 16, 17, 64, 80])
+@pytest.mark.parametrize("columns", [1, 2, 16, 17, 64, 80, 128, 200])
 def test_row_wise(dtype: str, columns: int) -> None:
     updates = [make((rows, columns), dtype, rows, row_wise=True, wd=0.1) for rows in (1, 9, 33)]
     check_update(updates, Rule(row_wise=True))

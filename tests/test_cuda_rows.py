@@ -108,7 +108,7 @@ def test_frequent_and_rare_rows(dtype: str, row_wise: bool) -> None:
     check_rows([make_rows(ids, (60, 5), dtype, row_wise=row_wise)], Rule(row_wise=row_wise))
 
 
-@pytest.mark.parametrize("columns", [(), (1,), (2,), (16,), (33,), (130,), (3, 2), (1, 1, 1)])
+@pytest.mark.parametrize("columns", [(), (1,), (2,), (16,), (33,), (128,), (130,), (3, 2), (1, 1, 1)])
 @pytest.mark.parametrize("row_wise", [False, True])
 def test_row_lengths(columns: tuple[int, ...], row_wise: bool) -> None:
     ids = [*[3] * 130, 1, 0, 3, 5, 1]

@@ -28,11 +28,11 @@ from adagrad.kernels.cuda_launch import Kernel
 from adagrad.kernels.cuda_rule import (
     LANES,
     TRITON_DTYPE,
+    add_mean,
     add_to_lanes,
     effective_gradient,
     gradient_scalars,
     halted,
-    mean_of_lanes,
     new_weight,
     read_weight,
     step_scalars,
@@ -52,8 +52,8 @@ SEARCH = tl.constexpr(256)
 BLOCK = 2048
 """Elements per program: with 4 warps each thread has 4 (float32) 16-byte accesses in flight for each operand."""
 
-ROW_TILES = ((16, 32), (64, 8))
-"""(columns, rows) of a row-wise program's tile: narrow rows share a program, wide ones are done piece by piece."""
+ROW_TILES = ((16, 32), (32, 16), (64, 8), (128, 4))
+"""(columns, rows) of a row-wise program's tile: rows that fit one take one pass, longer ones two, tile by tile."""
 
 
 @triton.jit
@@ -133,8 +133,11 @@ def update_elements(addresses: tl.tensor, firsts: tl.tensor, records: tl.tensor,
 def update_rows(addresses: tl.tensor, firsts: tl.tensor, records: tl.tensor, tensors: tl.tensor, table: tl.tensor,
                 grad_scale: tl.tensor, skip: tl.tensor, found_inf: tl.tensor, WEIGHT: tl.constexpr,
                 GRAD: tl.constexpr, COMPUTE: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr,
-                COLUMNS: tl.constexpr, ROWS: tl.constexpr) -> None:  # fmt: skip
-    """Update one block of rows with one history value each: a pass for the mean of squares, then one for the weight."""
+                COLUMNS: tl.constexpr, ROWS: tl.constexpr, ONE_PASS: tl.constexpr) -> None:  # fmt: skip
+    """Update one block of rows with one history value each.
+
+    Rows longer than COLUMNS take a pass for the mean of squares, then one for the weight.
+    """
     if halted(skip, found_inf):
         return
     record, block = find_record(addresses, firsts, records, tensors)
@@ -155,23 +158,25 @@ def update_rows(addresses: tl.tensor, firsts: tl.tensor, records: tl.tensor, ten
 
     h = tl.load(history + row, mask=present, other=0.0)
     lanes = tl.zeros([ROWS, LANES], COMPUTE)
-    for left in range(0, length, COLUMNS):
-        at = row * length + left + column
-        mask = present & (left + column < length)
-        w = read_weight(weight, master, at, mask, COMPUTE, HAS_MASTER)
-        g = widen(tl.load(grad + at, mask=mask), COMPUTE)
-        g = effective_gradient(g, w, grad_scale, rescale, clip, wd)
-        lanes = add_to_lanes(lanes, tl.where(mask, g * g, 0.0), ROWS, COLUMNS)
-    h = h + mean_of_lanes(lanes, length, ROWS)
-    tl.debug_barrier()  # no warp may read what another has already written
-    tl.store(history + row, h, mask=present)
+    if not ONE_PASS:
+        for left in range(0, length, COLUMNS):
+            at = row * length + left + column
+            mask = present & (left + column < length)
+            w = read_weight(weight, master, at, mask, COMPUTE, HAS_MASTER)
+            g = widen(tl.load(grad + at, mask=mask), COMPUTE)
+            g = effective_gradient(g, w, grad_scale, rescale, clip, wd)
+            lanes = add_to_lanes(lanes, tl.where(mask, g * g, 0.0), ROWS, COLUMNS)
+        h = add_mean(history, row, h, lanes, length, present, ROWS)
 
-    for left in range(0, length, COLUMNS):
+    for left in range(0, COLUMNS if ONE_PASS else length, COLUMNS):
         at = row * length + left + column
         mask = present & (left + column < length)
         w = read_weight(weight, master, at, mask, COMPUTE, HAS_MASTER)
         g = widen(tl.load(grad + at, mask=mask), COMPUTE)
         g = effective_gradient(g, w, grad_scale, rescale, clip, wd)
+        if ONE_PASS:
+            lanes = add_to_lanes(lanes, tl.where(mask, g * g, 0.0), ROWS, COLUMNS)
+            h = add_mean(history, row, h, lanes, length, present, ROWS)
         w = new_weight(w, g, h, lr, decoupled_wd, eps_inside, eps_outside)
         write_weight(weight, master, at, w, mask, WEIGHT, HAS_MASTER)
 
@@ -272,7 +277,7 @@ def plan(updates: DenseUpdates) -> tuple[np.ndarray, list[Launch]]:
     return np.concatenate(words) if words else np.zeros(0, np.int64), launches
 
 
-_WIDTHS = [columns for columns, _ in ROW_TILES[:-1]]
+_WIDTHS = [columns for columns, _ in ROW_TILES]
 
 
 @functools.lru_cache(maxsize=256)
@@ -286,8 +291,9 @@ def _kernel(code: int, is_aligned: int, tile: int) -> tuple[Kernel, int]:
     if tile == 0:
         block = BLOCK // 2 if computing == "float64" else BLOCK
         return Kernel(update_elements, 4, BLOCK=block, **constants), block
-    columns, rows = ROW_TILES[tile - 1]
-    return Kernel(update_rows, 2, COLUMNS=columns, ROWS=rows, **constants), rows
+    one_pass = tile <= len(ROW_TILES)
+    columns, rows = ROW_TILES[tile - 1] if one_pass else ROW_TILES[-1]
+    return Kernel(update_rows, 2, COLUMNS=columns, ROWS=rows, ONE_PASS=one_pass, **constants), rows
 
 
 def run(launch: Launch, addresses: Tensor, table: Tensor, grad_scale: Tensor | None, skip: Tensor | None,

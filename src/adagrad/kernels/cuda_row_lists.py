@@ -206,13 +206,14 @@ class Kernels(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def _kernels(form: Form, are_aligned: bool) -> Kernels:
     _, (weight, values, history, master) = formats(form.code)
+    columns = min(1 << (form.length - 1).bit_length(), 128)
+    if form.row_wise:
+        columns = max(columns, LANES.value)
     constants: dict[str, Any] = {
         "WEIGHT": TRITON_DTYPE[weight], "GRAD": TRITON_DTYPE[values], "COMPUTE": TRITON_DTYPE[history],
         "HAS_MASTER": master is not None, "ALIGNED": are_aligned, "ROW_WISE": form.row_wise,
+        "ONE_PASS": form.length <= columns,
     }  # fmt: skip
-    columns = min(1 << (form.length - 1).bit_length(), 128)
-    if form.row_wise:
-        columns = min(max(columns, LANES.value), 64)
     tile = min(ELEMENTS // columns, 64)
     later_columns = columns if form.row_wise else min(columns, 32)
     first = Kernel(cuda_rows.update_runs, max(1, tile * columns // 256), LATER=False, TILE=tile, COLUMNS=columns,

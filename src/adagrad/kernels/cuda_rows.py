@@ -24,11 +24,11 @@ from adagrad import rule
 from adagrad.kernels.cuda_dense import RECORD, find_record
 from adagrad.kernels.cuda_rule import (
     LANES,
+    add_mean,
     add_to_lanes,
     effective_gradient,
     gradient_scalars,
     halted,
-    mean_of_lanes,
     new_weight,
     read_weight,
     step_scalars,
@@ -198,18 +198,18 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
                 history: tl.tensor, master: tl.tensor, records: tl.tensor, weights: tl.tensor, table: tl.tensor,
                 index: tl.tensor, count: tl.tensor, rows: tl.tensor, length: tl.tensor, grad_scale: tl.tensor,
                 skip: tl.tensor, found_inf: tl.tensor, WEIGHT: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr,
-                HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr, ROW_WISE: tl.constexpr, LATER: tl.constexpr,
-                TILE: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr) -> None:  # fmt: skip
+                HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr, ROW_WISE: tl.constexpr, ONE_PASS: tl.constexpr,
+                LATER: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr
+                ) -> None:  # fmt: skip
     """Sum the values of the runs that begin in a tile of positions and update their rows, or leave sums of chunks.
 
     It sums the gradient's values, or (LATER) the sums of chunks. A program takes COLUMNS columns, or all of them if the
-    history has one value a row: then a first pass is for the mean of squares. Operands and the index of their settings
-    are arguments, or for several weights in ``records``.
+    history has one value a row: then, unless the row fits COLUMNS (ONE_PASS), a first pass is for the mean of squares.
+    Operands and the index of their settings are arguments, or for several weights in ``records``.
     """
     windows = 1 if ROW_WISE else (length - 1) // COLUMNS + 1  # length + COLUMNS could overflow 32 bits; likewise below
     tile = (tl.program_id(0) // windows).to(tl.int64)
     left = tl.program_id(0) % windows * COLUMNS
-    right = length if ROW_WISE else left + 1
     if LATER:
         position, row = find_long_run(ids, count, tile)
         head = position >= 0
@@ -234,6 +234,7 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
     if ROW_WISE:
         h = tl.load(history + row[:, None], mask=whole[:, None], other=0.0)
         lanes = tl.zeros([TILE, LANES], COMPUTE)
+    if ROW_WISE and not ONE_PASS:
         for start in range(0, length, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             mask = whole[:, None] & (column < length)[None, :]
@@ -241,12 +242,10 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
             g = add_up(source, order, ids, count, position, row, whole, column, length, COMPUTE, LATER, UNROLL)
             g = effective_gradient(g, w, grad_scale, rescale, clip, wd)
             lanes = add_to_lanes(lanes, tl.where(mask, g * g, 0.0), TILE, COLUMNS)
-        h = h + mean_of_lanes(lanes, length, TILE)
-        tl.debug_barrier()  # no warp may read what another has already written
-        tl.store(history + row[:, None], h, mask=whole[:, None])
+        h = add_mean(history, row[:, None], h, lanes, length, whole[:, None], TILE)
 
-    for start in range(left, right, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
+    for start in range(0, length if ROW_WISE and not ONE_PASS else COLUMNS, COLUMNS):
+        column = left + start + tl.arange(0, COLUMNS)
         at = row_start + column[None, :]
         mask = whole[:, None] & (column < length)[None, :]
         w = read_weight(weight, master, at, mask, COMPUTE, HAS_MASTER)
@@ -257,6 +256,9 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
             partial = (head & ~whole)[:, None] & (column < length)[None, :]
             tl.store(sums + slot[:, None] * length + column[None, :], g, mask=partial)
         g = effective_gradient(g, w, grad_scale, rescale, clip, wd)
+        if ROW_WISE and ONE_PASS:
+            lanes = add_to_lanes(lanes, tl.where(mask, g * g, 0.0), TILE, COLUMNS)
+            h = add_mean(history, row[:, None], h, lanes, length, whole[:, None], TILE)
         if not ROW_WISE:
             h = h + g * g
             tl.store(history + at, h, mask=mask)

@@ -154,30 +154,58 @@ def new_weight(weight: tl.tensor, grad: tl.tensor, history: tl.tensor, lr: tl.te
 
 
 @triton.jit
-def add_to_lanes(lanes: tl.tensor, square: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr) -> tl.tensor:
-    """``lanes`` (ROWS, 16) plus the columns of ``square`` (ROWS, COLUMNS), left to right, column j to lane j mod 16.
-
-    Each ``tl.sum`` picks one of a thread's columns among zeros, so it rounds nothing.
-    """
-    square = tl.reshape(square, [ROWS, COLUMNS // LANES, LANES])
-    group = tl.arange(0, COLUMNS // LANES)[None, :, None]
-    for k in tl.static_range(COLUMNS // LANES):
-        lanes += tl.sum(tl.where(group == k, square, 0.0), axis=1)
-    return lanes
+def halves(x: tl.tensor, ROWS: tl.constexpr, HALF: tl.constexpr) -> tl.tensor:
+    """The left and the right half of the columns of ``x`` (ROWS, 2 HALF)."""
+    return tl.split(tl.permute(tl.reshape(x, [ROWS, 2, HALF]), [0, 2, 1]))
 
 
 @triton.jit
-def mean_of_lanes(lanes: tl.tensor, length: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
-    """The lanes of each row combined by halves, divided by the row's length: shape (ROWS, 1)."""
-    lanes = add_halves(add_halves(add_halves(add_halves(lanes, ROWS, 8), ROWS, 4), ROWS, 2), ROWS, 1)
-    return divide(lanes, length.to(lanes.dtype))
+def add_2_groups(lanes: tl.tensor, square: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
+    left, right = halves(square, ROWS, LANES)
+    return lanes + left + right
+
+
+@triton.jit
+def add_4_groups(lanes: tl.tensor, square: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
+    left, right = halves(square, ROWS, 2 * LANES)
+    return add_2_groups(add_2_groups(lanes, left, ROWS), right, ROWS)
+
+
+@triton.jit
+def add_to_lanes(lanes: tl.tensor, square: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr) -> tl.tensor:
+    """``lanes`` (ROWS, 16) plus the columns of ``square`` (ROWS, COLUMNS), left to right, column j to lane j mod 16.
+
+    COLUMNS is 16, 32, 64 or 128. Not recursive, because Triton before 3.5 cannot compile that.
+    """
+    if COLUMNS == LANES:
+        lanes = lanes + square
+    elif COLUMNS == 2 * LANES:
+        lanes = add_2_groups(lanes, square, ROWS)
+    elif COLUMNS == 4 * LANES:
+        lanes = add_4_groups(lanes, square, ROWS)
+    else:
+        left, right = halves(square, ROWS, 4 * LANES)
+        lanes = add_4_groups(add_4_groups(lanes, left, ROWS), right, ROWS)
+    return lanes
 
 
 @triton.jit
 def add_halves(lanes: tl.tensor, ROWS: tl.constexpr, HALF: tl.constexpr) -> tl.tensor:
     """The left half of the lanes plus the right half."""
-    left, right = tl.split(tl.permute(tl.reshape(lanes, [ROWS, 2, HALF]), [0, 2, 1]))
+    left, right = halves(lanes, ROWS, HALF)
     return left + right
+
+
+@triton.jit
+def add_mean(history: tl.tensor, rows: tl.tensor, old: tl.tensor, lanes: tl.tensor, length: tl.tensor, mask: tl.tensor,
+             ROWS: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """The new history values (ROWS, 1): ``old`` plus the mean of squares, the ``lanes`` of each row combined by halves
+    and divided by the row's length. They are stored at the offsets ``rows`` of ``history``."""
+    lanes = add_halves(add_halves(add_halves(add_halves(lanes, ROWS, 8), ROWS, 4), ROWS, 2), ROWS, 1)
+    new = old + divide(lanes, length.to(lanes.dtype))
+    tl.debug_barrier()  # no warp may read what another has already written
+    tl.store(history + rows, new, mask=mask)
+    return new
 
 
 @triton.jit
