@@ -24,7 +24,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
 
-from adagrad import checkpoint
+from adagrad import AdaGrad, checkpoint
 from adagrad.mxnet_states import is_mxnet_states
 
 DATA = Path(__file__).parent / "data" / "states"
@@ -63,7 +63,7 @@ states_of = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple),
     max_leaves=4,
 )
-keys = st.integers() | st.text(max_size=8)
+keys = st.integers(-(2**63), 2**63 - 1) | st.text(max_size=8)
 numbers = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
 parameters = st.recursive(
     numbers,
@@ -262,6 +262,10 @@ FORGERIES: list[tuple[str, Any]] = [
     ("unknown structure", lambda t, i, m: i["states"].append([5, True])),
     ("unknown structure", lambda t, i, m: i["states"].append([5, {"set": []}])),
     ("unknown structure", lambda t, i, m: i["states"].append([5, nested(17)])),
+    ("unknown structure", lambda t, i, m: i["states"].append([5, {"float": 5}])),
+    ("unknown structure", lambda t, i, m: i["states"].append([5, {"float": [{"float": []}]}])),
+    ("a key outside of 64 bits", lambda t, i, m: i["states"].append([2**61 * 4, None])),
+    ("a key outside of 64 bits", lambda t, i, m: i.update(optimizer={"dict": [[-(2**63) - 1, 1]]})),
     ("unknown structure", lambda t, i, m: i["states"].append([5, {"tuple": [], "list": []}])),
     ("optimizer is not a dict", lambda t, i, m: i.update(optimizer=[1])),
     ("a hyper-parameter has an unknown form", lambda t, i, m: i.update(optimizer={"float": "zebra"})),
@@ -408,3 +412,11 @@ def test_a_killed_save_leaves_a_file_that_loads(tmp_path: Path) -> None:
         states, optimizer = checkpoint.decode(path.read_bytes())
         assert optimizer in ({"value": 1}, {"value": 2})
         assert (states[0] == optimizer["value"]).all()
+
+
+def test_a_checkpoint_from_before_the_dialects_switches_their_options_off() -> None:
+    config = AdaGrad().config()
+    del config["epsilon_inside"], config["decoupled_decay"]
+    optimizer = AdaGrad(dialect="keras")
+    optimizer.set_config(config)
+    assert (optimizer.epsilon_inside, optimizer.decoupled_decay) == (False, False)

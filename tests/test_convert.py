@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from adagrad import AdaGrad, GroupAdaGrad, convert, get_updater, lr_scheduler
+from adagrad.torch import Adagrad
 from support import assert_same_bits
 
 SHAPES = [(4, 3), (5,)]
@@ -307,6 +309,25 @@ def test_from_torch_refuses_another_trajectory(changes: Any, options: Any, match
     optimizer = AdaGrad(**({"learning_rate": 0.1, "dialect": "torch"} | options))
     with pytest.raises(ValueError, match=match):
         convert.from_torch(saved_with(**changes), optimizer)
+
+
+def test_master_copies_need_an_optimizer_that_keeps_them() -> None:
+    p = torch.nn.Parameter(torch.ones(2, dtype=torch.float16))
+    before = Adagrad([p], lr=0.1, multi_precision=True)
+    with pytest.raises(ValueError, match=r"multi_precision=True of parameter 0: must be the optimizer's"):
+        convert.from_torch(before.state_dict(), AdaGrad(0.1, dialect="torch"))
+    found = convert.from_torch(before.state_dict(), AdaGrad(0.1, dialect="torch", multi_precision=True))
+    assert [type(found[0]), len(found[0])] == [tuple, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("step", 10**400), ("step", math.inf), ("sum", torch.ones(2, device="meta"))]
+)
+def test_states_that_are_no_numbers_are_refused(name: str, value: Any) -> None:
+    saved = saved_with()
+    saved["state"][0][name] = value
+    with pytest.raises(ValueError, match="state_dict: must be what"):
+        convert.from_torch(saved, AdaGrad(0.1, dialect="torch"))
 
 
 def test_a_history_of_elements_is_not_one_of_rows() -> None:
@@ -706,6 +727,8 @@ def test_arrays_are_checked() -> None:
         ValueError, match=re.escape("history 1: shape (3, 2): must be (n, 1, ...), one value for each row")
     ):
         convert.from_arrays([np.ones((3, 1, 1)), np.ones((3, 2))], GroupAdaGrad(), "mxnet")
+    with pytest.raises(ValueError, match=re.escape("history 0: shape (): must be (n, 1, ...)")):
+        convert.from_arrays([np.array(1.0)], GroupAdaGrad(), "mxnet")
     with pytest.raises(ValueError, match="dialect='x': must be one of"):
         convert.from_arrays([], AdaGrad(), "x")
     with pytest.raises(ValueError, match="history 0: masked: must be an array"):

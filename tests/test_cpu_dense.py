@@ -493,3 +493,29 @@ def test_arrays_live_until_the_work_is_done(rows: bool, strided: bool) -> None:
     assert all(each() is not None for each in alive)
     prepared.run()
     assert (weight == -0.5).all()
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_memory_mapped_arrays_take_the_fast_path(tmp_path: Path, rows: bool) -> None:
+    def mapped(name: str, value: float) -> Any:
+        array = np.memmap(tmp_path / name, np.float32, "w+", shape=(40, 3))
+        array[:] = value
+        return array
+
+    weight, grad, history = mapped("weight", 1.0), mapped("grad", 0.5), mapped("history", 0.25)
+    plain = [np.array(each) for each in (weight, grad, history)]
+    given: list[Any] = [grad, plain[1]]
+    if rows:
+        given = [RowSparse(each, np.arange(40), (40, 3)) for each in given]
+    for w, g, h in ((weight, given[0], history), (plain[0], given[1], plain[2])):
+        assert update_plain([Operands(w, g, h)], [oracle.Hyper()])
+    assert_same_bits(np.asarray(weight), plain[0])
+    assert_same_bits(np.asarray(history), plain[2])
+
+
+def test_a_read_only_gradient_that_is_copied_by_rows() -> None:
+    weight, grad = np.ones((3, 4), np.float32), np.ones((4, 3), np.float32).T
+    grad.flags.writeable = False
+    history = np.zeros((3, 1), np.float32)
+    GroupAdaGrad(1.0, epsilon=0.0).update(0, weight, grad, history)
+    assert (weight == 0).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import oracle
-from adagrad import RowSparse
+from adagrad import GroupAdaGrad, RowSparse
 from adagrad.kernels import cpu_rows, fast_path, general_path, records, row_groups, row_lists
 from adagrad.kernels.batch import Batch
 from adagrad.kernels.rows import inspect_rows
@@ -376,7 +377,7 @@ def test_a_long_list_of_small_gradients_is_not_small() -> None:
     for count, is_large in ((2, False), (200, True), (3, False)):
         given = [rows(rng, FLOAT32, (9, 16), some(rng, 30, 9)) for _ in range(count)]
         assert update_plain(given, [HYPERS["plain"]])
-        assert bool(row_lists._workers(False)[1][0]) == is_large
+        assert bool(row_lists._last(False, threading.get_ident())[0]) == is_large
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "rows"])
@@ -655,3 +656,12 @@ def test_the_order_of_the_other_rows_means_nothing() -> None:
         apply([o], [HYPERS["unclipped"]])
         assert_same_bits(o.weight[2], alone.weight[2])
         assert_same_bits(o.history[2], alone.history[2])
+
+
+@pytest.mark.parametrize("dtypes", [["f4"], [">f4"], ["f4", ">f4"]])
+def test_rows_without_columns_change_no_history(dtypes: list[str]) -> None:
+    weights = [np.zeros((3, 0), dtype) for dtype in dtypes]
+    states = [np.zeros((3, 1), dtype) for dtype in dtypes]
+    grads = [RowSparse(np.zeros((2, 0), dtype), np.array([0, 2]), (3, 0)) for dtype in dtypes]
+    GroupAdaGrad().update(list(range(len(dtypes))), weights, grads, states)
+    assert not np.any(states)

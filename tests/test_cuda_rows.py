@@ -20,7 +20,7 @@ tl = pytest.importorskip("triton.language")
 
 from adagrad.kernels import cuda, cuda_row_lists, cuda_rows  # noqa: E402
 from adagrad.kernels.cuda_launch import Kernel  # noqa: E402
-from adagrad.rule import CHUNK, Rule  # noqa: E402
+from adagrad.rule import CHUNK, Rule, sum_duplicates  # noqa: E402
 from adagrad.torch import check_row_ids  # noqa: E402
 
 
@@ -41,25 +41,6 @@ def make_rows(ids: Any, shape: tuple[int, ...], dtype: str = "float32", seed: in
     return RowUpdate(weight, indices, values, history, master, lr, wd)
 
 
-def sums(ids: np.ndarray, values: np.ndarray) -> dict[int, np.ndarray]:
-    """Row to the sum of its values: in order, in chunks of 128 from the first, the chunks' sums in order."""
-    occurrences: dict[int, list[np.ndarray]] = {}
-    for row, value in zip(ids.tolist(), values, strict=True):
-        occurrences.setdefault(row, []).append(value)
-    totals = {}
-    for row, each in occurrences.items():
-        chunks = []
-        for start in range(0, len(each), 128):
-            chunk = each[start].copy()
-            for value in each[start + 1 : start + 128]:
-                chunk += value
-            chunks.append(chunk)
-        totals[row] = chunks[0]
-        for chunk in chunks[1:]:
-            totals[row] = totals[row] + chunk
-    return totals
-
-
 def check_rows(updates: list[RowUpdate], rule: Rule, scale: float | None = None, **options: Any) -> None:
     """Run ``updates`` in one call and compare every bit with the rule."""
     want = []
@@ -67,13 +48,9 @@ def check_rows(updates: list[RowUpdate], rule: Rule, scale: float | None = None,
         dtype = str(u.weight.dtype).removeprefix("torch.")
         new = as_numpy(u.weight if u.master is None else u.master, dtype)
         weight, history = as_numpy(u.weight, dtype), as_numpy(u.history, dtype)
-        totals = sums(u.indices.cpu().numpy(), as_numpy(u.values, dtype))
-        if totals:
-            rows = np.array(list(totals))
-            new[rows], history[rows] = expected(
-                new[rows], np.stack(list(totals.values())), history[rows], float(u.lr), u.wd, rule, scale or 1.0
-            )
-            weight[rows] = rounded(new[rows], dtype)
+        rows, sums = sum_duplicates(u.indices.cpu().numpy(), as_numpy(u.values, dtype))
+        new[rows], history[rows] = expected(new[rows], sums, history[rows], float(u.lr), u.wd, rule, scale or 1.0)
+        weight[rows] = rounded(new[rows], dtype)
         want.append((weight, history, new, as_numpy(u.values, dtype)))
     if scale is not None:
         options["grad_scale"] = torch.tensor(scale, device=DEVICE)
@@ -147,8 +124,9 @@ def test_the_order_of_summation_is_seen() -> None:
     """Another order of these values gives other bits: the comparison with the oracle is not empty."""
     u = make_rows(zipf(400, 3), (3, 4))
     ids, values = u.indices.cpu().numpy(), as_numpy(u.values, "float32")
-    forward, backward = sums(ids, values), sums(ids[::-1], values[::-1])
-    assert any((forward[row] != backward[row]).any() for row in forward)
+    _, forward = sum_duplicates(ids, values)
+    _, backward = sum_duplicates(ids[::-1], values[::-1])
+    assert (forward != backward).any()
     check_rows([u], Rule())
 
 

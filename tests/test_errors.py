@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adagrad import AdaGrad, GroupAdaGrad, Optimizer, RowSparse, Updater
+from adagrad import AdaGrad, GroupAdaGrad, Optimizer, RowSparse, Updater, arrays
 from support import BFLOAT16
 
 SHAPE = (4, 3)
@@ -52,7 +52,7 @@ class Call:
         )  # fmt: skip
 
     def update(self) -> None:
-        self.optimizer.update_multi_precision(self.indices, self.weights, self.grads, self.states)
+        self.optimizer.update(self.indices, self.weights, self.grads, self.states)
 
     # What is made bad:
 
@@ -714,3 +714,40 @@ def test_updater() -> None:
         with pytest.raises(TypeError, match=r"optimizer=.*must be an adagrad.Optimizer"):
             Updater(bad)  # type: ignore[arg-type]
     assert Updater(Optimizer()).states == {}
+
+
+def test_aggregate_num_that_is_an_array() -> None:
+    with pytest.raises(TypeError, match=r"^aggregate_num="):
+        AdaGrad(aggregate_num=np.ones(2))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_reversed_weight_that_shares_memory(fused: bool) -> None:
+    base = np.ones(8, np.float32)
+    weights = [base[:4][::-1], base[:2]]
+    optimizer = AdaGrad(use_fused_step=fused)
+    with pytest.raises(ValueError, match=r"weights\[1\]: shares memory with weights\[0\]"):
+        optimizer.update([0, 1], weights, [np.ones_like(w) for w in weights], [np.zeros_like(w) for w in weights])
+    assert (base == 1).all()
+
+
+def test_an_empty_view_of_a_weight_shares_no_byte() -> None:
+    weight = np.ones(4, np.float32)
+    weights = [weight, weight[2:][:0]]
+    AdaGrad(1.0, epsilon=0.0, use_fused_step=False).update(
+        [0, 1], weights, [np.ones_like(w) for w in weights], [np.zeros_like(w) for w in weights]
+    )
+    assert (weight == 0).all()
+
+
+def test_what_is_too_hard_to_decide_is_refused(monkeypatch: Any) -> None:
+    monkeypatch.setattr(arrays, "WORK", 1)
+    base = np.ones(400, np.float32)
+    forms = ((2, (4, 4, 2), (132, 128, 68)), (0, (2, 2, 3), (20, 60, 24)))
+    weights = [np.lib.stride_tricks.as_strided(base[start:], shape, strides) for start, shape, strides in forms]
+    assert not np.shares_memory(*weights)
+    with pytest.raises(ValueError, match="shares memory"):
+        AdaGrad(use_fused_step=False).update(
+            [0, 1], weights, [np.ones_like(w) for w in weights], [np.zeros_like(w) for w in weights]
+        )
+    assert (base == 1).all()

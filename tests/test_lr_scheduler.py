@@ -46,6 +46,20 @@ def test_factor_multiplies_again_and_again() -> None:
     assert schedule(51) == lr != 0.3 * 0.9**50
 
 
+@pytest.mark.parametrize(
+    ("step", "factor", "stop"), [(1, 0.99999, 0.0), (2, 0.9999, 1e-8), (2.0, 0.9999, 0.0), (1.5, 0.9999, 0.0),
+                                 (1, 0.5, 0.0), (1, 0.9, 1e-3), (1, 0.9999, 0.5)]
+)  # fmt: skip
+def test_many_multiplications_are_the_same_as_one_by_one(step: float, factor: float, stop: float) -> None:
+    at_once, one_by_one = (FactorScheduler(step, factor, stop, 0.3) for _ in range(2))
+    seen = 0
+    for n in (3000, 3001, 4200, 12_345):
+        while seen < n:
+            seen += 1
+            one_by_one(seen)
+        assert at_once(n) == one_by_one(n)
+
+
 def test_factor_stops() -> None:
     schedule = FactorScheduler(step=2, factor=0.1, stop_factor_lr=3e-4, base_lr=0.5)
     assert [schedule(n) for n in (1, 3, 5, 7, 9, 1000, 10**12)] == pytest.approx(

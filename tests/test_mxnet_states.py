@@ -70,7 +70,6 @@ def test_hyper_parameters_are_the_given_ones(path: Path) -> None:
     assert (optimizer.name, optimizer.lr, optimizer.begin_num_update) == ("AdaGrad", config["learning_rate"], 0)
     assert optimizer.index_update_count == dict.fromkeys(config["indices"], 3)
     assert (optimizer.lr_mult, optimizer.wd_mult, optimizer.idx2name) == ({}, {}, {})
-    assert (optimizer.aggregate_num, optimizer.use_fused_step) == (1, True)
     if config["scheduler"] is None:
         assert optimizer.scheduler is None
         return
@@ -414,8 +413,6 @@ def test_attributes_are_read() -> None:
         wd_mult={"b": 0.0},
         idx2name={0: "a"},
         multi_precision=True,
-        aggregate_num=math.inf,
-        use_fused_step=False,
         scheduler=None,
     )
     config = found.config()
@@ -703,3 +700,33 @@ def test_own_files_are_told_apart_from_pickles() -> None:
     assert {b"\x80\x02", b"\x80\x03", b"\x80\x04"} <= lengths  # header lengths that look like a pickle's first bytes
     assert not any(map(is_mxnet_states, (b"", b"\x80", b"\x80\x01}.", b"\x80\x06}.", b"PK\x03\x04")))
     assert all(map(is_mxnet_states, (b"\x80\x02}.", b"(dp0\n.")))
+
+
+def test_a_fractional_step_of_which_the_file_holds_a_rounded_multiple(mxnet: Any) -> None:
+    step = 1.1
+    count = 0.0
+    k = 0
+    while int(count / step) == k:
+        count, k = count + step, k + 1
+    schedule = scheduler("Factor", step=step, count=count, base_lr=0.4 * 0.5**k)
+    read = read_optimizer(adagrad(num_update=k * 2 + 2, lr=0.4, lr_scheduler=schedule))
+    assert read.scheduler[1]["base_lr"] == 0.4
+
+
+def test_a_polynomial_that_ends_with_a_jump(mxnet: Any) -> None:
+    schedule = scheduler("Poly", power=0, max_update=3)
+    assert read_optimizer(adagrad(num_update=3, lr=None, lr_scheduler=schedule)).scheduler[1]["pwr"] == 0
+
+
+def test_a_schedule_that_decayed_before_its_step_was_over(mxnet: Any) -> None:
+    schedule = scheduler("Factor", step=3, count=3)
+    with pytest.raises(ValueError, match="count 3 at num_update 3"):
+        read_optimizer(adagrad(num_update=3, lr=0.4, lr_scheduler=schedule))
+    assert read_optimizer(adagrad(num_update=4, lr=0.4, lr_scheduler=schedule)).scheduler[1]["base_lr"] == 0.4
+
+
+def test_an_array_built_twice(mxnet: Any) -> None:
+    data = pickletools.optimize(pickle.dumps({0: NDARRAY(saved(np.zeros(2, np.float32)))}, 3))
+    state = data[data.index(b"}X\x06\x00\x00\x00handle") : -2]
+    with pytest.raises(ValueError, match="refused to build a Array"):
+        decode(data[:-2] + state + b"s.")

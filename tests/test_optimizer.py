@@ -525,6 +525,23 @@ def test_sym() -> None:
     assert optimizer.lr_mult == {"a": 4.0}
 
 
+def test_sym_and_keys_of_multipliers_are_checked() -> None:
+    with pytest.raises(TypeError, match=r"sym=3: must have attr_dict\(\) and list_arguments\(\)"):
+        AdaGrad(sym=3)
+    for setter, name in (("set_lr_mult", "args_lr_mult"), ("set_wd_mult", "args_wd_mult")):
+        with pytest.raises(TypeError, match=rf"a key of {name}=1.5: must be an integer or a string, not float"):
+            getattr(AdaGrad(), setter)({1.5: 2.0})
+    with pytest.raises(TypeError, match=r"a key of param_idx2name=\(1, 2\): must be an integer or a string"):
+        AdaGrad(param_idx2name={(1, 2): "a"})  # type: ignore[dict-item]
+
+
+def test_an_initial_history_fits_its_dtype() -> None:
+    optimizer = AdaGrad(initial_accumulator_value=1e300)
+    assert optimizer.create_state(0, np.ones(2)).tolist() == [1e300] * 2
+    with pytest.raises(ValueError, match=r"initial_accumulator_value=1e\+300: must be finite in float32"):
+        optimizer.create_state(0, np.ones(2, np.float32))
+
+
 def test_set_multipliers_replaces_those_before() -> None:
     optimizer = AdaGrad(1.0)
     optimizer.set_lr_mult({0: 2.0, 1: 3.0})
@@ -555,6 +572,13 @@ def test_learning_rate_and_schedule(klass: type[AdaGrad]) -> None:
     assert optimizer.learning_rate == schedule.base_lr == 0.4
     optimizer, message = one_warning(lambda: klass(lr_scheduler=schedule))
     assert optimizer.learning_rate == 0.01, "the default learning rate overwrites too, as documented"
+
+
+def test_the_learning_rate_overwrites_the_end_of_the_warm_up_too() -> None:
+    schedule = FactorScheduler(step=10, base_lr=0.4, warmup_steps=4)
+    schedule.warmup_final_lr = 0.8
+    one_warning(lambda: AdaGrad(0.1, lr_scheduler=schedule))
+    assert [schedule(n) for n in (2, 4)] == [0.05, 0.1]
 
 
 def test_a_schedule_without_base_lr_has_nothing_to_overwrite() -> None:
@@ -831,7 +855,7 @@ def test_mixed_lists_on_a_device(klass: type[AdaGrad], monkeypatch: pytest.Monke
     as_operand = arrays._tensor
     monkeypatch.setattr(arrays, "_tensor", lambda *given: as_operand(*given)._replace(device="cuda:0", memory=None))
     set_layout(monkeypatch, None)
-    monkeypatch.setattr(general_path._DeviceUpdates, "run", run)
+    monkeypatch.setattr(general_path.DeviceUpdates, "run", run)
     weights = [torch.full((4,), i, dtype=torch.float32) for i in range(4)]
     grads: list[Any] = [torch.ones(4) for _ in weights]
     for i in (1, 2):
@@ -1166,3 +1190,98 @@ def test_repr() -> None:
     assert repr(GroupAdaGrad(None, lr_scheduler=FactorScheduler(3))).startswith(
         "GroupAdaGrad(lr_scheduler=FactorScheduler(step=3, factor=1.0,"
     )
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_weight_decay_multipliers_alone_act(fused: bool) -> None:
+    optimizer, (weight,) = AdaGrad(0.5, wd=0.1, use_fused_step=fused), weights_of((3, 2))
+    optimizer.set_wd_mult({0: 0.0})
+    before, ones = weight.copy(), np.ones((3, 2), np.float32)
+    optimizer.update(0, weight, ones, optimizer.create_state(0, weight))
+    assert_same_bits(weight, expected(before, ones, lr=0.5, wd=0.0))
+
+
+def test_rates_are_resolved_anew_after_a_step_that_raised() -> None:
+    class Raises(MXNetStyle):
+        def step(self, *lists: Any) -> None:
+            if self.lr == 1.0:
+                raise RuntimeError("once")
+            super().step(*lists)
+
+    optimizer, weights = Raises(1.0), weights_of((4, 2), (4, 2))
+    states = [optimizer.create_state(i, w) for i, w in enumerate(weights)]
+    grads: list[Any] = [np.ones_like(weights[0]), sparse(weights[1], [2])]
+    with pytest.raises(RuntimeError, match="once"):
+        optimizer.update([0, 1], weights, grads, states)
+    optimizer.set_learning_rate(0.5)
+    before = copy.deepcopy(weights)
+    optimizer.update([0, 1], weights, grads, states)
+    assert_same_bits(weights[0], expected(before[0], grads[0], lr=0.5))
+    assert_same_bits(weights[1][2], expected(before[1], grads[0], lr=0.5)[2])
+    assert optimizer._index_update_count == {0: 1, 1: 1}
+
+
+def test_the_master_copy_of_a_parameter_has_no_autograd_history() -> None:
+    weight = torch.nn.Parameter(torch.ones(2, dtype=torch.float16))
+    master, history = AdaGrad(multi_precision=True).create_state_multi_precision(0, weight)
+    assert not master.requires_grad
+    assert not history.requires_grad
+
+
+def test_a_config_is_a_copy() -> None:
+    optimizer, weight = AdaGrad(wd=0.5, param_idx2name={0: "w"}), np.ones(2, np.float32)
+    optimizer.set_lr_mult({0: 0.5})
+    optimizer.set_wd_mult({0: 0.5})
+    config = optimizer.config()
+    before = copy.deepcopy(config)
+    optimizer.update(0, weight, weight.copy(), optimizer.create_state(0, weight))
+    optimizer.lr_mult[0] = optimizer.wd_mult[0] = 2.0
+    optimizer.idx2name[0] = "v"
+    assert config == before
+
+
+def test_copies_leave_unset_slots_unset() -> None:
+    made = copy.copy(_Slots())
+    assert not hasattr(made, "extra")
+    made = copy.deepcopy(_Slots())
+    assert not hasattr(made, "extra")
+
+
+class _Slots(AdaGrad):
+    __slots__ = ("extra",)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_row_wise_history_of_a_weight_that_is_not_c_contiguous(fused: bool) -> None:
+    optimizer, weight = GroupAdaGrad(use_fused_step=fused), np.ones((3, 4), np.float32).T
+    state = optimizer.create_state(0, weight)
+    assert state.shape == (4, 1)
+    optimizer.update(0, weight, np.ones((4, 3), np.float32), state)
+    assert (state == 1).all()
+
+
+def test_a_step_set_on_the_object_gets_dense_gradients() -> None:
+    optimizer, weight, seen = AdaGrad(), np.ones(2, np.float32), list[Any]()
+    optimizer.step = lambda indices, *lists: seen.append(indices)  # type: ignore[method-assign]
+    optimizer.update(0, weight, np.ones(2, np.float32), optimizer.create_state(0, weight))
+    assert seen == [[0]]
+    assert (weight == 1).all()
+
+
+def test_an_overridden_update_gets_master_copies() -> None:
+    seen = []
+
+    class Own(AdaGrad):
+        def update(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+            seen.extend(weight.dtype for weight in weights)
+            super().update(indices, weights, grads, states)
+
+    optimizer, weight = Own(multi_precision=True), np.ones(2, np.float16)
+    optimizer.update_multi_precision(
+        0, weight, np.ones(2, np.float16), optimizer.create_state_multi_precision(0, weight)
+    )
+    assert seen == [np.float32]
+
+
+def test_numpys_booleans_are_booleans() -> None:
+    assert AdaGrad(multi_precision=np.True_).multi_precision is True

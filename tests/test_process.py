@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 
 import adagrad
 from adagrad.kernels import disk_cache, numba_jit
+from adagrad.kernels.interrupts import uninterrupted
 
 SOURCES = str(Path(adagrad.__file__).parents[1])
 LIMIT = 300
@@ -618,6 +621,33 @@ def test_what_finds_no_memory_leaves_none_behind() -> None:
     assert int(run(code)) < 4096, "KiB"
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no timers that signal")
+def test_an_interrupt_waits_until_an_import_or_a_compilation_is_complete() -> None:
+    """Interrupted halfway, Numba's modules and registries are broken for the rest of the process."""
+    done = []
+
+    def work() -> str:
+        time.sleep(0.2)
+        done.append(True)
+        return "result"
+
+    def interrupt(*_: object) -> None:
+        raise InterruptedError("now")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(InterruptedError, match="now"):
+            uninterrupted(work)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert done == [True]
+    assert uninterrupted(work) == "result"
+    with pytest.raises(ZeroDivisionError):
+        uninterrupted(lambda: 1 // 0)
+
+
 class Clock:
     """What the launches are timed with, here."""
 
@@ -656,6 +686,7 @@ def test_launches_that_stall_stay_on_the_calling_thread_for_a_while(clock: Clock
     assert [launch(slow), launch(slow), launch(quick)] == [2, 2, 1]
     assert launch(quick, work=numba_jit.ALWAYS_PARALLEL) == 2, "much work is worth a stall, and shows there are cores"
     assert launch(quick) == 2
+    assert [launch(slow), launch(quick, work=0), launch(slow), launch(quick)] == [2, 2, 2, 1], "small ones say nothing"
 
 
 def test_a_launch_that_a_signal_ended_before_it_began_does_not_hold_the_layer(clock: Clock) -> None:

@@ -13,6 +13,7 @@ import torch
 
 import oracle
 from adagrad import AdaGrad, GroupAdaGrad, RowSparse, get_updater
+from adagrad.torch import Adagrad
 from support import (
     BFLOAT16,
     HYPERS,
@@ -390,14 +391,16 @@ def test_in_many_steps_on_a_model() -> None:
 
 @FUSED
 @CLASSES
-def test_autograd_notices_that_weights_changed(klass: type[AdaGrad], fused: bool) -> None:
+def test_autograd_notices_that_weights_and_histories_changed(klass: type[AdaGrad], fused: bool) -> None:
     for grad in (torch.ones(3, 2), RowSparse(torch.ones(1, 2), torch.tensor([1]), (3, 2))):
-        weight = torch.ones(3, 2, requires_grad=True)
-        loss = (weight * weight).sum()
+        weight, other = torch.ones(3, 2, requires_grad=True), torch.ones(3, 2, requires_grad=True)
         optimizer = klass(0.1, use_fused_step=fused)
-        optimizer.update(0, weight, grad, optimizer.create_state(0, weight))
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
+        history = optimizer.create_state(0, weight)
+        losses = (weight * weight).sum(), (other * history).sum()
+        optimizer.update(0, weight, grad, history)
+        for loss in losses:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
 
 
 class Subclass(torch.Tensor):
@@ -453,3 +456,41 @@ def test_a_step_of_ones_own_updates_a_parameter_of_low_precision() -> None:
         0, weight, torch.ones(3, dtype=torch.float16), optimizer.create_state_multi_precision(0, weight)
     )
     assert weight.tolist() == [0.5] * 3
+
+
+def test_interleaved_weights_beside_a_tensor_subclass() -> None:
+    base = torch.ones(4, 4)
+    weights = [base[:, :2], base[:, 2:], torch.ones(3).as_subclass(Subclass)]
+    AdaGrad(1.0, epsilon=0.0).update(
+        [0, 1, 2], weights, [torch.ones_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
+    )
+    assert (base == 0).all()
+    assert (weights[2] == 0).all()
+
+
+def test_indices_on_another_device() -> None:
+    grad = RowSparse(torch.ones(1, 2), torch.zeros(1, dtype=torch.int64, device="meta"), (3, 2))
+    with pytest.raises(ValueError, match=r"indices of grads\[0\]: on meta: must be on cpu, like the weight"):
+        AdaGrad().update(0, torch.ones(3, 2), grad, torch.zeros(3, 2))
+
+
+def test_a_master_copy_of_another_kind() -> None:
+    weight = np.ones(2, np.float16)
+    state = torch.ones(2), np.zeros(2, np.float32)
+    with pytest.raises(TypeError, match="a torch tensor: must be a NumPy array, like the weight"):
+        AdaGrad(multi_precision=True).update(0, weight, np.ones(2, np.float16), state)
+    assert (weight == 1).all()
+
+
+def test_the_history_of_a_tensor_subclass_on_another_device() -> None:
+    weight, history = torch.ones(2).as_subclass(Subclass), torch.zeros(2, device="meta").as_subclass(Subclass)
+    with pytest.raises(ValueError, match=r"history in states\[0\]: device meta: must be cpu"):
+        AdaGrad().update(0, weight, torch.ones(2), history)
+
+
+def test_row_wise_master_copies_of_a_tensor_subclass() -> None:
+    p = torch.nn.Parameter(torch.ones(3, 2, dtype=torch.bfloat16).as_subclass(Subclass))
+    optimizer = Adagrad([p], lr=1.0, eps=0.0, row_wise=True, multi_precision=True)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert (p == 0).all()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
 import sys
 import threading
 from collections.abc import Callable
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -579,7 +577,6 @@ def test_pickle_and_deepcopy() -> None:
     for again_model, again in (copy.deepcopy(pair), pickle.loads(pickle.dumps(pair))):
         again_model(torch.ones(3)).sum().backward()
         again.step()
-        assert again._step_supports_amp_scaling
         assert again.param_groups[0]["clip_value"] == 0.5
     model.zero_grad()
     again_model.zero_grad()
@@ -639,8 +636,7 @@ def test_autograd_notices_what_has_changed(what: str) -> None:
     ("fused", "dtype", "unscale"),
     [
         *[(fused, torch.float32, unscale) for fused in (None, False, True) for unscale in (False, True)],
-        (None, torch.float16, False),  # which GradScaler does not unscale by itself
-        (True, torch.float16, False),
+        (True, torch.float16, False),  # which GradScaler does not unscale by itself
     ],
     ids=str,
 )
@@ -683,79 +679,20 @@ def test_grad_scaler_with_sparse_gradients() -> None:
     assert_same_bits(first.weight, second.weight)
 
 
-class Clipping(Adagrad):
-    def step(self, closure: Any = None) -> Any:
-        nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1.0)
-        return super().step(closure)
-
-
-class AsItIs(Adagrad):
-    """Nothing of its own."""
-
-
-def clipped(step: Any) -> Any:
-    """As one writes a decorator for a step."""
-
-    @functools.wraps(step)
-    def wrapper(self: Any, *args: Any) -> Any:
-        nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1.0)
-        return step(self, *args)
-
-    return wrapper
-
-
-class Decorated(Adagrad):
-    step = clipped(Adagrad.step)
-
-
-def on_the_instance(optimizer: Adagrad) -> None:
-    inner = optimizer.step
-
-    @functools.wraps(inner)
-    def step(*args: Any) -> Any:
-        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-        return inner(*args)
-
-    optimizer.step = step  # type: ignore[method-assign]
-
-
-def as_a_method(optimizer: Adagrad) -> None:
-    optimizer.step = MethodType(clipped(Adagrad.step), optimizer)  # type: ignore[method-assign]
-
-
-def with_a_schedule(optimizer: Adagrad) -> None:
-    torch.optim.lr_scheduler.StepLR(optimizer, 1)
-
-
-@pytest.mark.parametrize(
-    ("klass", "changes"),
-    [
-        (Clipping, ()), (Decorated, ()), (Clipping, (with_a_schedule,)), (Adagrad, (on_the_instance,)),
-        (Adagrad, (with_a_schedule, on_the_instance)), (Adagrad, (as_a_method,)),
-        (Adagrad, (as_a_method, with_a_schedule)),
-    ],
-)  # fmt: skip
-def test_a_step_of_ones_own_sees_unscaled_gradients(klass: type[Adagrad], changes: tuple[Any, ...]) -> None:
-    p = nn.Parameter(torch.ones(3))
-    optimizer = klass([p], lr=0.1)
-    for change in changes:
-        change(optimizer)
-    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
-    scaler.scale(p.sum() * 2).backward()
-    scaler.step(optimizer)
-    assert optimizer.state[p]["sum"].tolist() == pytest.approx([1 / 3] * 3)
-
-
-def test_who_unscales() -> None:
-    for klass in (AsItIs, Adagrad, AsItIs):  # PyTorch puts a wrapper of its own around step, once for a class
-        optimizer = klass([parameter((3,))])
-        assert optimizer._step_supports_amp_scaling
-        torch.optim.lr_scheduler.StepLR(optimizer, 1)  # which wraps step
-        assert optimizer._step_supports_amp_scaling
-        optimizer.step = Adagrad([parameter((3,))]).step  # type: ignore[method-assign]
-        assert optimizer._step_supports_amp_scaling
-    assert not Clipping([parameter((3,))])._step_supports_amp_scaling
-    assert Clipping([parameter((3,))], fused=True)._step_supports_amp_scaling
+@pytest.mark.parametrize("fused", [None, False, True])
+def test_grad_scaler_unscales_as_with_pytorch(fused: bool | None) -> None:
+    """Trainers ask the attribute before they clip; hooks and steps of users see unscaled gradients by default."""
+    seen = []
+    for klass in (Adagrad, torch.optim.Adagrad):
+        p = nn.Parameter(torch.ones(3))
+        optimizer = klass([p], lr=0.1, fused=fused)
+        optimizer.register_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["params"][0].grad.tolist()))
+        assert bool(getattr(optimizer, "_step_supports_amp_scaling", False)) is (fused is True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+        scaler.scale(p.sum() * 2).backward()
+        scaler.step(optimizer)
+        assert optimizer.state[p]["sum"].tolist() == [4.0] * 3
+    assert seen == [[2.0 * (65536 if fused else 1)] * 3] * 2
 
 
 @pytest.mark.parametrize("fused", [None, False])
@@ -1070,3 +1007,28 @@ def test_an_interrupt_before_the_kernels_counts_nothing(is_plain: bool, monkeypa
         optimizer.step()
     assert optimizer.state[p]["step"] == 0
     assert (p == 1).all()
+
+
+def test_a_differentiable_step_decays_by_each_parameters_own_count() -> None:
+    params = [torch.ones(2, requires_grad=True).clone() for _ in range(2)]
+    optimizer = Adagrad(params, lr=0.5, lr_decay=1.0, eps=0.0, differentiable=True)
+    optimizer.state[params[1]]["step"].fill_(1)
+    for p in params:
+        p.grad = torch.ones(2)
+    optimizer.step()
+    assert [p.tolist() for p in params] == [[0.5, 0.5], [0.75, 0.75]]
+
+
+def test_fused_counts_are_on_the_parameters_device() -> None:
+    p = torch.nn.Parameter(torch.ones(2, device="meta"))
+    for fused, device in ((True, "meta"), (False, "cpu")):
+        assert Adagrad([p], fused=fused).state[p]["step"].device.type == device
+
+
+def test_counts_are_as_wide_as_pytorchs() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        p = torch.nn.Parameter(torch.ones(2))
+        assert [kind([p]).state[p]["step"].dtype for kind in (Adagrad, torch.optim.Adagrad)] == [torch.float64] * 2
+    finally:
+        torch.set_default_dtype(torch.float32)

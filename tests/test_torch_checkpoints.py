@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -242,7 +243,8 @@ def test_a_state_that_lacks_something_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [("sum", None), ("sum", 1.0), ("sum", [1.0, 1.0]), ("master", 1.0), ("step", torch.ones(2)), ("step", "3"),
-     ("step", None), ("step", torch.tensor(True)), ("sum", torch.zeros(2).to_sparse()), ("sum", torch.zeros(2) * 1j)],
+     ("step", None), ("step", torch.tensor(True)), ("step", torch.tensor(math.nan)), ("step", -1), ("step", math.inf),
+     ("step", 10**400), ("step", torch.tensor(1j)), ("sum", torch.zeros(2).to_sparse()), ("sum", torch.zeros(2) * 1j)],
     ids=str,
 )  # fmt: skip
 def test_a_state_of_another_kind_is_refused(name: str, value: Any) -> None:
@@ -254,6 +256,41 @@ def test_a_state_of_another_kind_is_refused(name: str, value: Any) -> None:
         optimizer.load_state_dict(saved)
     for key, was in before.items():
         assert_same_bits(optimizer.state[p][key], was)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [("eps", -1.0, ValueError), ("lr", math.nan, ValueError), ("lr", None, TypeError), ("clip_value", 0, ValueError),
+     ("row_wise", 1, TypeError), ("maximize", torch.ones(2), TypeError)],
+)  # fmt: skip
+def test_options_of_a_checkpoint_are_checked(name: str, value: Any, error: type[Exception]) -> None:
+    p, optimizer = with_master()
+    before, group = copy.deepcopy(optimizer.state[p]), dict(optimizer.param_groups[0])
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0][name] = value
+    with pytest.raises(error, match=name):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0] == group
+    assert_same_bits(optimizer.state[p]["sum"], before["sum"])
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [{}, {"state": {}}, {"state": [], "param_groups": []}, {"state": {}, "param_groups": [{}]},
+     {"state": {}, "param_groups": [3]}],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_state_dict_is_refused(saved: Any) -> None:
+    with pytest.raises(ValueError, match="state_dict"):
+        with_master()[1].load_state_dict(saved)
+
+
+def test_a_state_is_not_lost_by_loading() -> None:
+    """SGD has none; torch.optim.Adagrad would raise a KeyError at its next step."""
+    p, optimizer = with_master()
+    with pytest.raises(ValueError, match="state of parameter 0 of group 0: no 'step': must have step and sum"):
+        optimizer.load_state_dict(torch.optim.SGD([p], lr=0.5).state_dict())
+    assert optimizer.state[p]["step"] == 1
 
 
 def test_a_group_that_lost_an_option_loads() -> None:
@@ -440,3 +477,40 @@ def test_a_master_copy_stays_where_a_change_was_none() -> None:
     p.grad = torch.zeros_like(p)
     optimizer.step()
     assert_same_bits(optimizer.state[p]["master"], kept)
+
+
+def test_states_listed_in_another_order_than_the_parameters() -> None:
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = Adagrad(params, lr=1.0, eps=0.0)
+    saved = optimizer.state_dict()
+    saved["state"] = {k: {"step": torch.tensor(0.0), "sum": torch.full((2,), float(k) * 3)} for k in (1, 0)}
+    optimizer.load_state_dict(saved)
+    for p in params:
+        p.grad = torch.ones(2)
+    optimizer.step()
+    assert [p.tolist() for p in params] == [[0.0, 0.0], [0.5, 0.5]]
+
+
+def test_a_master_copy_with_nan_is_kept() -> None:
+    p = torch.nn.Parameter(torch.tensor([1.0, float("nan")], dtype=torch.bfloat16))
+    optimizer = Adagrad([p], lr=1e-4, multi_precision=True)
+    p.grad = torch.ones_like(p)
+    for _ in range(2):
+        optimizer.step()
+    before = optimizer.state[p]["master"][0].item()
+    again = Adagrad([p], lr=0.0, multi_precision=True)
+    again.load_state_dict(optimizer.state_dict() | {"param_groups": again.state_dict()["param_groups"]})
+    again.step()
+    assert before != 1.0
+    assert again.state[p]["master"][0].item() == before
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_counts_that_are_numbers_in_a_checkpoint_go_where_counts_are(fused: bool) -> None:
+    p = torch.nn.Parameter(torch.ones(2, device="meta" if fused else "cpu"))
+    optimizer = Adagrad([p], fused=fused)
+    saved = optimizer.state_dict()
+    saved["state"][0]["step"] = 3
+    with torch.device("cpu" if fused else "meta"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.state[p]["step"].device.type == ("meta" if fused else "cpu")

@@ -697,3 +697,14 @@ def test_messages_count_the_parameters_of_all_groups() -> None:
 def test_a_group_has_no_dialect_of_its_own() -> None:
     with pytest.raises(ValueError, match="dialect='keras' of a parameter group: must be passed to the optimizer"):
         Adagrad([{"params": [nn.Parameter(torch.ones(2))], "dialect": "keras"}])
+
+
+def test_the_position_of_a_bad_row_id_among_parameters_without_gradients() -> None:
+    params = [torch.nn.Parameter(torch.ones(3, 2)) for _ in range(3)]
+    optimizer = Adagrad(params)
+    params[1].grad = torch.ones(3, 2)
+    bad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 2), (3, 2), check_invariants=False)
+    bad._indices()[0, 0] = 3
+    params[2].grad = bad
+    with pytest.raises(IndexError, match=r"grads\[2\]"):
+        optimizer.step()

@@ -144,3 +144,13 @@ def test_no_warnings() -> None:
         p.grad = torch.ones(3)
         optimizer.step()
         assert repr(optimizer).startswith("Adagrad (")
+
+
+def test_an_option_that_equals_the_last_one_is_checked_for_its_type() -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = Adagrad([p], clip_value=1.0)
+    p.grad = torch.ones(2)
+    optimizer.step()
+    optimizer.param_groups[0]["clip_value"] = True
+    with pytest.raises(TypeError, match=r"^clip_value=True: must be a number"):
+        optimizer.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from adagrad import AdaGrad, GroupAdaGrad, Optimizer, RowSparse, Updater, checkpoint, get_updater, kernels, rule
-from adagrad.kernels import cpu_dense, dense_lists, expressions, general_path, row_lists
+from adagrad.kernels import cpu_dense, dense_lists, expressions, general_path, outcomes, row_lists
 from adagrad.lr_scheduler import CosineScheduler, FactorScheduler, LRScheduler, MultiFactorScheduler, PolyScheduler
 from support import BFLOAT16, assert_same_bits, normal
 
@@ -378,14 +379,6 @@ def test_a_schedule_whose_rate_was_lowered_below_its_warm_up_goes_on(changed: st
     assert [again.optimizer._lr_at(n) for n in range(120)] == [schedule(n) for n in range(120)]
 
 
-def test_a_file_cannot_make_a_step_endless() -> None:
-    schedule = FactorScheduler(1, factor=1 - 1e-13, stop_factor_lr=0.0)
-    optimizer = AdaGrad(None, lr_scheduler=schedule)
-    config = optimizer.config() | {"num_update": 10**15}
-    with pytest.raises(ValueError, match="num_update=1000000000000000: must be <= 10000000 steps of its FactorS"):
-        get_updater(AdaGrad()).set_states(checkpoint.encode({}, config))
-
-
 def test_a_schedule_that_could_not_be_loaded_is_not_saved() -> None:
     schedule = CosineScheduler(100, warmup_steps=5)
     schedule.max_update = 2
@@ -726,6 +719,57 @@ def test_indices_that_are_numpy_integers_are_saved_as_integers() -> None:
     assert all(type(index) is int for index in (*again.states, *again.optimizer.lr_mult))
 
 
+def test_a_schedule_far_on_is_saved_and_loaded() -> None:
+    schedule = FactorScheduler(1, 0.9999999, base_lr=0.1)
+    updater = get_updater(AdaGrad(None, lr_scheduler=schedule, begin_num_update=12_000_000))
+    weight, again = np.ones(1), get_updater(AdaGrad())
+    updater(0, np.ones(1), weight)
+    again.set_states(updater.get_states(True))
+    assert again.optimizer.learning_rate == updater.optimizer.learning_rate == pytest.approx(0.1 * math.exp(-1.2))
+
+
+@pytest.mark.parametrize("where", ["num_update", "begin_num_update", "index_update_count"])
+def test_a_schedule_that_would_take_forever_is_refused(where: str) -> None:
+    """A file may ask for 10^12 multiplications at the first step."""
+    schedule = FactorScheduler(1, 1 - 1e-13, stop_factor_lr=0.0, base_lr=1.0)
+    far: Any = {0: 10**12} if where == "index_update_count" else 10**12
+    config = AdaGrad(None, lr_scheduler=schedule).config() | {where: far}
+    with pytest.raises(ValueError, match=r"must be <= 100000000 steps of its FactorScheduler"):
+        get_updater(AdaGrad()).set_states(checkpoint.encode({}, config))
+    optimizer = AdaGrad(None, lr_scheduler=schedule, begin_num_update=10**12)
+    with pytest.raises(ValueError, match="cannot be saved: num_update"):
+        optimizer.config()
+
+
+def test_a_schedule_between_the_ends_of_the_numbers() -> None:
+    schedule = FactorScheduler(1, 0.5, stop_factor_lr=1e-300, base_lr=1e300)
+    updater = get_updater(AdaGrad(None, lr_scheduler=schedule))
+    updater.set_states(updater.get_states(True))
+    assert updater.optimizer.learning_rate == 1e300
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_state_without_the_master_copy_is_refused_before_anything_changes(where: int) -> None:
+    """Whoever takes the step: the kernels, all at once or one by one, or a subclass."""
+
+    class Passes(AdaGrad):
+        def update(self, *given: Any) -> None:
+            super().update(*given)
+
+    class Steps(AdaGrad):
+        def step(self, *given: Any) -> None:
+            super().step(*given)
+
+    for make in (AdaGrad, Passes, Steps, lambda **o: AdaGrad(**o, lr_scheduler=lambda t: 0.1)):  # type: ignore[misc]
+        updater = get_updater(make(learning_rate=None, multi_precision=True))
+        updater.states[where] = np.zeros(2, np.float32)
+        weights, grads = [np.ones(2, np.float16) for _ in range(2)], [np.ones(2, np.float16) for _ in range(2)]
+        with pytest.raises(ValueError, match=r"states\[\d\]: one history: must be a pair \(master copy, state\)"):
+            updater([0, 1], grads, weights)
+        assert [w.tolist() for w in weights] == [[1.0, 1.0]] * 2
+        assert (updater.optimizer._index_update_count, list(updater.states)) == ({}, [where])
+
+
 @pytest.mark.parametrize("late", [True, False])
 @pytest.mark.parametrize("way", ["dense", "rows", "strided", "expression"])
 def test_an_interrupt_is_counted_if_it_is_noticed_after_the_kernels(
@@ -762,6 +806,29 @@ def test_an_interrupt_is_counted_if_it_is_noticed_after_the_kernels(
     updater(0, grad, weight)
     assert updater.states[0].ravel().tolist() == [2.0 if late else 1.0] * 3
     assert updater.optimizer._index_update_count == {1: 1, 0: 2 if late else 1}
+
+
+@pytest.mark.parametrize("way", ["dense", "rows"])
+def test_what_another_thread_does_makes_no_interrupt_late(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interrupt comes before this thread's list, which is large, is begun, while another one is finished."""
+    updater, shape = get_updater(AdaGrad(0.5)), (400, 400)
+    values = np.ones(shape, np.float32)
+    grad: Any = RowSparse(values, np.arange(400), shape) if way == "rows" else values
+    updater(0, grad, np.ones(shape, np.float32))
+
+    def interrupted(*given: Any) -> None:
+        monkeypatch.undo()
+        thread = threading.Thread(target=lambda: get_updater(AdaGrad(0.5))(0, grad, np.ones(shape, np.float32)))
+        thread.start()
+        thread.join()
+        raise KeyboardInterrupt
+
+    weight = np.ones(shape, np.float32)
+    monkeypatch.setattr(outcomes, "workers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        updater(0, grad, weight)
+    assert (weight == 1).all()
+    assert updater.optimizer._index_update_count == {0: 1}
 
 
 class Decaying(LRScheduler):
@@ -846,3 +913,64 @@ def test_states_of_a_users_own_kind_are_left_to_its_step() -> None:
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"No such folder.*nowhere'$"):
         get_updater(AdaGrad()).save_states(tmp_path / "nowhere" / "states")
+
+
+def test_a_schedule_here_is_kept_when_the_saved_one_was_custom() -> None:
+    saved = get_updater(AdaGrad(None, lr_scheduler=lambda t: 0.5))
+    data = saved.get_states(dump_optimizer=True)
+    here = get_updater(AdaGrad(None, lr_scheduler=PolyScheduler(10, 0.25)))
+    here.set_states(data)  # without a warning
+    assert here.optimizer.learning_rate == 0.25
+
+
+class OwnStates(AdaGrad):
+    """States of another form than the library's, in a step of its own."""
+
+    def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        self._update_count(list(indices))
+
+
+def test_states_for_a_step_of_ones_own_are_not_checked_for_sparse_gradients_without_kernels() -> None:
+    class Own(OwnStates):
+        def create_state(self, index: Any, weight: Any) -> Any:
+            return {"any": "thing"}
+
+    weights = [np.ones((3, 2), np.float32) for _ in range(2)]
+    updater = get_updater(Own(use_fused_step=False))
+    updater([0, 1], [RowSparse(np.ones((1, 2), np.float32), np.array([1]), (3, 2)) for _ in weights], weights)
+    assert updater.optimizer._index_update_count == {0: 1, 1: 1}
+
+
+def test_pairs_that_are_not_master_copies_are_not_checked_as_such() -> None:
+    class Own(OwnStates):
+        def create_state(self, index: Any, weight: Any) -> Any:
+            return np.zeros_like(weight), np.zeros(weight.shape, np.float32)
+
+    weights = [np.ones((3, 2), np.float16) for _ in range(2)]
+    updater = get_updater(Own())
+    updater([0, 1], [np.ones_like(w) for w in weights], weights)
+    assert updater.optimizer._index_update_count == {0: 1, 1: 1}
+
+
+@pytest.mark.parametrize(
+    ("klass", "shape", "dtype"), [(AdaGrad, (3, 2), np.float64), (GroupAdaGrad, (), np.float32)], ids=["dtype", "0-d"]
+)
+def test_histories_of_another_form_are_not_checked(klass: type[AdaGrad], shape: Any, dtype: Any) -> None:
+    class Own(klass):  # type: ignore[misc, valid-type]
+        def create_state(self, index: Any, weight: Any) -> Any:
+            return np.zeros(shape, dtype)
+
+        step = OwnStates.step
+
+    weights = [np.ones(shape, np.float32), np.ones(shape, np.float32)]
+    updater = get_updater(Own())
+    updater([0, 1], [np.ones_like(w) for w in weights], weights)
+    assert updater.optimizer._index_update_count == {0: 1, 1: 1}
+
+
+def test_a_bad_index_is_found_before_the_first_step_with_a_custom_scheduler() -> None:
+    updater, weights = get_updater(AdaGrad(None, lr_scheduler=lambda t: 0.5)), [np.ones(2), np.ones(2)]
+    with pytest.raises(TypeError, match=r"^index=1.5: must be an integer or a string"):
+        updater([0, 1.5], [np.ones(2), np.ones(2)], weights)
+    assert (weights[0] == 1).all()
+    assert updater.states == updater.optimizer._index_update_count == {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adagrad import checks, dialects, kernels, lr_scheduler
-from adagrad.arguments import as_lists
+from adagrad.arguments import as_lists, check_low_precision, require_pair
 from adagrad.arrays import LOW_PRECISION, computing_format, format_of, operand
 from adagrad.dialects import Default
 from adagrad.optimizer import Optimizer, Options, register
@@ -128,11 +128,13 @@ class AdaGrad(Optimizer):
         It has the shape of the weight, or ``(n, 1, ...)`` if row-wise; float64 for a float64 weight, else float32; a
         torch tensor on the weight's device for a torch weight, else NumPy. ValueError for a 0-d weight if row-wise.
         """
-        w, start = operand("weight", weight), "initial_accumulator_value"
+        w = operand("weight", weight)
         if self.row_wise and not w.shape:
             raise ValueError("weight: shape (): row-wise history needs rows: one dimension or more")
-        shape, value = history_shape(w.shape, row_wise=self.row_wise), checks.non_negative(start, getattr(self, start))
-        dtype = computing_format(w.format)
+        value = checks.non_negative("initial_accumulator_value", self.initial_accumulator_value)
+        shape, dtype = history_shape(w.shape, row_wise=self.row_wise), computing_format(w.format)
+        if value > float(np.finfo(dtype).max):
+            raise ValueError(f"initial_accumulator_value={value!r}: must be finite in {dtype}, the history's dtype")
         if is_torch(weight):
             return weight.detach().new_full(shape, value, dtype=getattr(sys.modules["torch"], dtype))
         if w.array.flags.c_contiguous or self.row_wise:
@@ -155,16 +157,13 @@ class AdaGrad(Optimizer):
 
         Parameters and errors as in :meth:`~adagrad.Optimizer.update`.
         """
-        is_own_step = getattr(self.step, "__func__", None) is AdaGrad.step
-        if not is_own_step:
-            if not isinstance(indices, (list, tuple)) or not isinstance(grads, (list, tuple)):
-                indices, weights, grads, states = as_lists(indices, weights, grads, states)
-            if not kernels.any_row_sparse(grads):
-                self.step(indices, weights, grads, states)
-                return
+        overrides_step = getattr(self.step, "__func__", None) is not AdaGrad.step
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
+        if overrides_step and not kernels.any_row_sparse(grads):
+            self.step(indices, weights, grads, states)
+            return
         lrs, wds, counts = self._resolve(indices)
-        if is_own_step or all(map(kernels.is_row_sparse, grads)):
+        if not overrides_step or all(map(kernels.is_row_sparse, grads)):
             self._carry_out(weights, grads, states, lrs, wds, counts, fused=True)
             return
         # The overridden step gets the dense part; the whole list is checked before anything changes.
@@ -195,11 +194,20 @@ class AdaGrad(Optimizer):
 
         For a subclass that overrides a step, :meth:`Optimizer.update_multi_precision` is used, as in MXNet.
         """
-        kind = type(self)
-        if kind.step is AdaGrad.step and kind.fused_step is AdaGrad.fused_step and kind.update is Optimizer.update:
-            self.update(indices, weights, grads, states)
-        else:
+        if not self._takes_pairs():
             super().update_multi_precision(indices, weights, grads, states)
+            return
+        if self.multi_precision:
+            indices, weights, grads, states = as_lists(indices, weights, grads, states)
+            if not {tuple, list}.issuperset(map(type, states)):
+                for i in self._with_master(weights):
+                    require_pair(i, states[i])
+        self.update(indices, weights, grads, states)
+
+    def _takes_pairs(self) -> bool:
+        """Whether :meth:`update` gets low-precision weights, with their master copies in the states."""
+        kind = type(self)
+        return kind.step is AdaGrad.step and kind.fused_step is AdaGrad.fused_step and kind.update is Optimizer.update
 
     def _may_take_all_at_once(self) -> bool:
         kind: Any = type(self)
@@ -212,13 +220,13 @@ class AdaGrad(Optimizer):
     ) -> None:
         """Check the updates whose states must be ours: a subclass may use others in a step that it overrides."""
         kind = type(self)
-        own_step, own_rows = kind.step is not AdaGrad.step, kind.fused_step is not AdaGrad.fused_step
-        which = [
-            i
-            for i, (weight, grad, state) in enumerate(zip(weights, grads, states, strict=True))
-            if not (own_rows or (own_step and not (fused and kernels.is_row_sparse(grad))))
-            or self._is_known(weight, state)
-        ]
+        overrides_step, overrides_rows = kind.step is not AdaGrad.step, kind.fused_step is not AdaGrad.fused_step
+        which = []
+        for i, (weight, grad, state) in enumerate(zip(weights, grads, states, strict=True)):
+            is_sparse = fused and kernels.is_row_sparse(grad)
+            is_ours = not overrides_rows and (is_sparse or not overrides_step)
+            if is_ours or self._is_known(weight, state):
+                which.append(i)
         weights, grads, states = ([values[i] for i in which] for values in (weights, grads, states))
         lrs, wds = ([rates[i] for i in which] if len(rates) > 1 else rates for rates in (lrs, wds))
         kernels.prepare(weights, grads, states, lrs, wds, self.rule(), fused=fused, places=which)
@@ -258,6 +266,13 @@ class AdaGrad(Optimizer):
         if not self._has_own_rates() and (self.lr_scheduler is None or lr_scheduler.is_ours(self.lr_scheduler)):
             lrs, wds, _ = self._resolve(indices)  # only ours: custom code may have state
         self._check_known(weights, grads, states, lrs, wds, fused=self.use_fused_step)
+        if type(self).update_multi_precision is AdaGrad.update_multi_precision:
+            low = self._with_master(weights)
+            if self._takes_pairs():
+                for i in low:
+                    require_pair(i, states[i])
+            else:
+                check_low_precision(low, weights, grads, states)
 
     def _saved(self) -> dict[str, Callable[[str, Any], Any]]:
         return super()._saved() | {

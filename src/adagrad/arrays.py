@@ -55,7 +55,8 @@ def operand(name: str, array: Any) -> Operand:
         return _tensor(name, array)
     if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
         kind = f"{type(array).__module__}.{type(array).__qualname__}"
-        raise TypeError(f"{name}={describe(array)}: must be a NumPy array or a torch tensor, not {kind}")
+        hint = "; for rows of a gradient, make an adagrad.RowSparse" if hasattr(array, "tocsr") else ""
+        raise TypeError(f"{name}={describe(array)}: must be a NumPy array or a torch tensor, not {kind}{hint}")
     array = np.asarray(array)
     format_name = _NATIVE.get(array.dtype) or array.dtype.name
     if format_name not in FORMATS:
@@ -96,7 +97,7 @@ def _tensor(name: str, tensor: Any) -> Operand:
 def bounds(memory: np.ndarray) -> tuple[int, int]:
     """Return the addresses of the first byte of ``memory`` and of the byte after the last."""
     start = memory.ctypes.data
-    if memory.size == 0 or memory.flags.c_contiguous:
+    if memory.flags.c_contiguous:  # as is every empty array
         return start, start + memory.nbytes
     spans = [(size - 1) * stride for size, stride in zip(memory.shape, memory.strides, strict=True)]
     low = sum(span for span in spans if span < 0)

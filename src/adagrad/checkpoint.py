@@ -95,7 +95,11 @@ def encode(states: Mapping[int | str, Any], optimizer: Mapping[str, Any] | None)
 def _key(key: Any) -> int | str:
     if isinstance(key, bool) or not isinstance(key, (numbers.Integral, str)):
         raise TypeError(f"states: a key of type {type(key).__name__}: keys must be int or str")
-    return key if isinstance(key, str) else int(key)
+    if isinstance(key, str):
+        return key
+    if not -(2**63) <= int(key) < 2**63:
+        raise ValueError(f"states: key {key}: must fit 64 bits")
+    return int(key)
 
 
 def _outline(state: Any, name: str, leaves: list[tuple[str, Any]], depth: int = 0) -> Any:
@@ -233,6 +237,8 @@ def _pair(value: Any, first: type | tuple[type, ...], what: str) -> tuple[Any, A
     pair = _list(value, what)
     if len(pair) != 2 or isinstance(pair[0], bool) or not isinstance(pair[0], first):
         raise _refusal(f"{what} is listed in an unknown form")
+    if isinstance(pair[0], int) and not -(2**63) <= pair[0] < 2**63:  # larger ones could be chosen to have one hash
+        raise _refusal(f"{what} has a key outside of 64 bits")
     return pair[0], pair[1]
 
 
@@ -272,9 +278,9 @@ def _assemble(structure: Any, unused: dict[int, State], depth: int = 0) -> State
     if type(structure) is int and structure in unused:
         return unused.pop(structure)
     kind, parts = _tagged(structure, depth)
-    made = [_assemble(part, unused, depth + 1) for part in parts]
     if kind not in ("tuple", "list"):
         raise _refusal("a state has an unknown structure")
+    made = [_assemble(part, unused, depth + 1) for part in parts]
     return tuple(made) if kind == "tuple" else made
 
 
@@ -298,7 +304,7 @@ def _unpack(value: Any, depth: int = 0) -> Any:
 
 def _tagged(value: Any, depth: int) -> tuple[str, list[Any]]:
     """Return the tag and the content of ``{tag: content}``."""
-    if not isinstance(value, dict) or len(value) != 1 or (depth == _DEPTH and "float" not in value):
+    if not isinstance(value, dict) or len(value) != 1 or (depth >= _DEPTH and "float" not in value):
         raise _refusal("its header has an unknown structure")
     ((tag, content),) = value.items()
     return tag, content if tag == "float" else _list(content, f"a {tag}")
@@ -325,11 +331,12 @@ def save(path: str | os.PathLike[str], data: bytes) -> None:
     if not os.path.isdir(folder):
         raise FileNotFoundError(errno.ENOENT, "No such folder", folder)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(temporary, flags, 0o666 if mode is None else stat.S_IMODE(mode))
+    bits = 0o666 if mode is None else stat.S_IMODE(mode) & 0o777  # not set-user-id: the owner may be another
+    descriptor = os.open(temporary, flags, bits)
     try:
         with open(descriptor, "wb") as file:
             if mode is not None and hasattr(os, "fchmod"):
-                os.fchmod(descriptor, stat.S_IMODE(mode))  # restores mode bits that the umask removed
+                os.fchmod(descriptor, bits)  # restores mode bits that the umask removed
             file.write(data)
             file.flush()
             os.fsync(descriptor)

@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from adagrad import checks
 
 
@@ -132,6 +134,12 @@ class FactorScheduler(LRScheduler):
         before, count, lr = self._last
         if before != given or num_update <= count:
             count, lr = 0, self.base_lr
+        block = _BLOCK * self.step
+        while num_update > count + block and block == int(block):
+            products = np.multiply.accumulate([lr, *[self.factor] * _BLOCK])  # one after the other, as below
+            if products[-1] <= self.stop_factor_lr or products[-1] == products[-2]:
+                break
+            count, lr = count + block, float(products[-1])
         while num_update > count + self.step:
             lower = max(lr * self.factor, self.stop_factor_lr)
             if lower == lr:
@@ -303,17 +311,19 @@ def _factor(factor: Any) -> float:
     return value
 
 
-MOST_DECAYS = 10**7
-"""Most multiplications that a saved schedule may need to reach its position: about two seconds."""
+_BLOCK = 1000
+"""Multiplications of a FactorScheduler that are done at once, where it has many to do."""
+
+MOST_DECAYS = 10**8
+"""Most multiplications that a saved schedule may need to reach its position: a few seconds."""
 
 
 def require_reachable(schedule: Any, num_update: int) -> None:
     """ValueError for a schedule that needs more than MOST_DECAYS multiplications to get to ``num_update``."""
     if not isinstance(schedule, FactorScheduler) or schedule.factor == 1 or schedule.base_lr == 0:
         return
-    decays = num_update / schedule.step
-    if schedule.stop_factor_lr > 0:  # where it stops
-        decays = min(decays, math.log(schedule.stop_factor_lr / schedule.base_lr) / math.log(schedule.factor))
+    stop = max(schedule.stop_factor_lr, math.ulp(0.0))  # it stops there, or where the numbers end
+    decays = min(num_update / schedule.step, (math.log(stop) - math.log(schedule.base_lr)) / math.log(schedule.factor))
     if decays > MOST_DECAYS:
         raise ValueError(f"num_update={num_update}: must be <= {MOST_DECAYS} steps of its FactorScheduler")
 

@@ -40,8 +40,6 @@ class MXNetOptimizer:
     wd_mult: dict[int | str, float]
     idx2name: dict[int | str, str]
     multi_precision: bool
-    aggregate_num: int | float
-    use_fused_step: bool
     scheduler: tuple[str, dict[str, Any]] | str | None
     epsilon_inside: bool = False
     decoupled_decay: bool = False
@@ -166,7 +164,6 @@ def _optimizer(found: _Attributes) -> MXNetOptimizer:
         schedule = found.get("lr_scheduler", Record, type(None))
     if lr is None and schedule is None:
         raise ValueError(f"{found.name} has neither lr nor lr_scheduler")
-    aggregate = found.values.get("aggregate_num")
     first = "float_stable_eps" in found.values  # MXNet 1, which has another rule
     return MXNetOptimizer(
         name=found.name,
@@ -185,8 +182,6 @@ def _optimizer(found: _Attributes) -> MXNetOptimizer:
         wd_mult={key: float(value) for key, value in found.table("wd_mult", float, int).items()},
         idx2name=found.table("idx2name", str),
         multi_precision=bool(found.get("multi_precision", bool, int)),
-        aggregate_num=math.inf if aggregate == math.inf else 1 if first else found.count("aggregate_num"),
-        use_fused_step=first or bool(found.get("use_fused_step", bool, int)),
         scheduler=_scheduler(schedule, lr, num_update),
         epsilon_inside=first,
         decoupled_decay=first,

@@ -189,19 +189,22 @@ class Optimizer(Rates):
         For subclasses that do not handle low precision; the low-precision weight becomes the rounded master copy.
         """
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
-        low = [
-            self.multi_precision and operand(f"weights[{i}]", weight).format in LOW_PRECISION
-            for i, weight in enumerate(weights)
-        ]
-        check_low_precision([i for i, is_low in enumerate(low) if is_low], weights, grads, states)
-        masters = [state[0] if is_low else w for is_low, w, state in zip(low, weights, states, strict=True)]
-        full = [cast_gradient(g, m) if is_low else g for is_low, g, m in zip(low, grads, masters, strict=True)]
-        inner = [state[1] if is_low else state for is_low, state in zip(low, states, strict=True)]
+        low = self._with_master(weights)
+        check_low_precision(low, weights, grads, states)
+        masters, full, inner = [*weights], [*grads], [*states]
+        for i in low:
+            masters[i], inner[i] = states[i]
+            full[i] = cast_gradient(grads[i], masters[i])
         self.update(indices, masters, full, inner)
-        for is_low, weight, master in zip(low, weights, masters, strict=True):
-            if is_low:
-                with np.errstate(all="ignore"):  # overflow and underflow round as in the kernels
-                    operand("weight", weight).array[...] = cast(master, weight)
+        for i in low:
+            with np.errstate(all="ignore"):  # overflow and underflow round as in the kernels
+                operand("weight", weights[i]).array[...] = cast(masters[i], weights[i])
+
+    def _with_master(self, weights: list[Any]) -> list[int]:
+        """Return the positions of the weights that have a master copy."""
+        if not self.multi_precision:
+            return []
+        return [i for i, w in enumerate(weights) if operand(f"weights[{i}]", w).format in LOW_PRECISION]
 
     def _may_take_all_at_once(self) -> bool:
         """Whether one step for all weights equals several: no user-defined code runs in a step."""
@@ -221,7 +224,8 @@ class Optimizer(Rates):
         """Return hyper-parameters and counts as plain data, for checkpoints.
 
         It does not contain a custom scheduler, ``param_dict`` or ``sym``, nor the options that change no result
-        (``aggregate_num``, ``use_fused_step``).
+        (``aggregate_num``, ``use_fused_step``). A subclass with hyper-parameters of its own adds them, as in
+        ``super().config() | {"momentum": self.momentum}``, and overrides :meth:`set_config` to read them.
 
         Raises
         ------
@@ -268,7 +272,6 @@ class Optimizer(Rates):
             raise ValueError(f"optimizer {config.get('class')!r}: must be {type(self).__name__!r}, like the one here")
         try:
             new = self._checked(config)
-            lr_scheduler.require_reachable(new.get("lr_scheduler"), new["num_update"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"optimizer {type(self).__name__}: its saved hyper-parameters: {error!r}") from error
         here = self.lr_scheduler
@@ -301,6 +304,8 @@ class Optimizer(Rates):
         schedule = config["lr_scheduler"]
         if schedule != "custom":
             new["lr_scheduler"] = None if schedule is None else lr_scheduler.from_config(*schedule)
+            reached = [new["num_update"], new.get("begin_num_update", 0), *new["_index_update_count"].values()]
+            lr_scheduler.require_reachable(new["lr_scheduler"], max(reached) + 1)
         return new
 
     def __getstate__(self) -> Any:

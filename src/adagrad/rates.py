@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from adagrad import checks
+from adagrad.lr_scheduler import LRScheduler
 
 Index = int | str
 """Key of a weight in an optimizer."""
@@ -36,10 +37,13 @@ class Rates:
         for name, value in (("param_idx2name", param_idx2name), ("param_dict", param_dict)):
             if value is not None and not isinstance(value, Mapping):
                 raise TypeError(f"{name}={checks.describe(value)}: must be a dict, not {type(value).__name__}")
+        check_indices(list(param_idx2name or ()), "a key of param_idx2name")
         self.idx2name = {
             index: checks.string(f"param_idx2name[{index!r}]", name) for index, name in (param_idx2name or {}).items()
         }
         self.param_dict = param_dict if param_dict is not None else {}
+        if sym is not None and not all(callable(getattr(sym, name, None)) for name in ("attr_dict", "list_arguments")):
+            raise TypeError(f"sym={checks.describe(sym)}: must have attr_dict() and list_arguments()")
         self.sym_info = () if sym is None else (sym.attr_dict(), sym.list_arguments())
         if learning_rate is not None:
             learning_rate = checks.non_negative("learning_rate", learning_rate)
@@ -62,6 +66,8 @@ class Rates:
 
     @staticmethod
     def _overwrite_base_lr(scheduler: Any, learning_rate: float) -> None:
+        if isinstance(scheduler, LRScheduler):
+            scheduler._warmup_final_lr = None  # the warm-up leads to the new base_lr, too
         if not hasattr(scheduler, "base_lr"):
             warnings.warn(
                 f"learning_rate={learning_rate!r} has no effect: the scheduler has no base_lr to overwrite; "
@@ -108,6 +114,7 @@ class Rates:
     def _multipliers(self, argument: str, attribute: str, given: Mapping[Index, float]) -> dict[Index, float]:
         if not isinstance(given, Mapping):
             raise TypeError(f"{argument}={checks.describe(given)}: must be a dict, not {type(given).__name__}")
+        check_indices(list(given), f"a key of {argument}")
         found: dict[Index, float] = {}
         if self.sym_info:
             attributes, names = self.sym_info
@@ -280,9 +287,9 @@ def _own_multiplier(index: Index, parameter: Any, attribute: str) -> float:
         raise TypeError(f"{attribute} of param_dict[{index!r}]={checks.describe(value)}: must be a number") from None
 
 
-def check_indices(indices: Sequence[Any]) -> None:
+def check_indices(indices: Sequence[Any], name: str = "index") -> None:
     """Raise TypeError unless all are integers or strings, which a checkpoint can hold."""
     for index in indices:
         if isinstance(index, bool) or not isinstance(index, (str, numbers.Integral)):
             kind = type(index).__name__
-            raise TypeError(f"index={checks.describe(index)}: must be an integer or a string, not {kind}")
+            raise TypeError(f"{name}={checks.describe(index)}: must be an integer or a string, not {kind}")

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import _profiler_enabled, profiler  # type: ignore[attr-defined]
 from torch.compiler import is_dynamo_compiling
@@ -72,10 +71,9 @@ class Adagrad(Optimizer):
         Initial history; may differ between groups.
     eps : float, default 1e-10
     foreach, fused : bool, optional
-        Accepted for compatibility: results and kernels are the same. With ``torch.amp.GradScaler`` and ``fused=True``
-        the kernels unscale, and skip steps without waiting for the device. The default is the same, except that
-        GradScaler unscales if there are step hooks, a user-defined ``step`` or several processes. With ``fused=False``
-        GradScaler unscales. As in PyTorch, ``fused=True`` keeps the step counts on the parameters' device.
+        Accepted for compatibility: results and kernels are the same. As in PyTorch, with ``fused=True`` step counts are
+        on the parameters' device and, with ``torch.amp.GradScaler``, the kernels unscale, and skip steps without
+        waiting for the device; otherwise GradScaler unscales.
     maximize : bool, default False
     differentiable : bool, default False
         Whether autograd records the step, for non-leaf parameters. Slow.
@@ -170,20 +168,8 @@ class Adagrad(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether `step` uses the attributes grad_scale and found_inf; read by GradScaler.
-
-        Unless `fused` was passed, hooks and a user-defined step see gradients that GradScaler has unscaled, as with
-        torch.optim.Adagrad, and processes can exchange found_inf, as ``ShardedGradScaler`` does.
-        """
-        fused, differentiable = self.defaults["fused"], self.defaults["differentiable"]
-        if fused is not None or differentiable:
-            return bool(fused)
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        return not (several or self._has_step_hooks() or self._has_own_step())
-
-    def _has_own_step(self) -> bool:
-        """Whether a subclass or an attribute of this object overrides or wraps `step`."""
-        return _bare(vars(self).get("step", type(self).step)) is not _STEP
+        """Whether `step` uses the attributes grad_scale and found_inf; read by GradScaler and by trainers."""
+        return bool(self.defaults["fused"])
 
     def _has_step_hooks(self) -> bool:
         own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
@@ -305,8 +291,9 @@ class Adagrad(Optimizer):
 
         Raises
         ------
-        ValueError
-            If the groups differ from these, or a state has another type or shape; nothing is changed.
+        TypeError, ValueError
+            If the groups differ from these, an option is invalid, or a state is missing or has another type or shape;
+            nothing is changed.
         """
         # Registered last, so that it sees the dict as all other hooks left it.
         handle = self.register_load_state_dict_pre_hook(as_saved)
@@ -322,24 +309,11 @@ class Adagrad(Optimizer):
                 group.setdefault(name, False)
             for name, value in (self.defaults if before else state["defaults"]).items():
                 group.setdefault(name, before[i].get(name, value) if before else value)
+            if before:
+                check_options(group)
             for k, p in enumerate(group["params"]):
                 loaded = state.get("state", {}).get(p)
-                if loaded:
-                    state["state"][p] = fitted(f"state of parameter {k} of group {i}", p, loaded, group)
+                if loaded or (before and self.state.get(p)):
+                    state["state"][p] = fitted(f"state of parameter {k} of group {i}", p, loaded or {}, group)
         super().__setstate__(state)
         self._left = {}
-
-
-def _bare(step: Any) -> Any:
-    """Return a step without the wrappers of PyTorch and this module, for hooks and for schedulers to count steps.
-
-    Wrappers are recognised by the module that defines them, because a user's wrapper copies function attributes.
-    """
-    step = getattr(step, "__func__", step)
-    while hasattr(step, "__wrapped__") and step.__globals__["__name__"] in _WRAPPING:
-        step = step.__wrapped__
-    return step
-
-
-_WRAPPING = {__name__, "torch.optim.lr_scheduler", "torch.optim.optimizer"}
-_STEP = _bare(Adagrad.step)

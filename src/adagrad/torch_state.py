@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from adagrad import checks
 from adagrad.kernels.counts import advance_counts, find_counts, read_counts
 from adagrad.kernels.dtensor import from_local, has_whole_rows, is_dtensor, local, spread
 from adagrad.kernels.layout import current_layout
@@ -156,6 +158,12 @@ class _Saved:
 
 def as_saved(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Pre-hook for loading: return ``state_dict`` with parameters' tensors hidden from casts, for :func:`fitted`."""
+    for name, kind in (("state", dict), ("param_groups", list)):
+        if not isinstance(state_dict.get(name), kind):
+            raise ValueError(f"state_dict: {name!r}: must be a {kind.__name__}, as state_dict() returns it")
+    for group in state_dict["param_groups"]:
+        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+            raise ValueError("state_dict: a group: must be a dict with a list 'params', as state_dict() returns it")
     of_parameters = {key for group in state_dict["param_groups"] for key in group["params"]}
     hidden = {
         key: {name: _Saved(value) if isinstance(value, Tensor) else value for name, value in state.items()}
@@ -200,11 +208,20 @@ def _fitted(where: str, p: Tensor, name: str, value: Any, group: dict[str, Any])
     return spread(tensor, p) if is_dtensor(p) and not is_dtensor(tensor) else tensor
 
 
+def _is_count(value: Any) -> bool:
+    try:
+        return 0 <= float(value) < math.inf
+    except (OverflowError, RuntimeError):  # a huge integer; a complex tensor
+        return False
+
+
 def _count(where: str, p: Tensor, value: Any, group: dict[str, Any]) -> Tensor:
     if isinstance(value, Tensor):
         _check([value], f"{where}: ")
     elif not isinstance(value, numbers.Real):
         raise ValueError(f"{where}: step: {type(value).__name__}: must be a number, or a tensor of one")
+    if (not isinstance(value, Tensor) or _is_known(value, wait=False)) and not _is_count(value):
+        raise ValueError(f"{where}: step: {checks.describe(value)}: must be finite and >= 0")
     if group["fused"]:
         return torch.as_tensor(value, dtype=torch.float32, device=p.device)
     return value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float32, device="cpu")

@@ -82,7 +82,7 @@ class Part(Batch):
         if not isinstance(lr, Tensor):
             # Its sign was checked initially; a schedule that falls below zero by a rounding error need not stop here.
             lr = checks.finite("lr", lr)
-        if decay == 0 or not self.weights:
+        if decay == 0:
             return [lr]
         return _decayed(lr, decay, self.counts.values(wait=not self.on_cuda()))
 
@@ -255,10 +255,6 @@ def update_differentiably(parts: list[Part]) -> None:
                     tensor_checks.check_rows(part.at(i), indices, p.shape[d])
                 grad = grad.coalesce()
                 rows, grad = tuple(grad.indices()), grad.values()
-                if part.rule.row_wise and len(rows) != 1:
-                    raise ValueError(
-                        f"grads{part.at(i)}: {len(rows)} sparse dimensions: must be 1 for row-wise history"
-                    )
             targets = [t for t in (p, history, copy) if t is not None]
             if p.is_complex():
                 grad, *targets = (torch.view_as_real(t) for t in (grad, *targets))

@@ -95,7 +95,8 @@ class Updater:
     def get_states(self, dump_optimizer: bool = False) -> bytes:
         """Return the states as safetensors bytes; with hyper-parameters, counts and schedule if ``dump_optimizer``.
 
-        Custom schedulers (not from :mod:`adagrad.lr_scheduler`), ``param_dict`` and ``sym`` are never saved.
+        Custom schedulers (not from :mod:`adagrad.lr_scheduler`), ``param_dict`` and ``sym`` are never saved; attributes
+        that a subclass adds only if it overrides :meth:`Optimizer.config`.
         """
         from adagrad import checkpoint
 

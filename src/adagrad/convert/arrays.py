@@ -81,7 +81,7 @@ def history(what: str, value: Any, optimizer: AdaGrad | None = None) -> History:
     native = array.dtype.newbyteorder("=")
     if native not in (np.dtype(np.float32), np.dtype(np.float64)):
         raise ValueError(f"{what}: {array.dtype}: must be an array of float32 or float64")
-    if optimizer is not None and optimizer.row_wise and math.prod(array.shape[1:]) != 1:
+    if optimizer is not None and optimizer.row_wise and (array.ndim == 0 or math.prod(array.shape[1:]) != 1):
         raise ValueError(
             f"{what}: shape {array.shape}: must be (n, 1, ...), one value for each row of its weight; "
             "a history of elements continues with AdaGrad"

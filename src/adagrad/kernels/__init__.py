@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,30 +14,26 @@ import numpy as np
 
 from adagrad.kernels import expressions
 from adagrad.kernels.batch import Prepared, of_states
-from adagrad.kernels.interrupts import came_late
+from adagrad.kernels.interrupts import came_late, uninterrupted
 from adagrad.kernels.validate import any_row_sparse, gradient, is_row_sparse
 from adagrad.rule import Array, Rule, is_torch
 
 __all__ = ["any_row_sparse", "came_late", "gradient", "is_row_sparse", "prepare", "update"]
 
 
-_ARRAYS = {np.ndarray}
+_ARRAYS = {np.ndarray, np.memmap}
 
 
 @functools.cache
 def _fast_path() -> Any:
     """The fast path, imported at first use because importing Numba is slow."""
-    from adagrad.kernels import fast_path
-
-    return fast_path
+    return uninterrupted(lambda: importlib.import_module("adagrad.kernels.fast_path"))
 
 
 @functools.cache
 def _general_path() -> Any:
     """The general path, imported likewise."""
-    from adagrad.kernels import general_path
-
-    return general_path
+    return uninterrupted(lambda: importlib.import_module("adagrad.kernels.general_path"))
 
 
 def update(
@@ -71,10 +68,12 @@ def update(
     """
     if not (fused and _fast_path().update_plain(weights, grads, states, [], [], lrs, wds, rule, threads)):
         prepare(weights, grads, states, lrs, wds, rule, fused=fused, threads=threads).run()
-    if set(map(type, weights)) != _ARRAYS and (tensors := [weight for weight in weights if is_torch(weight)]):
-        from adagrad.kernels.tensor_views import mark_changed
+    if not _ARRAYS.issuperset(map(type, weights)):
+        of_states = [each for state in states for each in (state if isinstance(state, (tuple, list)) else [state])]
+        if tensors := [written for written in (*weights, *of_states) if is_torch(written)]:
+            from adagrad.kernels.tensor_views import mark_changed
 
-        mark_changed(tensors)
+            mark_changed(tensors)
 
 
 def prepare(

@@ -159,7 +159,7 @@ sum_by_halves: Any = intrinsic(_sum_by_halves_code)
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
-def _place(builder: Any, elements: Any, i: Any) -> Any:
+def _vector_at(builder: Any, elements: Any, i: Any) -> Any:
     """A pointer to the vector that begins at ``elements[i]``, and the type of that vector."""
     kind = ir.VectorType(elements.type.pointee, LANES)
     return builder.bitcast(builder.gep(elements, [i]), kind.as_pointer()), kind
@@ -176,7 +176,7 @@ def _load_block_code(typing: Any, elements: Any, i: Any, count: Any) -> Any:
     is_whole = isinstance(count, types.NoneType)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        place, kind = _place(builder, args[0], args[1])
+        place, kind = _vector_at(builder, args[0], args[1])
         align = context.get_abi_sizeof(kind.element)
         if is_whole:
             bits = builder.load(place, align=align)
@@ -195,7 +195,7 @@ def _store_block_code(typing: Any, elements: Any, i: Any, block: Any, count: Any
     is_whole = isinstance(count, types.NoneType)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        place, kind = _place(builder, args[0], args[1])
+        place, kind = _vector_at(builder, args[0], args[1])
         bits, align = narrow(context, builder, elements.dtype, args[2]), context.get_abi_sizeof(kind.element)
         if is_whole:
             written = builder.store(bits, place, align=align)

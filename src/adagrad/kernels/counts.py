@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from adagrad.kernels.formats import load, pointer, store
-from adagrad.kernels.layout import COUNT, FLOAT32, FLOAT64, FORMAT, INFO, KIND, PLACE, START, describe, list_item
+from adagrad.kernels.layout import COUNT, DEVICE, FLOAT32, FLOAT64, FORMAT, INFO, KIND, START, describe, list_item
 from adagrad.kernels.numba_jit import jit, uncounted
 
 _single, _double = np.empty(0, np.float32), np.empty(0, np.float64)
@@ -23,7 +23,7 @@ def find_counts(counts: int, layout: Any, addresses: Any) -> bool:
     out, info, layout = uncounted(own_out), uncounted(own_info), uncounted(layout)
     for i in range(len(addresses)):
         is_plain = describe(list_item(counts, i), layout, out, info)
-        if not is_plain or info[KIND] != 1 or info[PLACE] != 0 or info[COUNT] != 1:
+        if not is_plain or info[KIND] != 1 or info[DEVICE] != 0 or info[COUNT] != 1:
             return False
         if info[FORMAT] != FLOAT32 and info[FORMAT] != FLOAT64:
             return False

@@ -9,7 +9,6 @@ elements in the same order: :mod:`adagrad.kernels.table` and :mod:`adagrad.kerne
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import numba
@@ -30,16 +29,16 @@ ALIGN = 16
 """Workers' shares are multiples of this many elements, so that no two write to one cache line of a float32 array that
 begins with one."""
 
-AHEAD = 2048
+AHEAD_BYTES = 2048
 """How many bytes ahead to prefetch. The hardware prefetcher stops at the end of each page."""
 
 
-def table_row(memories: Sequence[np.ndarray | None], rule: Rule) -> list[int]:
+def table_row(
+    rule: Rule, weight: np.ndarray, grad: np.ndarray, history: np.ndarray, master: np.ndarray | None = None
+) -> list[int]:
     """A row of the address table, for the memory of weight, gradient, history and master copy (None for none)."""
-    weight = memories[0]
-    addresses = [0 if memory is None else memory.ctypes.data for memory in memories]
-    length = row_length(weight.shape) if rule.row_wise and weight is not None else 0
-    return [*addresses, 0 if weight is None else weight.size, length]
+    addresses = [0 if memory is None else memory.ctypes.data for memory in (weight, grad, history, master)]
+    return [*addresses, weight.size, row_length(weight.shape) if rule.row_wise else 0]
 
 
 @jit(helper=True)
@@ -158,7 +157,7 @@ def _share(
         if start >= stop:
             continue
         w, g, h, m = _operands(table[i], 0, tw, tg, th, tm)
-        soon_w, soon_g, soon_h, soon_m = _operands(table[i], AHEAD, tw, tg, th, tm)
+        soon_w, soon_g, soon_h, soon_m = _operands(table[i], AHEAD_BYTES, tw, tg, th, tm)
         fixed = constants(scalars, rates[i if len(rates) > 1 else 0], th)
         if row_wise is None:
             elements(w, g, h, m, start, stop, fixed, (soon_w, soon_g, soon_h, soon_m))

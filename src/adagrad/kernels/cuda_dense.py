@@ -195,7 +195,7 @@ class DenseUpdates(NamedTuple):
     """Dense updates on one device, for any number of tensors."""
 
     rows: np.ndarray
-    """(n, COLUMNS) words, as :mod:`adagrad.kernels.cpu_dense` has it: addresses, elements, a row's length or 0."""
+    """(n, COLUMNS) words, as :mod:`adagrad.kernels.records` has it: addresses, elements, a row's length or 0."""
     codes: np.ndarray
     """(n,) integers, which :func:`adagrad.kernels.table.formats` decodes."""
     lrs: list[float | Tensor]
@@ -234,17 +234,9 @@ def concatenate(updates: Sequence[DenseUpdates]) -> DenseUpdates | None:
 
 def of_tensors(weight: Tensor, grad: Tensor, history: Tensor, master: Tensor | None, lr: float | Tensor, wd: float,
                rule: Rule) -> DenseUpdates:  # fmt: skip
-    """An update of contiguous tensors of any class.
-
-    Raises
-    ------
-    ValueError
-        One has elements but no address (a DTensor, say, instead of its local part).
-    """
+    """An update of contiguous tensors of any class, checked by :func:`adagrad.kernels.validate.validate`."""
     tensors = weight, grad, history, master
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    if weight.numel() and addresses.count(0) > (master is None):
-        raise ValueError(f"weight of shape {tuple(weight.shape)}: a tensor with elements but without an address")
     length = math.prod(weight.shape[1:]) if rule.row_wise else 0
     code = code_of_formats(tensor_format(weight), tensor_format(grad), has_master=master is not None)
     rows = np.array([[*addresses, weight.numel(), length]], np.int64)

@@ -41,7 +41,7 @@ from adagrad.kernels.records import (
     STRIDE,
     WEIGHT,
 )
-from adagrad.kernels.table import PLACES, code_of_formats, formats
+from adagrad.kernels.table import CODES_PER_DEVICE, code_of_formats, formats
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,7 +139,7 @@ def by_form(updates: RowUpdates, rule: Rule) -> dict[Form, list[int]]:
     for i, code in enumerate(updates.codes):
         if entries[i]:
             # In rows of one element the mean of squares is the square.
-            form = Form(code % PLACES, lengths[i], rule.row_wise and lengths[i] > 1)
+            form = Form(code % CODES_PER_DEVICE, lengths[i], rule.row_wise and lengths[i] > 1)
             found.setdefault(form, []).append(i)
     return found
 

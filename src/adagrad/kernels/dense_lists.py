@@ -6,6 +6,7 @@ It inspects, checks and updates the list and advances its step counts, or leaves
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,8 @@ from adagrad.kernels.numba_jit import acquire_gil, jit, release_gil, run, worker
 from adagrad.kernels.outcomes import DONE, NOT_PLAIN, NOT_SMALL, attempt
 from adagrad.kernels.records import COLUMNS, SIZE
 from adagrad.kernels.spans import disjoint, guess
-from adagrad.kernels.table import PLACES, fill, formats
+from adagrad.kernels.table import CODES_PER_DEVICE, fill, formats
 from adagrad.rule import Rule
-
-TRIED_AS_SMALL = 32
-"""A list of at most so many weights is first tried on the calling thread alone, if the last list had few elements."""
 
 
 @jit(holds_gil=True)
@@ -34,11 +32,11 @@ def _update(weights: int, grads: int, histories: int, masters: int, steps: int, 
     there are many, else 0.
     """
     table, codes, spans = np.empty((n, COLUMNS), np.int64), np.empty(n, np.int64), np.empty((2, len(order)), np.int64)
-    step_at, blocks = np.empty(n if steps else 0, np.int64), np.empty((PLACES, GIVEN), np.int64)
-    counts, elements = np.zeros(PLACES, np.int64), np.zeros(PLACES, np.int64)
+    step_at, blocks = np.empty(n if steps else 0, np.int64), np.empty((CODES_PER_DEVICE, GIVEN), np.int64)
+    counts, elements = np.zeros(CODES_PER_DEVICE, np.int64), np.zeros(CODES_PER_DEVICE, np.int64)
     _, total = fill(weights, grads, histories, masters, layout, row_wise, table, codes, spans)
     for i in range(n):
-        if codes[i] < 0 or codes[i] >= PLACES:
+        if codes[i] < 0 or codes[i] >= CODES_PER_DEVICE:
             return NOT_PLAIN, 0, 0, 0
         counts[codes[i]] += 1
         elements[codes[i]] += table[i, SIZE]
@@ -47,14 +45,14 @@ def _update(weights: int, grads: int, histories: int, masters: int, steps: int, 
         return NOT_SMALL, 0, 0, 0
     if not disjoint(spans[0], spans[1], len(order) - n, order) or (steps and not find_counts(steps, layout, step_at)):
         return NOT_PLAIN, 0, 0, 0
-    for code in range(PLACES):
+    for code in range(CODES_PER_DEVICE):
         if counts[code] and known[code] == 0:
             return code, 0, 0, 0
     rows, rows_rates = (table, rates) if counts[codes[0]] == n else _by_code(table, codes, rates, counts)
     # From here on nothing may raise or allocate: an exception would find no GIL, and a part of the list updated. The
     # GIL is released once for all launches; threads are for those launches that are worth them.
     state, first = np.int64(0) if count == 0 else release_gil(), 0
-    for code in range(PLACES):
+    for code in range(CODES_PER_DEVICE):
         if counts[code]:
             put_arguments(blocks[code], rows, first, counts[code], rows_rates, scalars, elements[code])
             run(known[code], blocks[code], worker_count(elements[code], small, count))
@@ -70,12 +68,12 @@ def _update(weights: int, grads: int, histories: int, masters: int, steps: int, 
 @jit(helper=True)
 def _by_code(table: Any, codes: Any, rates: Any, counts: Any) -> Any:
     """Rows and their rates (one for all stays one) sorted by code; ``counts[code]`` rows have a code."""
-    rows, rows_rates, places = np.empty(table.shape, np.int64), np.empty(rates.shape), np.zeros(PLACES, np.int64)
-    for code in range(1, PLACES):
-        places[code] = places[code - 1] + counts[code - 1]
+    rows, rows_rates, next_row = np.empty(table.shape, np.int64), np.empty(rates.shape), np.zeros(len(counts), np.int64)
+    for code in range(1, len(counts)):
+        next_row[code] = next_row[code - 1] + counts[code - 1]
     for i in range(len(codes)):
-        j = places[codes[i]]
-        places[codes[i]] += 1
+        j = next_row[codes[i]]
+        next_row[codes[i]] += 1
         # Number by number: NumPy's assignment of a row takes seconds to compile.
         for column in range(COLUMNS):
             rows[j, column] = table[i, column]
@@ -93,7 +91,8 @@ def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: 
     n, layout = len(weights), current_layout()
     if layout is None:
         return False
-    (known, last), order, row_wise = _workers(rule.row_wise), guess(4 * n if masters else 3 * n), rule.row_wise
+    row_wise, order = rule.row_wise, guess(4 * n if masters else 3 * n)
+    known, last = _addresses(row_wise), _last(row_wise, threading.get_ident())
     given = (
         id(weights), id(grads), id(histories), id(masters) if masters else 0, id(steps) if steps else 0, n,
         layout, row_wise, rates, rule.scalars, known, last, order, cpu_dense.PARALLEL_MIN,
@@ -102,12 +101,16 @@ def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: 
     def compile_worker(code: int) -> None:
         known[code] = kernel(*formats(code)[1], row_wise)
 
-    is_trial = n <= TRIED_AS_SMALL and not last[0]
-    return attempt(_update, given, last, is_trial, threads, compile_worker)[0] == DONE
+    return attempt(_update, given, last, threads, compile_worker)[0] == DONE
 
 
 @functools.cache
-def _workers(row_wise: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The addresses of the compiled workers, by code (0: none yet); and the words ``last``: how many elements the last
-    list had, if many, else 0; how many lists are done."""
-    return np.zeros(PLACES, np.int64), np.zeros(2, np.int64)
+def _addresses(row_wise: bool) -> np.ndarray:
+    """The addresses of the compiled workers, by code (0: none yet)."""
+    return np.zeros(CODES_PER_DEVICE, np.int64)
+
+
+@functools.lru_cache(maxsize=64)
+def _last(row_wise: bool, thread: int) -> np.ndarray:
+    """Of a thread: how many elements its last list had, if many, else 0; how many lists it has done."""
+    return np.zeros(2, np.int64)

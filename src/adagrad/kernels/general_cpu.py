@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from adagrad.arrays import Operand, row_length
+from adagrad.arrays import operand, row_length
 from adagrad.kernels import cpu_dense, cpu_rows, strided
 from adagrad.kernels.batch import Job
 from adagrad.kernels.cpu_rule import rate_table
@@ -17,23 +17,23 @@ from adagrad.kernels.records import ARE_LONG, BASE, ENTRIES, FACTS, HEIGHT, IDS,
 from adagrad.kernels.row_groups import MOST, checked_rows
 from adagrad.kernels.table import Formats
 from adagrad.kernels.validate import Update, host_indices
-from adagrad.rule import Rule
+from adagrad.rule import Rule, is_torch
 
 
 def formats(u: Update) -> Formats:
     return u.weight.format, u.grad.format, u.history.format, None if u.master is None else u.master.format
 
 
-def is_plain(u: Update) -> bool:
-    """Whether a dense update can be a row of an address table."""
+def fits_table(u: Update) -> bool:
+    """Whether a dense update can be a row of an address table as it is."""
     return all(o is None or o.is_plain for o in (u.weight, u.grad, u.history, u.master))
 
 
-def plain(
+def by_table(
     updates: Sequence[Update], lrs: Sequence[float], wds: Sequence[float], rule: Rule, threads: int | None
 ) -> Job:
     """The job that carries out dense updates of the same formats, in one launch."""
-    table = np.array([cpu_dense.table_row(_memories(u), rule) for u in updates])
+    table = np.array([cpu_dense.table_row(rule, *_memories(u)) for u in updates])
     total = sum(math.prod(u.weight.shape) for u in updates)
 
     def run() -> None:
@@ -43,7 +43,7 @@ def plain(
     return run
 
 
-def other(at: str, u: Update, lr: Any, wd: float, rule: Rule, threads: int | None) -> Job | None:
+def one_by_one(at: str, u: Update, lr: Any, wd: float, rule: Rule, threads: int | None) -> Job | None:
     """The job that carries out an update, None if there is nothing to do; IndexError for a row id out of range."""
     if u.indices is not None:
         return _rows(at, u, lr, wd, rule, threads)
@@ -70,33 +70,40 @@ def _rows(at: str, u: Update, lr: float, wd: float, rule: Rule, threads: int | N
         return by_expression(at, u, lr, wd, rule)
 
     def run() -> None:
-        memories, rows, present = _memories(u), ids, None
-        if not all(m is None or _rows_are_plain(m) for m in memories):
+        weight, grad, history, master = _memories(u)
+        written, rows, is_gathered = (weight, history, master), ids, False
+        if not all(m is None or _rows_are_plain(m) for m in written):
             # The rows present are gathered into buffers: row r of a buffer is the r-th of them.
             present, inverse = np.unique(ids, return_inverse=True)
-            rows = inverse.astype(ids.dtype, copy=False)
-            memories = [m if m is None or m is u.grad.memory else m[present] for m in memories]
-            memories = [m if m is None else np.ascontiguousarray(m, m.dtype.newbyteorder("=")) for m in memories]
-            memories = [m if m is None else np.require(m, requirements=["C", "A"]) for m in memories]
+            rows, is_gathered = inverse.astype(ids.dtype, copy=False), True
+            weight, history = _plain_rows(weight[present]), _plain_rows(history[present])
+            master = None if master is None else _plain_rows(master[present])
             facts[ROWS] = rows.ctypes.data
+        if not _rows_are_plain(grad) and is_torch(u.grad.array):  # PyTorch transposes faster than NumPy
+            grad = cast("np.ndarray", operand(u.grad.name, u.grad.array.contiguous()).memory)
+        memories = weight, _plain_rows(grad), history, master
         for k, m in enumerate(memories):
             facts[BASE + k], facts[STRIDE + k] = (0, 0) if m is None else (m.ctypes.data, m.strides[0])
         rates = rate_table([lr], [wd], rule)[0]
         cpu_rows.launch(at, facts, rows, formats(u), rule.row_wise, rates, rule.scalars, threads)
-        if present is not None:
-            for memory, buffer in zip(_memories(u), memories, strict=True):
-                if memory is not None and memory is not u.grad.memory:
+        if is_gathered:
+            for memory, buffer in zip(written, (weight, history, master), strict=True):
+                if memory is not None:
                     memory[present] = buffer
 
     return run
 
 
-def _memories(u: Update) -> list[np.ndarray | None]:
-    return [_memory(o) for o in (u.weight, u.grad, u.history, u.master)]
+def _memories(u: Update) -> strided.Memories:
+    operands = (u.weight, u.grad, u.history, u.master)
+    return cast(strided.Memories, tuple(None if o is None else o.memory for o in operands))
 
 
-def _memory(o: Operand | None) -> np.ndarray | None:
-    return None if o is None else o.memory
+def _plain_rows(memory: np.ndarray) -> np.ndarray:
+    """``memory``, or a copy if its rows are not plain."""
+    if _rows_are_plain(memory):
+        return memory
+    return np.require(memory, memory.dtype.newbyteorder("="), ["C", "A"])
 
 
 def _rows_are_plain(memory: np.ndarray) -> bool:

@@ -17,10 +17,11 @@ from adagrad.arrays import bounds
 from adagrad.kernels import cpu_dense, general_cpu, rows, table
 from adagrad.kernels.batch import Batch, Job, Prepared
 from adagrad.kernels.cpu_rule import rate_table
+from adagrad.kernels.device_updates import DeviceUpdates, cuda, is_on_cuda
 from adagrad.kernels.expressions import by_expression
 from adagrad.kernels.spans import are_disjoint, concatenate
 from adagrad.kernels.validate import Update, Wrapped, is_row_sparse, operands_of, refuse_shared, validate
-from adagrad.rule import Rule, is_torch
+from adagrad.rule import Rule
 
 
 def prepare(
@@ -65,42 +66,9 @@ def prepare(
     for call in calls:
         call.add_to(plan, scale, threads)
     for device in plan.launches:
-        _cuda().raise_reported(device)
+        cuda().raise_reported(device)
     launches = [functools.partial(launch.run, grad_scale, found_inf) for launch in plan.launches.values()]
     return Prepared([*plan.wrapped, *launches, *plan.jobs], [call.batch for call in calls])
-
-
-class _DeviceUpdates:
-    """The updates on one CUDA device: by rule, the dense and the row-sparse ones."""
-
-    def __init__(self, device: Any) -> None:
-        self.device = device
-        self._groups: dict[Rule, tuple[list[Any], list[Any]]] = {}
-
-    def add_dense(self, rule: Rule, updates: Any) -> None:
-        self._of(rule)[0].append(self._here(updates))
-
-    def add_rows(self, rule: Rule, updates: Any) -> None:
-        self._of(rule)[1].append(self._here(updates))
-
-    def _of(self, rule: Rule) -> tuple[list[Any], list[Any]]:
-        return self._groups.setdefault(rule, ([], []))
-
-    def _here(self, updates: Any) -> Any:
-        """The updates, with learning rates that are tensors moved to the device."""
-        if set(map(type, updates.lrs)) == {float}:
-            return updates
-        lrs = [lr.to(self.device, non_blocking=True) if is_torch(lr) else lr for lr in updates.lrs]
-        return updates._replace(lrs=lrs)
-
-    def run(self, grad_scale: Any, found_inf: Any) -> Any:
-        scale, found = (t if t is None else t.to(self.device, non_blocking=True) for t in (grad_scale, found_inf))
-        cuda = _cuda()
-        groups = [
-            cuda.Group(rule, cuda.cuda_dense.concatenate(dense), cuda.cuda_row_lists.concatenate(rows))
-            for rule, (dense, rows) in self._groups.items()
-        ]
-        return cuda.update(groups, self.device, grad_scale=scale, found_inf=found)
 
 
 def check(batches: Sequence[Batch]) -> None:
@@ -114,20 +82,12 @@ class _Plan:
     def __init__(self) -> None:
         self.wrapped: list[Job] = []
         """What a user's class may refuse in a way that no check foresees: run first, before anything else changes."""
-        self.launches: dict[Any, _DeviceUpdates] = {}
+        self.launches: dict[Any, DeviceUpdates] = {}
         """By device."""
         self.jobs: list[Job] = []
 
-    def launch_on(self, device: Any) -> _DeviceUpdates:
-        return self.launches.setdefault(device, _DeviceUpdates(device))
-
-
-@functools.cache
-def _cuda() -> Any:
-    """The CUDA kernels, imported at the first use."""
-    from adagrad.kernels import cuda
-
-    return cuda
+    def launch_on(self, device: Any) -> DeviceUpdates:
+        return self.launches.setdefault(device, DeviceUpdates(device))
 
 
 class _CheckedBatch:
@@ -179,7 +139,7 @@ class _CheckedBatch:
         """Whether the CUDA kernels update every weight."""
         codes = {code for code, _ in self.groups}.union(self.rows.codes)
         on_cuda = all(table.formats(code)[0] > 0 for code in codes)
-        return on_cuda and not self.wrapped and all(map(_is_on_cuda, self.others.values()))
+        return on_cuda and not self.wrapped and all(map(is_on_cuda, self.others.values()))
 
     def add_to(self, plan: _Plan, scale: float, threads: int | None) -> None:
         """Add what updates the batch; row ids on the CPU are checked here."""
@@ -193,8 +153,8 @@ class _CheckedBatch:
 
     def _add_table(self, plan: _Plan, scaled: Rule, threads: int | None) -> None:
         for code, which in self.groups:
-            place, formats = table.formats(code)
-            if place == 0:
+            number, formats = table.formats(code)
+            if number == 0:
                 plan.jobs.append(self._launch(which, formats, scaled, threads))
             else:
                 device = self.batch.weights[which[0]].device
@@ -203,9 +163,9 @@ class _CheckedBatch:
     def _add_rows(self, plan: _Plan, scaled: Rule, threads: int | None) -> None:
         on_device: dict[int, list[int]] = {}
         for k, code in enumerate(self.rows.codes):
-            place, _ = table.formats(code)
-            if place:
-                on_device.setdefault(place, []).append(k)
+            number, _ = table.formats(code)
+            if number:
+                on_device.setdefault(number, []).append(k)
             else:
                 rates = rate_table(*self.batch.some_rates([self.sparse[k]]), scaled)[0]
                 plan.jobs.append(self.rows.plan(k, self.batch.at(self.sparse[k]), rates, scaled, threads))
@@ -217,22 +177,22 @@ class _CheckedBatch:
         dense: dict[table.Formats, list[int]] = {}
         for i, u in self.others.items():
             at, rates = self.batch.at(i), self.batch.rates(i)
-            if _is_on_cuda(u):
-                _add_to_launch(plan.launch_on(u.weight.array.device), u, *rates, self.batch.rule)
+            if is_on_cuda(u):
+                plan.launch_on(u.weight.array.device).add(u, *rates, self.batch.rule)
             elif u.weight.device != "cpu":
                 plan.jobs.append(by_expression(at, u, *rates, scaled))
-            elif u.indices is None and general_cpu.is_plain(u):
+            elif u.indices is None and general_cpu.fits_table(u):
                 dense.setdefault(general_cpu.formats(u), []).append(i)
-            elif (job := general_cpu.other(at, u, *rates, scaled, threads)) is not None:
+            elif (job := general_cpu.one_by_one(at, u, *rates, scaled, threads)) is not None:
                 plan.jobs.append(job)
         for which in dense.values():
             updates = [self.others[i] for i in which]
-            plan.jobs.append(general_cpu.plain(updates, *self.batch.some_rates(which), scaled, threads))
+            plan.jobs.append(general_cpu.by_table(updates, *self.batch.some_rates(which), scaled, threads))
 
     def _dense_on_cuda(self, which: Sequence[int]) -> Any:
         found: Any = self.table
         rows, codes, _ = found.part(which)
-        return _cuda().DenseUpdates(rows, codes, *self.batch.some_rates(which), [self.batch])
+        return cuda().DenseUpdates(rows, codes, *self.batch.some_rates(which), [self.batch])
 
     def _rows_on_cuda(self, members: list[int]) -> Any:
         which, found = [self.sparse[k] for k in members], self.rows.some(members)
@@ -240,7 +200,7 @@ class _CheckedBatch:
         for i, (values, indices) in zip(which, found.parts, strict=True):
             weight, _, history, master = self.batch.arrays(i)
             tensors.append((weight, indices, values, history, master))
-        return _cuda().cuda_row_lists.RowUpdates(found.facts, found.codes, *self.batch.some_rates(which), tensors)
+        return cuda().cuda_row_lists.RowUpdates(found.facts, found.codes, *self.batch.some_rates(which), tensors)
 
     def _launch(self, which: Sequence[int], formats: table.Formats, rule: Rule, threads: int | None) -> Job:
         found: Any = self.table
@@ -250,22 +210,6 @@ class _CheckedBatch:
         return functools.partial(
             cpu_dense.launch, addresses, total, rates, rule.scalars, formats, rule.row_wise, threads
         )
-
-
-def _add_to_launch(launch: _DeviceUpdates, u: Update, lr: Any, wd: float, rule: Rule) -> None:
-    weight, grad, history = u.weight.array, u.grad.array, u.history.array
-    master = None if u.master is None else u.master.array
-    if u.indices is None:
-        launch.add_dense(rule, _cuda().cuda_dense.of_tensors(weight, grad, history, master, lr, wd, rule))
-    else:
-        tensors = weight, u.indices.contiguous(), grad, history, master
-        launch.add_rows(rule, _cuda().cuda_row_lists.of_tensors(*tensors, lr, wd, rule))
-
-
-def _is_on_cuda(u: Update) -> bool:
-    """Whether the CUDA kernels take an update: on CUDA, and all of it contiguous."""
-    operands = (u.weight, u.grad, u.history, u.master)
-    return u.weight.device.startswith("cuda") and all(o is None or o.array.is_contiguous() for o in operands)
 
 
 def _refuse_shared(calls: list[_CheckedBatch]) -> None:

@@ -2,6 +2,45 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+def uninterrupted(function: Callable[[], Any]) -> Any:
+    """Return ``function()``; an exception of a signal handler is raised when it is done.
+
+    Importing or compiling half of something would break Numba for the rest of the process. Handlers run in the main
+    thread only, so the function runs in another one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return function()
+    outcome: list[tuple[Any, BaseException | None]] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            outcome.append((function(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+        finally:
+            done.set()
+
+    try:
+        threading.Thread(target=run).start()
+    except RuntimeError:  # at the end of the process, or of its memory, there are no new threads
+        return function()
+    interrupt: BaseException | None = None
+    while not done.is_set():
+        try:
+            done.wait()  # joining the thread would not do: before Python 3.13, an interrupted join loses it
+        except BaseException as late:
+            interrupt = late
+    result, error = outcome[0]
+    if interrupt is not None or error is not None:
+        raise interrupt or error  # type: ignore[misc]
+    return result
+
 
 def mark_late(interrupt: BaseException) -> None:
     """Mark an interrupt as noticed only after the work was done."""

@@ -5,7 +5,7 @@ Asking 300 arrays for dtype, shape, flags and address through Python costs sever
 attributes, see :mod:`adagrad.kernels.ndarray_layout` and :mod:`adagrad.kernels.tensor_layout`. If an interpreter or a
 library stores them differently, there is no layout, and the general path is taken, which is slower and no less exact.
 
-An array is *plain* if compiled code can read it this way: exactly an ndarray, Tensor or Parameter, of one of
+An array is *plain* if compiled code can read it this way: exactly an ndarray, memmap, Tensor or Parameter, of one of
 ELEMENT_FORMATS, native, aligned, on the CPU or a CUDA device; a tensor has at most INLINE dimensions. All else, and
 every error, is left to the general path.
 """
@@ -27,23 +27,24 @@ ELEMENT_FORMATS = ("float16", "bfloat16", "float32", "float64", "int32", "int64"
 FLOAT32, FLOAT64, INT32 = 2, 3, 4
 """Positions in ELEMENT_FORMATS; the low-precision ones come before FLOAT32."""
 
-# The words of a layout. For NumPy: the addresses of the array type and of the dtypes of ELEMENT_FORMATS. For torch: the
-# addresses of two C functions; the byte offsets of the C++ tensor in a tensor object, and in that of the dispatch keys,
-# the number of dimensions (sizes and strides follow, with room for INLINE of each) and the dtype; the keys of plain
-# memory on the CPU and on CUDA devices (0: none); the types of plain tensors; the keys of sparse COO tensors on the CPU
-# (0: unknown) and the offsets of their values and indices; two more C functions; the codes of ELEMENT_FORMATS. Last,
-# the address of None.
-ARRAY, DTYPES = 0, 1
-GET_ADDRESS, GET_INDEX, HOLDER, KEYS_AT, RANK_AT, DTYPE_AT, ON_CPU, ON_CUDA, TENSOR, PARAMETER = range(7, 17)
-SPARSE, VALUES_AT, INDICES_AT, NEW_HANDLE, DELETE_HANDLE = range(17, 22)
-CODES, NONE, WORDS = 22, 28, 29
+# The words of a layout. For NumPy: the addresses of its two array types and of the dtypes of ELEMENT_FORMATS. For
+# torch: the addresses of two C functions; the byte offsets of the C++ tensor in a tensor object, and in that of the
+# dispatch keys, the number of dimensions (sizes and strides follow, with room for INLINE of each) and the dtype; the
+# keys of plain memory on the CPU and on CUDA devices (0: none); the types of plain tensors; the keys of sparse COO
+# tensors on the CPU (0: unknown) and the offsets of their values and indices; two more C functions; the codes of
+# ELEMENT_FORMATS. Last, the address of None.
+_N = len(ELEMENT_FORMATS)
+ARRAY, MEMMAP, DTYPES = range(3)
+GET_ADDRESS, GET_INDEX, HOLDER, KEYS_AT, RANK_AT, DTYPE_AT, ON_CPU, ON_CUDA, TENSOR, PARAMETER = range(2 + _N, 12 + _N)
+SPARSE, VALUES_AT, INDICES_AT, NEW_HANDLE, DELETE_HANDLE, CODES = range(12 + _N, 18 + _N)
+NONE, WORDS = CODES + _N, CODES + _N + 1
 INLINE = 5
 
 # The words in which `describe` describes an array: 0 for NumPy's and 1 for a tensor; 0 for the CPU and 1 + index for a
 # CUDA device; the position in ELEMENT_FORMATS; the number of dimensions; the addresses of sizes and strides; the stride
 # of adjacent elements (bytes in NumPy, 1 in torch); whether it is C-contiguous and may be written to; the address of
 # the first element; the number of elements.
-KIND, PLACE, FORMAT, RANK, SIZES, STRIDES, UNIT, CONTIGUOUS, WRITEABLE, START, COUNT, INFO = range(12)
+KIND, DEVICE, FORMAT, RANK, SIZES, STRIDES, UNIT, CONTIGUOUS, WRITEABLE, START, COUNT, INFO = range(12)
 
 # Byte offsets in PyListObject, PyObject and PyArrayObject on 64-bit CPython with reference counts; NumPy's flags.
 LIST_ITEMS, TYPE = 24, 8
@@ -88,19 +89,19 @@ def _call_code(typing: Any, function: Any, tensor: Any, out: Any) -> Any:
     return types.int32(types.int64, types.int64, types.int64), generate_call
 
 
-call: Any = intrinsic(_call_code)
+call_c: Any = intrinsic(_call_code)
 
 
 @jit(helper=True)
 def _ask(function: int, tensor: int, out: Any) -> Any:
     out[0] = 0
-    return out[0] if call(function, tensor, out.ctypes.data) == 0 else -1
+    return out[0] if call_c(function, tensor, out.ctypes.data) == 0 else -1
 
 
 @jit(helper=True)
 def _describe_array(array: int, layout: Any, info: Any) -> bool:
     flags, dtype = _read_int(array, FLAGS), read_word(array, DESCR)
-    info[KIND], info[PLACE], info[FORMAT] = 0, 0, -1
+    info[KIND], info[DEVICE], info[FORMAT] = 0, 0, -1
     for i in range(len(ELEMENT_FORMATS)):
         if layout[DTYPES + i] == dtype:
             info[FORMAT] = i
@@ -123,9 +124,9 @@ def describe_tensor(tensor: int, layout: Any, out: Any, info: Any) -> bool:
     # views and all else.
     keys = read_word(body, layout[KEYS_AT])
     if keys == layout[ON_CPU]:
-        info[PLACE] = 0
+        info[DEVICE] = 0
     elif keys == layout[ON_CUDA]:
-        info[PLACE] = 1 + (_ask(layout[GET_INDEX], tensor, out) & 0xFFFF)
+        info[DEVICE] = 1 + (_ask(layout[GET_INDEX], tensor, out) & 0xFFFF)
     else:
         return False
     dtype = read_word(body, layout[DTYPE_AT]) & 0xFFFF
@@ -157,7 +158,7 @@ def describe(thing: int, layout: Any, out: Any, info: Any) -> bool:
     ``thing`` is the address of a Python object, ``layout`` a layout, ``out`` room for one word. The GIL must be held.
     """
     kind = read_word(thing, TYPE)
-    if kind == layout[ARRAY]:
+    if kind == layout[ARRAY] or kind == layout[MEMMAP]:
         return _describe_array(thing, layout, info)
     if kind == layout[TENSOR] or kind == layout[PARAMETER]:
         return describe_tensor(thing + layout[HOLDER], layout, out, info)

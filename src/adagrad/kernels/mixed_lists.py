@@ -16,7 +16,7 @@ import numpy as np
 from adagrad.kernels import cpu_dense
 from adagrad.kernels.cpu_dense import GIVEN, arguments, kernel
 from adagrad.kernels.numba_jit import jit, pointer_to, run, worker_count
-from adagrad.kernels.table import PLACES, build_table, formats
+from adagrad.kernels.table import CODES_PER_DEVICE, build_table, formats
 from adagrad.rule import Rule
 
 LAUNCHES, WEIGHTS, ELEMENTS, THRESHOLD, WRITTEN = range(5)
@@ -48,7 +48,7 @@ def dense_part(weights: list[Any], grads: list[Any], histories: list[Any], maste
     """
     found = build_table(weights, grads, histories, masters, rule.row_wise)
     groups, n = found.groups(), len(weights)
-    if sum(len(which) for _, which in groups) < n or groups[-1][0] >= PLACES:
+    if sum(len(which) for _, which in groups) < n or groups[-1][0] >= CODES_PER_DEVICE:
         return None
     launches, pointed_at = [], [rule.scalars]
     for code, which in groups:
@@ -63,13 +63,13 @@ def dense_part(weights: list[Any], grads: list[Any], histories: list[Any], maste
 
 
 @jit(helper=True)
-def put_spans(words: Any, spans: Any, first: int, gap: int) -> None:
-    """Copy its spans to the columns of ``spans`` from ``first`` on, those only read ``gap`` columns further on."""
+def put_spans(words: Any, spans: Any, first: int) -> Any:
+    """Copy its spans, those written to first, to the columns of ``spans`` from ``first`` on; returns their number."""
     begin = ABOUT + LAUNCH * words[LAUNCHES]
     count = (len(words) - begin) // 2
     for j in range(count):
-        at = first + j if j < words[WRITTEN] else first + j + gap
-        spans[0, at], spans[1, at] = words[begin + j], words[begin + count + j]
+        spans[0, first + j], spans[1, first + j] = words[begin + j], words[begin + count + j]
+    return count
 
 
 @jit(helper=True)

@@ -12,12 +12,13 @@ from adagrad.kernels.layout import (
     ARRAY,
     CONTIGUOUS,
     COUNT,
+    DEVICE,
     DTYPES,
     ELEMENT_FORMATS,
     FORMAT,
     KIND,
+    MEMMAP,
     NONE,
-    PLACE,
     RANK,
     SIZES,
     START,
@@ -54,7 +55,7 @@ def find() -> np.ndarray | None:
     if not has_known_objects():
         return None
     layout = np.zeros(WORDS, np.int64)
-    layout[ARRAY], layout[NONE] = id(np.ndarray), id(None)
+    layout[ARRAY], layout[MEMMAP], layout[NONE] = id(np.ndarray), id(np.memmap), id(None)
     layout[DTYPES : DTYPES + len(ELEMENT_FORMATS)] = [_dtype_id(name) for name in ELEMENT_FORMATS]
     frozen = np.arange(6.0)
     frozen.flags.writeable = False
@@ -86,7 +87,7 @@ def _agrees(layout: np.ndarray, array: np.ndarray) -> bool:
     info = describe_once(array, layout)
     expected = {
         KIND: 0,
-        PLACE: 0,
+        DEVICE: 0,
         FORMAT: ELEMENT_FORMATS.index(array.dtype.name),
         RANK: array.ndim,
         UNIT: array.itemsize,

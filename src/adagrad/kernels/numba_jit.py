@@ -23,6 +23,7 @@ from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
 from adagrad.kernels.disk_cache import Cache
+from adagrad.kernels.interrupts import uninterrupted
 
 # -------------------------------------------------------------------------------------------------------- compilation
 
@@ -65,12 +66,12 @@ def worker(function: Callable[[Any, Any, Any], None]) -> int:
     compiled: Any = CFunc(function, numba.core.sigutils.normalize_signature(void(word, word, word)), {}, options)
     with suppress(Exception):
         compiled._cache = Cache(function)
-    compiled.compile()
-    _workers.append(compiled)  # keeps its machine code alive
+    uninterrupted(compiled.compile)
+    _compiled.append(compiled)  # keeps its machine code alive
     return int(compiled.address)
 
 
-_workers: list[Any] = []
+_compiled: list[Any] = []
 
 
 _BYTES = ir.IntType(8).as_pointer()
@@ -109,8 +110,8 @@ def _call_code(typing: Any, work: Any, arguments: Any, k: Any, count: Any) -> An
     return numba.types.void(word, word, word, word), generate
 
 
-call: Any = intrinsic(_call_code)
-"""``call(work, arguments, k, count)``: call the worker at the address ``work``, subnormal numbers not flushed."""
+call_worker: Any = intrinsic(_call_code)
+"""``call_worker(work, arguments, k, count)``: call the worker at an address, subnormal numbers not flushed."""
 
 
 def _place_code(typing: Any, address: Any) -> Any:
@@ -184,7 +185,7 @@ decref: Any = intrinsic(_decref_code)
 def _in_parallel(work: int, arguments: Any, count: int) -> None:
     address = np.int64(arguments.ctypes.data)
     for k in numba.prange(count):
-        call(work, address, k, count)
+        call_worker(work, address, k, count)
 
 
 @jit()
@@ -197,7 +198,7 @@ def run(work: int, arguments: Any, count: int) -> None:
     if count > 1:
         _in_parallel(work, arguments, count)
     else:
-        call(work, np.int64(arguments.ctypes.data), 0, 1)
+        call_worker(work, np.int64(arguments.ctypes.data), 0, 1)
 
 
 @jit(helper=True)
@@ -271,9 +272,10 @@ class workers:  # in lower case, because it is used like a function
         global _stalls, _backoff
         if self._count > 1:
             self._held.pop("thread", None)
-            stalled = time.thread_time() - self._started > STALL_SECONDS + SECONDS_PER_ELEMENT * self.work
-            _stalls = _stalls + 1 if stalled else 0
-            _backoff = BACKOFF_LAUNCHES if _stalls > 1 else 0
+            if self.work:  # else nothing was worth several threads, and nothing could stall
+                stalled = time.thread_time() - self._started > STALL_SECONDS + SECONDS_PER_ELEMENT * self.work
+                _stalls = _stalls + 1 if stalled else 0
+                _backoff = BACKOFF_LAUNCHES if _stalls > 1 else 0
 
 
 def max_workers() -> int:

@@ -22,14 +22,15 @@ NO_MEMORY = -1
 # A number >= 0: nothing was done, because the worker of that number has not been compiled yet.
 
 
-def attempt(function: Callable[..., Any], given: tuple[Any, ...], last: Any, is_trial: bool, threads: int | None,
+def attempt(function: Callable[..., Any], given: tuple[Any, ...], last: Any, threads: int | None,
             compile_worker: Callable[[int], None]) -> tuple[int, int, int, int]:  # fmt: skip
     """Call ``function(*given, count)``, compiling workers and adding threads as it asks; returns its final outcome.
 
-    ``count`` is 0 for a trial on the calling thread. The function sets ``last[0]`` to the work if it is much, else 0,
-    and adds 1 to ``last[1]`` when it has done all: an interrupt that comes after that is marked as late.
+    ``count`` is 0 for a trial on the calling thread, made if the last list was small. The function sets ``last[0]`` to
+    the work if it is much, else 0, and adds 1 to ``last[1]`` when it has done all: an interrupt that comes after that
+    is marked as late.
     """
-    done_before = last[1]
+    is_trial, done_before = not last[0], last[1]
     try:
         while True:
             if is_trial:

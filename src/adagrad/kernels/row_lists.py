@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ from adagrad.kernels.row_sums import grouping
 from adagrad.kernels.rows import describe_rows
 from adagrad.kernels.spans import disjoint, guess
 from adagrad.kernels.sparse_layout import hold_parts, release_parts, sparse_body
-from adagrad.kernels.table import PLACES, formats
+from adagrad.kernels.table import CODES_PER_DEVICE, formats
 from adagrad.kernels.validate import refuse_row
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Rule
@@ -54,7 +55,7 @@ _SPANS, _SPANS_WITH_MASTERS = (WEIGHT, HISTORY, GRAD, IDS), (WEIGHT, HISTORY, MA
 """The order of the spans of memory: what is written to comes first."""
 
 CHECK, GROUP, UPDATE = range(3)
-"""The workers of an update, see :func:`_workers`."""
+"""The workers of an update, see :func:`_addresses`."""
 
 
 @jit(holds_gil=True)
@@ -70,14 +71,14 @@ def _update(weights: int, values: int, histories: int, masters: int, steps: int,
     n, entries, facts, layout, dense = len(facts), 0, uncounted(facts), uncounted(layout), uncounted(dense)
     work, numbers, spans = 0, np.empty(n, np.int64), np.empty((2, len(order)), np.int64)
     step_at = np.empty(n + dense[WEIGHTS] if steps else 0, np.int64)
-    # Spans of what is written to, ours and those of the dense part; then of what is read.
-    ours, theirs = (3 if masters else 2) * n, dense[WRITTEN]
-    put_spans(dense, spans, ours, 2 * n)
+    # Spans of what rows write to, of all that the dense part writes to and reads, of what rows read.
+    written = (3 if masters else 2) * n
+    theirs, written_in_all = put_spans(dense, spans, written), written + dense[WRITTEN]
     for i in range(n):
         master = list_item(masters, i) if masters else layout[NONE]
         code = describe_rows(list_item(weights, i), list_item(values, i), list_item(histories, i), master,
                              list_item(indices, i), layout, row_wise, facts[i])  # fmt: skip
-        if code < 0 or code >= PLACES:
+        if code < 0 or code >= CODES_PER_DEVICE:
             return NOT_PLAIN, i, 0, 0
         numbers[i] = 2 * code + (1 if facts[i, HEIGHT] > INT32_ROWS else 0)
         entries += facts[i, ENTRIES]
@@ -85,13 +86,13 @@ def _update(weights: int, values: int, histories: int, masters: int, steps: int,
         facts[i, RATES], facts[i, SCALARS] = rates[i if len(rates) > 1 else 0].ctypes.data, scalars.ctypes.data
         for k in range(5 if masters else 4):
             what = _SPANS_WITH_MASTERS[k] if masters else _SPANS[k]
-            at = k * n + i if k * n < ours else k * n + i + theirs
+            at = k * n + i if k * n < written else k * n + i + theirs
             spans[0, at], spans[1, at] = facts[i, BASE + what], facts[i, ENDS + what]
     is_small = work < small and not is_large(dense)
     last[0] = 0 if is_small else work + dense[ELEMENTS]
     if count == 0 and not is_small:
         return NOT_SMALL, 0, 0, 0
-    if not disjoint(spans[0], spans[1], ours + theirs, order) or (steps and not find_counts(steps, layout, step_at)):
+    if not disjoint(spans[0], spans[1], written_in_all, order) or (steps and not find_counts(steps, layout, step_at)):
         return NOT_PLAIN, 0, 0, 0
     for i in range(n):
         if known[numbers[i], UPDATE] == 0:
@@ -171,7 +172,8 @@ def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: 
     named = places or range(n)
     masters_id, steps_id = id(masters) if masters else 0, id(steps) if steps else 0
     lists = id(weights), id(values), id(histories), masters_id, steps_id, id(indices)
-    facts, (known, last) = np.empty((n, FACTS), np.int64), _workers(rule.row_wise)
+    facts, known = np.empty((n, FACTS), np.int64), _addresses(rule.row_wise)
+    last = _last(rule.row_wise, threading.get_ident())
     order = guess((5 if masters else 4) * n + dense.span_count)
     rates, small = rate_table(lrs, wds, rule), cpu_rows.PARALLEL_MIN
     given = *lists, layout, rule.row_wise, facts, rates, rule.scalars, known, last, order, dense.words, small
@@ -181,7 +183,7 @@ def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: 
         form, high = formats(code)[1], bool(high)
         known[number] = checking(high), grouping(high, form[2]), kernel(high, *form, rule.row_wise)
 
-    done, i, bad, row = attempt(_update, given, last, not last[0], threads, compile_worker)
+    done, i, bad, row = attempt(_update, given, last, threads, compile_worker)
     if done == OUT_OF_RANGE:
         refuse_row(f"[{named[i]}]", bad, row, weights[i].shape[0])
     if done == NO_MEMORY:
@@ -190,7 +192,12 @@ def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: 
 
 
 @functools.cache
-def _workers(row_wise: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The addresses of the compiled workers (0: none yet), by 2 * code, + 1 for a weight that needs 64-bit row ids; and
-    the words ``last``: the work of the last list, if much, else 0; how many lists are done."""
-    return np.zeros((2 * PLACES, 3), np.int64), np.zeros(2, np.int64)
+def _addresses(row_wise: bool) -> np.ndarray:
+    """The addresses of the compiled workers (0: none yet), by 2 * code, + 1 for a weight that needs 64-bit row ids."""
+    return np.zeros((2 * CODES_PER_DEVICE, 3), np.int64)
+
+
+@functools.lru_cache(maxsize=64)
+def _last(row_wise: bool, thread: int) -> np.ndarray:
+    """Of a thread: the work of its last list, if much, else 0; how many lists it has done."""
+    return np.zeros(2, np.int64)

@@ -62,12 +62,12 @@ def sum_at(memory: Any, i: Any, length: int, th: Any) -> Any:
 # to add up and the sum for each; row and count of each sum; what `plan_sums` returns for each, and their memory. Each
 # array is kept as its address, its length in elements and its owner.
 SINGLE, POSITIONS, ADDED, TO, SUMMED, COUNTS, MISSING, SECOND, SUMS, GROUPED = range(10)
-ADDRESS, SIZE, OWNER = range(3)
+ADDRESS, ELEMENTS, OWNER = range(3)
 
 
 @jit(helper=True)
 def _hand_over(kept: Any, what: int, array: Any) -> None:
-    kept[what, ADDRESS], kept[what, SIZE], kept[what, OWNER] = array.ctypes.data, array.size, incref(array)
+    kept[what, ADDRESS], kept[what, ELEMENTS], kept[what, OWNER] = array.ctypes.data, array.size, incref(array)
 
 
 @functools.cache
@@ -98,4 +98,4 @@ def grouping(needs_int64: bool, history: str) -> int:
 @jit(helper=True)
 def grouped(kept: Any, what: int, dtype: Any) -> Any:
     """The array that was handed over as ``what``."""
-    return numba.carray(pointer_to(kept[what, ADDRESS]), kept[what, SIZE], dtype)
+    return numba.carray(pointer_to(kept[what, ADDRESS]), kept[what, ELEMENTS], dtype)

@@ -16,13 +16,13 @@ from adagrad.kernels import cpu_rows
 from adagrad.kernels.layout import (
     CONTIGUOUS,
     COUNT,
+    DEVICE,
     FORMAT,
     INDICES_AT,
     INFO,
     INT32,
     KIND,
     NONE,
-    PLACE,
     RANK,
     RANK_AT,
     SIZES,
@@ -80,7 +80,7 @@ def describe_rows(weight: int, values: int, history: int, master: int, indices: 
     w, v, ids = info[WEIGHT], info[GRAD], info[IDS]
     # Ids have one dimension, or, as in a sparse tensor, two, and vary along the last.
     last = ids[RANK] - 1
-    if ids[KIND] != w[KIND] or ids[PLACE] != w[PLACE] or ids[FORMAT] < INT32 or last < 0 or last > ids[KIND]:
+    if ids[KIND] != w[KIND] or ids[DEVICE] != w[DEVICE] or ids[FORMAT] < INT32 or last < 0 or last > ids[KIND]:
         return -1
     entries = read_word(ids[SIZES], 8 * last)
     if entries > MOST or ids[COUNT] != entries or (entries > 1 and read_word(ids[STRIDES], 8 * last) != ids[UNIT]):

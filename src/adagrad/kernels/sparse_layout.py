@@ -21,7 +21,7 @@ from adagrad.kernels.layout import (
     TENSOR,
     TYPE,
     VALUES_AT,
-    call,
+    call_c,
     describe_tensor,
     generate_call,
     read_word,
@@ -56,7 +56,7 @@ def describe_part(body: int, at: int, layout: Any, out: Any, info: Any) -> bool:
 def hold_parts(body: int, layout: Any, handles: Any) -> None:
     """Fill two ``handles`` that keep a sparse tensor's parts alive even when it is gone; 0 for no tensor."""
     for k in range(2):
-        if body == 0 or call(layout[NEW_HANDLE], body + layout[VALUES_AT + k], handles[k:].ctypes.data) != 0:
+        if body == 0 or call_c(layout[NEW_HANDLE], body + layout[VALUES_AT + k], handles[k:].ctypes.data) != 0:
             handles[k] = 0
 
 

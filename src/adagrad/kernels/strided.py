@@ -6,8 +6,8 @@ What a kernel can address as it is passes through uncopied; the rest goes throug
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -15,17 +15,16 @@ from adagrad.arrays import row_length
 from adagrad.kernels import cpu_dense
 from adagrad.rule import LANES, Rule
 
+Memories: TypeAlias = "tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]"
+"""The memory, on the CPU, of weight, gradient, history and master copy (None for none)."""
+
 TILE = 16_384
 """Elements of a buffer."""
 
 
-def update(
-    memories: Sequence[np.ndarray | None], formats: Any, rates: np.ndarray, rule: Rule, threads: int | None
-) -> None:
-    """Update one weight, given the memory of weight, gradient, history and master copy (None for none)."""
+def update(memories: Memories, formats: Any, rates: np.ndarray, rule: Rule, threads: int | None) -> None:
+    """Update one weight."""
     weight, grad, history, master = memories
-    if weight is None or grad is None or history is None:
-        raise TypeError("weight, grad and history: must be in the CPU's memory")
     if rule.row_wise and row_length(weight.shape) > TILE:
         for r in range(len(weight)):
             row = slice(r, r + 1)
@@ -34,7 +33,7 @@ def update(
         return
     pieces = row_blocks if rule.row_wise else tiles
     for piece in pieces(weight, grad, history, master):
-        table = np.array([cpu_dense.table_row([*piece, *[None] * (4 - len(piece))], rule)])
+        table = np.array([cpu_dense.table_row(rule, *piece)])
         cpu_dense.launch(table, piece[0].size, rates, rule.scalars, formats, rule.row_wise, threads)
 
 
@@ -98,7 +97,7 @@ def row_blocks(weight: Any, grad: Any, history: Any, master: Any | None) -> Iter
     for start in range(0, len(weight), rows):
         views = [o[start : start + rows] for o in operands]
         pieces = [np.ascontiguousarray(view, view.dtype.newbyteorder("=")) for view in views]
-        pieces = [np.require(piece, requirements=["C", "A", "W"]) for piece in pieces]
+        pieces = [np.require(piece, requirements=["C", "A"]) for piece in pieces]
         yield pieces
         for i, (view, piece) in enumerate(zip(views, pieces, strict=True)):
             if i != 1 and not np.may_share_memory(view, piece):

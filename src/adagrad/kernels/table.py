@@ -15,6 +15,7 @@ from adagrad.arrays import computing_format
 from adagrad.kernels.layout import (
     CONTIGUOUS,
     COUNT,
+    DEVICE,
     ELEMENT_FORMATS,
     FLOAT32,
     FLOAT64,
@@ -22,7 +23,6 @@ from adagrad.kernels.layout import (
     INFO,
     KIND,
     NONE,
-    PLACE,
     RANK,
     SIZES,
     START,
@@ -41,8 +41,8 @@ from adagrad.kernels.records import COLUMNS, GRAD, HISTORY, MASTER, ROW, SIZE, W
 Formats: TypeAlias = "tuple[str, str, str, str | None]"
 """The element formats of weight, gradient, history and master copy (None for none)."""
 
-# A row's code: 16 * place + 8 if the gradient is wider than the weight + 4 if there is a master copy + format.
-WITH_MASTER, WIDE_GRAD, PLACES = 4, 8, 16
+# A row's code: 16 * device + 8 if the gradient is wider than the weight + 4 if there is a master copy + format.
+WITH_MASTER, WIDE_GRAD, CODES_PER_DEVICE = 4, 8, 16
 
 
 # ----------------------------------------------------------------------------------------------------------- one update
@@ -103,25 +103,25 @@ def code_of(info: Any, has_master: bool, row_wise: bool) -> Any:
         a = info[k]
         if k == MASTER and not has_master:
             continue
-        if a[KIND] != w[KIND] or a[PLACE] != w[PLACE] or (row_wise and not a[CONTIGUOUS]):
+        if a[KIND] != w[KIND] or a[DEVICE] != w[DEVICE] or (row_wise and not a[CONTIGUOUS]):
             return -1
         if a[FORMAT] != computing and (a[FORMAT] != w[FORMAT] or k > GRAD):
             return -1
         if k != GRAD and not (a[WRITEABLE] and _fits(w, a, row_wise, row_wise and k == HISTORY)):
             return -1
-    code = w[PLACE] * PLACES + w[FORMAT]
+    code = w[DEVICE] * CODES_PER_DEVICE + w[FORMAT]
     code += WITH_MASTER if has_master else 0
     return code + (WIDE_GRAD if g[FORMAT] != w[FORMAT] else 0)
 
 
 @functools.lru_cache(maxsize=256)
 def formats(code: int) -> tuple[int, Formats]:
-    """A code, decoded: the place (0 for the CPU, 1 + index of a CUDA device) and the formats."""
-    place, digits = divmod(code, PLACES)
+    """A code, decoded: the device (0 for the CPU, 1 + index of a CUDA device) and the formats."""
+    device, digits = divmod(code, CODES_PER_DEVICE)
     weight = ELEMENT_FORMATS[digits % WITH_MASTER]
     computing = computing_format(weight)
     grad = "float32" if digits & WIDE_GRAD else weight
-    return place, (weight, grad, computing, "float32" if digits & WITH_MASTER else None)
+    return device, (weight, grad, computing, "float32" if digits & WITH_MASTER else None)
 
 
 def code_of_formats(weight: str, grad: str, *, has_master: bool) -> int:
@@ -182,7 +182,7 @@ class Table(NamedTuple):
     """Lists of arrays as the kernels take them. The arrays must outlive it."""
 
     rows: np.ndarray
-    """(n, COLUMNS), as :mod:`adagrad.kernels.cpu_dense` has it."""
+    """(n, COLUMNS), as :mod:`adagrad.kernels.records` has it."""
     codes: np.ndarray
     """Which rows go together, see :func:`formats`; -1 for those that are left to the general path."""
     common: int

@@ -54,7 +54,7 @@ def check_wrapped(at: str, weight: Tensor, grad: Any, history: Tensor, master: T
         if tensor is not None and tensor.dtype != computing:
             raise TypeError(f"{name}{at}: dtype {tensor.dtype}: must be {computing}, for a weight of {weight.dtype}")
     values = grad.values if isinstance(grad, RowSparse) else grad
-    if values.dtype not in (weight.dtype, computing if computing == torch.float32 else weight.dtype):
+    if values.dtype not in (weight.dtype, computing):
         raise TypeError(f"grads{at}: dtype {values.dtype}: must be {weight.dtype}, for a weight of {weight.dtype}")
     whole = tuple(weight.shape)
     wanted = history_shape(whole, row_wise=rule.row_wise)

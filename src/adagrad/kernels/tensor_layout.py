@@ -18,6 +18,7 @@ from adagrad.kernels.layout import (
     CONTIGUOUS,
     COUNT,
     DELETE_HANDLE,
+    DEVICE,
     DTYPE_AT,
     ELEMENT_FORMATS,
     FORMAT,
@@ -31,7 +32,6 @@ from adagrad.kernels.layout import (
     ON_CPU,
     ON_CUDA,
     PARAMETER,
-    PLACE,
     RANK,
     RANK_AT,
     SIZES,
@@ -152,7 +152,7 @@ def _agrees(layout: np.ndarray, tensor: torch.Tensor) -> bool:
         return not plain and info is None
     expected = {
         KIND: 1,
-        PLACE: 0,
+        DEVICE: 0,
         FORMAT: ELEMENT_FORMATS.index(tensor_format(tensor)),
         RANK: tensor.ndim,
         UNIT: 1,

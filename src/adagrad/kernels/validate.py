@@ -99,7 +99,7 @@ def _gradient(at: str, grad: Any, w: Operand) -> tuple[Operand, Array | None]:
     rows = as_row_sparse(f"grads{at}", grad)
     if rows is None:
         g, indices = operand(f"grads{at}", grad), None
-        _require(g, "shape", g.shape, w.shape)
+        _require_shape(at, g.shape, w)
     else:
         _require_shape(at, rows.shape, w)
         g, indices = operand(f"values of grads{at}", rows.values), rows.indices

@@ -1,0 +1,66 @@
+"""What a call does on a CUDA device, collected from its batches: one :func:`adagrad.kernels.cuda.update`."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from adagrad.kernels.validate import Update
+from adagrad.rule import Rule, is_torch
+
+
+@functools.cache
+def cuda() -> Any:
+    """The CUDA kernels, imported at the first use."""
+    from adagrad.kernels import cuda
+
+    return cuda
+
+
+def is_on_cuda(u: Update) -> bool:
+    """Whether the CUDA kernels take an update: on CUDA, and all of it contiguous."""
+    operands = (u.weight, u.grad, u.history, u.master)
+    return u.weight.device.startswith("cuda") and all(o is None or o.array.is_contiguous() for o in operands)
+
+
+class DeviceUpdates:
+    """The updates on one CUDA device: by rule, the dense and the row-sparse ones."""
+
+    def __init__(self, device: Any) -> None:
+        self.device = device
+        self._groups: dict[Rule, tuple[list[Any], list[Any]]] = {}
+
+    def add_dense(self, rule: Rule, updates: Any) -> None:
+        self._of(rule)[0].append(self._here(updates))
+
+    def add_rows(self, rule: Rule, updates: Any) -> None:
+        self._of(rule)[1].append(self._here(updates))
+
+    def add(self, u: Update, lr: Any, wd: float, rule: Rule) -> None:
+        """Add an update of contiguous tensors of any class."""
+        weight, grad, history = u.weight.array, u.grad.array, u.history.array
+        master = None if u.master is None else u.master.array
+        if u.indices is None:
+            self.add_dense(rule, cuda().cuda_dense.of_tensors(weight, grad, history, master, lr, wd, rule))
+        else:
+            tensors = weight, u.indices.contiguous(), grad, history, master
+            self.add_rows(rule, cuda().cuda_row_lists.of_tensors(*tensors, lr, wd, rule))
+
+    def _of(self, rule: Rule) -> tuple[list[Any], list[Any]]:
+        return self._groups.setdefault(rule, ([], []))
+
+    def _here(self, updates: Any) -> Any:
+        """The updates, with learning rates that are tensors moved to the device."""
+        if set(map(type, updates.lrs)) == {float}:
+            return updates
+        lrs = [lr.to(self.device, non_blocking=True) if is_torch(lr) else lr for lr in updates.lrs]
+        return updates._replace(lrs=lrs)
+
+    def run(self, grad_scale: Any, found_inf: Any) -> Any:
+        scale, found = (t if t is None else t.to(self.device, non_blocking=True) for t in (grad_scale, found_inf))
+        kernels = cuda()
+        groups = [
+            kernels.Group(rule, kernels.cuda_dense.concatenate(dense), kernels.cuda_row_lists.concatenate(rows))
+            for rule, (dense, rows) in self._groups.items()
+        ]
+        return kernels.update(groups, self.device, grad_scale=scale, found_inf=found)
