@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 from adagrad import kernels
-from adagrad.kernels import layout, tensor_layout, tensor_views
+from adagrad.kernels import fast_path, layout, tensor_layout, tensor_views
 from adagrad.rule import Rule
 from adagrad.torch import Adagrad
 from support import assert_same_bits, set_layout
@@ -708,3 +708,30 @@ def test_the_position_of_a_bad_row_id_among_parameters_without_gradients() -> No
     params[2].grad = bad
     with pytest.raises(IndexError, match=r"grads\[2\]"):
         optimizer.step()
+
+
+def test_classes_that_are_only_memory_take_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as FSDP's flat parameters: the first step finds out. Classes with functions of their own never do."""
+
+    class Flat(nn.Parameter):
+        pass
+
+    class Own(nn.Parameter):
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    real, done = fast_path.update_plain, []
+    monkeypatch.setattr(fast_path, "update_plain", lambda *given: done.append(real(*given)) or done[-1])
+    for kind, expected in ((Flat, [False, True, True]), (Own, [False, False, False])):
+        p = kind(torch.ones(3))
+        optimizer, other = Adagrad([p], lr=0.5), Adagrad([q := nn.Parameter(torch.ones(3))], lr=0.5)
+        done.clear()
+        for _ in range(3):
+            p.grad = torch.ones(3)
+            optimizer.step()
+        assert done == expected
+        for _ in range(3):
+            q.grad = torch.ones(3)
+            other.step()
+        assert_same_bits(p.detach().as_subclass(Tensor), q.detach())

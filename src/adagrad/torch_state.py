@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -98,27 +99,27 @@ def _is_rounding(p: Tensor, copy: Tensor) -> bool:
 # ------------------------------------------------------------------------------------------------------------- counts
 
 
-def _check(counts: list[Tensor], at: str = "") -> None:
-    for count in counts:
-        if not isinstance(count, Tensor):
-            raise TypeError(f"{at}step: not a tensor: must be a tensor of one number")
-        if count.numel() != 1 or count.dtype == torch.bool:
-            raise ValueError(f"{at}step: {count.dtype} of shape {tuple(count.shape)}: must be a tensor of one number")
-        if count.layout != torch.strided or count.is_neg() or count.is_conj() or count.is_quantized:
-            kind = count.layout if count.layout != torch.strided else "quantized" if count.is_quantized else "a view"
-            raise ValueError(f"{at}step: {kind}: must be a plain tensor of one number")
+def _check(where: str, count: Any) -> None:
+    if not isinstance(count, Tensor):
+        raise TypeError(f"{where}: step: not a tensor: must be a tensor of one number")
+    if count.numel() != 1 or count.dtype == torch.bool:
+        raise ValueError(f"{where}: step: {count.dtype} of shape {tuple(count.shape)}: must be a tensor of one number")
+    if count.layout != torch.strided or count.is_neg() or count.is_conj() or count.is_quantized:
+        kind = count.layout if count.layout != torch.strided else "quantized" if count.is_quantized else "a view"
+        raise ValueError(f"{where}: step: {kind}: must be a plain tensor of one number")
 
 
 class Counts:
     """The step counts of a list of parameters, each a one-element tensor, on any device."""
 
-    def __init__(self, counts: list[Tensor]) -> None:
+    def __init__(self, counts: list[Tensor], at: Callable[[int], str]) -> None:
+        """``at`` is the index that follows "parameter" in messages."""
         self._counts = counts
         self._addresses = np.empty(len(counts), np.int64)
         layout = current_layout()
         self._plain = layout is not None and find_counts(id(counts), layout, self._addresses)
-        if not self._plain:
-            _check(counts)
+        for i, count in enumerate(() if self._plain else counts):
+            _check(f"state of parameter{at(i)}", count)
 
     def values(self, *, wait: bool) -> list[Any]:
         """Return one for each parameter, or one for all; without ``wait``, those on a device as float64 tensors."""
@@ -217,7 +218,7 @@ def _is_count(value: Any) -> bool:
 
 def _count(where: str, p: Tensor, value: Any, group: dict[str, Any]) -> Tensor:
     if isinstance(value, Tensor):
-        _check([value], f"{where}: ")
+        _check(where, value)
     elif not isinstance(value, numbers.Real):
         raise ValueError(f"{where}: step: {type(value).__name__}: must be a number, or a tensor of one")
     if (not isinstance(value, Tensor) or _is_known(value, wait=False)) and not _is_count(value):

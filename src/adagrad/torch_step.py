@@ -66,7 +66,7 @@ class Part(Batch):
     @functools.cached_property
     def counts(self) -> Counts:
         """The step counts, checked: TypeError or ValueError if they are not counts."""
-        return Counts(self.steps)
+        return Counts(self.steps, self.at)
 
     def on_cuda(self) -> bool:
         return all(p.is_cuda for p in self.weights)

@@ -69,8 +69,8 @@ def update(
     if not (fused and _fast_path().update_plain(weights, grads, states, [], [], lrs, wds, rule, threads)):
         prepare(weights, grads, states, lrs, wds, rule, fused=fused, threads=threads).run()
     if not _ARRAYS.issuperset(map(type, weights)):
-        of_states = [each for state in states for each in (state if isinstance(state, (tuple, list)) else [state])]
-        if tensors := [written for written in (*weights, *of_states) if is_torch(written)]:
+        in_states = [each for state in states for each in (state if isinstance(state, (tuple, list)) else [state])]
+        if tensors := [written for written in (*weights, *in_states) if is_torch(written)]:
             from adagrad.kernels.tensor_views import mark_changed
 
             mark_changed(tensors)

@@ -19,9 +19,10 @@ from adagrad.kernels.batch import Batch, Job, Prepared
 from adagrad.kernels.cpu_rule import rate_table
 from adagrad.kernels.device_updates import DeviceUpdates, cuda, is_on_cuda
 from adagrad.kernels.expressions import by_expression
+from adagrad.kernels.layout import accept
 from adagrad.kernels.spans import are_disjoint, concatenate
 from adagrad.kernels.validate import Update, Wrapped, is_row_sparse, operands_of, refuse_shared, validate
-from adagrad.rule import Rule
+from adagrad.rule import Rule, is_torch
 
 
 def prepare(
@@ -129,9 +130,12 @@ class _CheckedBatch:
 
     def _validate(self, i: int) -> None:
         """Check an update that is not plain."""
-        found = validate(self.batch.at(i), *self.batch.arrays(i), self.batch.rule)
+        given = self.batch.arrays(i)
+        found = validate(self.batch.at(i), *given, self.batch.rule)
         if isinstance(found, Update):
             self.others[i] = found
+            for kind in set(map(type, filter(is_torch, given))):
+                accept(kind)
         else:
             self.wrapped[i] = found
 

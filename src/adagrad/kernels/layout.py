@@ -5,9 +5,9 @@ Asking 300 arrays for dtype, shape, flags and address through Python costs sever
 attributes, see :mod:`adagrad.kernels.ndarray_layout` and :mod:`adagrad.kernels.tensor_layout`. If an interpreter or a
 library stores them differently, there is no layout, and the general path is taken, which is slower and no less exact.
 
-An array is *plain* if compiled code can read it this way: exactly an ndarray, memmap, Tensor or Parameter, of one of
-ELEMENT_FORMATS, native, aligned, on the CPU or a CUDA device; a tensor has at most INLINE dimensions. All else, and
-every error, is left to the general path.
+An array is *plain* if compiled code can read it this way: exactly an ndarray, memmap, Tensor, Parameter or of a class
+that was accepted, see :func:`accept`; of one of ELEMENT_FORMATS, native, aligned, on the CPU or a CUDA device; a tensor
+has at most INLINE dimensions. All else, and every error, is left to the general path.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ FLOAT32, FLOAT64, INT32 = 2, 3, 4
 # dispatch keys, the number of dimensions (sizes and strides follow, with room for INLINE of each) and the dtype; the
 # keys of plain memory on the CPU and on CUDA devices (0: none); the types of plain tensors; the keys of sparse COO
 # tensors on the CPU (0: unknown) and the offsets of their values and indices; two more C functions; the codes of
-# ELEMENT_FORMATS. Last, the address of None.
+# ELEMENT_FORMATS; the types that were accepted (0: none). Last, the address of None.
 _N = len(ELEMENT_FORMATS)
 ARRAY, MEMMAP, DTYPES = range(3)
 GET_ADDRESS, GET_INDEX, HOLDER, KEYS_AT, RANK_AT, DTYPE_AT, ON_CPU, ON_CUDA, TENSOR, PARAMETER = range(2 + _N, 12 + _N)
 SPARSE, VALUES_AT, INDICES_AT, NEW_HANDLE, DELETE_HANDLE, CODES = range(12 + _N, 18 + _N)
-NONE, WORDS = CODES + _N, CODES + _N + 1
+ACCEPTED, MOST_ACCEPTED = CODES + _N, 4
+NONE, WORDS = ACCEPTED + MOST_ACCEPTED, ACCEPTED + MOST_ACCEPTED + 1
 INLINE = 5
 
 # The words in which `describe` describes an array: 0 for NumPy's and 1 for a tensor; 0 for the CPU and 1 + index for a
@@ -160,9 +161,11 @@ def describe(thing: int, layout: Any, out: Any, info: Any) -> bool:
     kind = read_word(thing, TYPE)
     if kind == layout[ARRAY] or kind == layout[MEMMAP]:
         return _describe_array(thing, layout, info)
-    if kind == layout[TENSOR] or kind == layout[PARAMETER]:
-        return describe_tensor(thing + layout[HOLDER], layout, out, info)
-    return False
+    is_tensor = kind == layout[TENSOR] or kind == layout[PARAMETER]
+    if not is_tensor:
+        for k in range(MOST_ACCEPTED):
+            is_tensor |= kind == layout[ACCEPTED + k]
+    return is_tensor and describe_tensor(thing + layout[HOLDER], layout, out, info)
 
 
 @jit(holds_gil=True)
@@ -174,6 +177,21 @@ def describe_once(thing: object, layout: np.ndarray) -> np.ndarray | None:
     """What :func:`describe` fills in for ``thing``; None if it is not plain."""
     info = np.zeros(INFO, np.int64)
     return info if _describe(id(thing), layout, np.empty(1, np.int64), info) else None
+
+
+def accept(kind: type) -> None:
+    """From now on, the tensors of a class are plain, if there is room. They must be nothing but their memory."""
+    layout = current_layout()
+    if layout is None or not layout[TENSOR]:
+        return
+    accepted = layout[ACCEPTED : ACCEPTED + MOST_ACCEPTED]
+    if id(kind) not in (layout[TENSOR], layout[PARAMETER], *accepted) and not accepted.all():
+        _accepted.append(kind)
+        accepted[accepted.argmin()] = id(kind)
+
+
+_accepted: list[type] = []
+"""Classes that are kept, so that their addresses are not reused."""
 
 
 # ------------------------------------------------------------------------------------------------ finding the layout
