@@ -729,6 +729,9 @@ def test_arrays_are_checked() -> None:
         convert.from_arrays([np.ones((3, 1, 1)), np.ones((3, 2))], GroupAdaGrad(), "mxnet")
     with pytest.raises(ValueError, match=re.escape("history 0: shape (): must be (n, 1, ...)")):
         convert.from_arrays([np.array(1.0)], GroupAdaGrad(), "mxnet")
+    for single in (np.ones((2, 3)), 3):
+        with pytest.raises(TypeError, match=r"histories=.*: must be a list of arrays, or a dict of index to array"):
+            convert.from_arrays(single, AdaGrad(), "mxnet")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="dialect='x': must be one of"):
         convert.from_arrays([], AdaGrad(), "x")
     with pytest.raises(ValueError, match="history 0: masked: must be an array"):

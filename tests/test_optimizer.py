@@ -570,6 +570,8 @@ def test_learning_rate_and_schedule(klass: type[AdaGrad]) -> None:
     assert "learning_rate=0.4 overwrites the scheduler's base_lr=0.8" in message
     assert "learning_rate=None" in message
     assert optimizer.learning_rate == schedule.base_lr == 0.4
+    one_warning(lambda: Optimizer.create_optimizer(klass.__name__, learning_rate=0.2, lr_scheduler=schedule))
+    one_warning(lambda: Optimizer(learning_rate=0.3, lr_scheduler=schedule))
     optimizer, message = one_warning(lambda: klass(lr_scheduler=schedule))
     assert optimizer.learning_rate == 0.01, "the default learning rate overwrites too, as documented"
 

@@ -19,6 +19,15 @@ def describe(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def caller() -> int:
+    """Return the ``stacklevel`` at which :func:`warnings.warn`, called by the function that calls this, names the
+    first caller outside of this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(f"{__package__}."):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 def real(name: str, value: Any) -> float:
     """Return ``value`` as a float; TypeError unless it is a real number (a bool is not)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

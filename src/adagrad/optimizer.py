@@ -119,7 +119,7 @@ class Optimizer(Rates):
             warnings.warn(
                 f"optimizer {klass.__module__}.{klass.__qualname__} replaces {known.__module__}.{known.__qualname__}",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=checks.caller(),
             )
         Optimizer.opt_registry[name] = klass
         return klass
@@ -283,7 +283,7 @@ class Optimizer(Rates):
                 "the saved optimizer used a custom scheduler, which no file holds: keeping "
                 f"learning_rate={self.learning_rate!r}; set lr_scheduler to continue the schedule",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=checks.caller(),
             )
         for name, value in new.items():
             setattr(self, name, value)

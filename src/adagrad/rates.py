@@ -73,7 +73,7 @@ class Rates:
                 f"learning_rate={learning_rate!r} has no effect: the scheduler has no base_lr to overwrite; "
                 "pass learning_rate=None",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=checks.caller(),
             )
             return
         before = scheduler.base_lr
@@ -83,7 +83,7 @@ class Rates:
             f"learning_rate={learning_rate!r} overwrites the scheduler's base_lr={before!r}; "
             "pass learning_rate=None to keep the scheduler's",
             UserWarning,
-            stacklevel=5,
+            stacklevel=checks.caller(),
         )
         scheduler.base_lr = learning_rate
 

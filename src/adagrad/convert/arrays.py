@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from adagrad import checks
 from adagrad.adagrad import AdaGrad
 from adagrad.convert.trajectory import ordered, require_rule
 from adagrad.rates import Index
@@ -36,6 +37,8 @@ def from_arrays(histories: Iterable[Any] | Mapping[Index, Any], optimizer: AdaGr
 
     Raises
     ------
+    TypeError
+        If ``histories`` is not iterable, or a single array.
     ValueError
         If the optimizer has epsilon or weight decay in another place than the dialect, or an array is not float32 or
         float64, is masked or only a part of a tensor, or not ``(n, 1, ...)`` for a row-wise optimizer. Histories in
@@ -51,6 +54,10 @@ def from_arrays(histories: Iterable[Any] | Mapping[Index, Any], optimizer: AdaGr
     {0: array([1., 1., 1.], dtype=float32)}
     """
     require_rule(optimizer, dialect)
+    if hasattr(histories, "shape") or not isinstance(histories, Iterable):
+        raise TypeError(
+            f"histories={checks.describe(histories)}: must be a list of arrays, or a dict of index to array"
+        )
     items = histories.items() if isinstance(histories, Mapping) else enumerate(histories)
     return {index: history(f"history {index!r}", each, optimizer) for index, each in items}
 
