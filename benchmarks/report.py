@@ -12,11 +12,12 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-OWN = ("adagrad", "adagrad.torch")
+OWN = ("adagrad", "adagrad.torch", "adagrad.torch row-wise")
 LIMITS = ("limit", "exact loop in L1")
 COLORS = {
     "adagrad": "#1b6ca8",
     "adagrad.torch": "#6fb1de",
+    "adagrad.torch row-wise": "#a9d2ee",
     "torch fused": "#d1495b",
     "torch foreach": "#e08d79",
     "torch.compile": "#b56576",
