@@ -14,6 +14,7 @@ import time
 import tracemalloc
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -420,3 +421,166 @@ def test_a_checkpoint_from_before_the_dialects_switches_their_options_off() -> N
     optimizer = AdaGrad(dialect="keras")
     optimizer.set_config(config)
     assert (optimizer.epsilon_inside, optimizer.decoupled_decay) == (False, False)
+
+
+def test_keys_are_integers_of_64_bits_of_any_type() -> None:
+    states, _ = checkpoint.decode(checkpoint.encode({np.int64(-(2**63)): None, np.uint64(2**63 - 1): None}, None))
+    assert [(type(key), key) for key in states] == [(int, -(2**63)), (int, 2**63 - 1)]
+    for key in (-(2**63) - 1, 2**63):
+        with pytest.raises(ValueError, match="must fit 64 bits"):
+            checkpoint.encode({key: None}, None)
+
+
+def test_what_is_written_is_read_however_deep() -> None:
+    def nested(kind: Any, depth: int) -> Any:
+        value: Any = kind()
+        for _ in range(depth - 1):
+            value = kind([value]) if kind is not dict else {"a": value}
+        return value
+
+    for kind in (list, tuple):
+        states = {0: nested(kind, 16)}
+        assert checkpoint.decode(checkpoint.encode(states, None))[0] == states
+        with pytest.raises(ValueError, match="nested deeper than 16"):
+            checkpoint.encode({0: nested(kind, 17)}, None)
+    for kind in (list, tuple, dict):
+        optimizer = {"a": nested(kind, 15)}
+        assert checkpoint.decode(checkpoint.encode({}, optimizer))[1] == optimizer
+        with pytest.raises(ValueError, match="nested deeper than 16"):
+            checkpoint.encode({}, {"a": nested(kind, 16)})
+
+
+def test_a_buffer_of_any_item_is_read() -> None:
+    data = checkpoint.encode({0: np.ones(4)}, None)
+    assert checkpoint.decode(memoryview(data).cast("Q"))[0][0].tolist() == [1] * 4  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("version", ["0", "01", "1" * 5000])
+def test_a_version_that_is_no_number(version: str) -> None:
+    import test_checkpoint
+
+    forged = test_checkpoint.forge(lambda tensors, inner, metadata: metadata.update(version=version))
+    with pytest.raises(ValueError, match="not a state file that can be read: the format version is not a number"):
+        checkpoint.decode(forged)
+
+
+def variable(name: str, value: Any) -> Any:
+    return SimpleNamespace(name=name, value=np.asarray(value, np.float32))
+
+
+def test_a_state_of_three_parts_is_refused() -> None:
+    import test_checkpoint
+
+    forged = test_checkpoint.forge(lambda tensors, inner, metadata: inner["states"].append([5, None, 1]))
+    with pytest.raises(ValueError, match="a state is listed in an unknown form"):
+        checkpoint.decode(forged)
+
+
+def test_a_size_that_is_a_boolean_is_refused() -> None:
+    import test_checkpoint
+
+    forged = test_checkpoint.forge(lambda tensors, inner, metadata: tensors['"w"/0'].update(shape=[3, True]))
+    with pytest.raises(ValueError, match="not a list of valid sizes"):
+        checkpoint.decode(forged)
+
+
+def test_sizes_that_numpy_refuses_are_refused_in_our_words() -> None:
+    import test_checkpoint
+
+    changes = {"shape": [0, 2**62, 2**62], "data_offsets": [12, 12]}
+    forged = test_checkpoint.forge(lambda tensors, inner, metadata: tensors['"w"/1'].update(changes))
+    with pytest.raises(ValueError, match='not a state file that can be read: tensor "w"/1: '):
+        checkpoint.decode(forged)
+
+
+@pytest.mark.parametrize("wrap", [lambda v: {"dict": [["a", v]]}, lambda v: [v], lambda v: {"tuple": [v]}])
+@pytest.mark.parametrize("depth", [17, 300])
+def test_hyper_parameters_that_are_nested_too_deep(wrap: Any, depth: int) -> None:
+    import test_checkpoint
+
+    value: Any = None
+    for _ in range(depth):
+        value = wrap(value)
+    forged = test_checkpoint.forge(lambda tensors, inner, metadata: inner.update(optimizer={"dict": [["a", value]]}))
+    with pytest.raises(ValueError, match="its header has an unknown structure"):
+        checkpoint.decode(forged)
+
+
+def test_a_float_in_the_deepest_list_is_read() -> None:
+    value: Any = 0.5
+    for _ in range(15):
+        value = [value]
+    assert checkpoint.decode(checkpoint.encode({}, {"a": value}))[1] == {"a": value}
+
+
+def test_a_path_of_bytes(tmp_path: Path) -> None:
+    checkpoint.save(os.fsencode(tmp_path / "a"), b"one")  # type: ignore[arg-type]
+    assert (tmp_path / "a").read_bytes() == b"one"
+
+
+def test_a_file_in_the_place_of_the_temporary_one_is_not_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secrets.token_hex", lambda size: "0" * 2 * size)
+    (tmp_path / "victim").write_bytes(b"precious")
+    (tmp_path / f".adagrad-{'0' * 16}.tmp").symlink_to("victim")
+    with pytest.raises(FileExistsError):
+        checkpoint.save(tmp_path / "a", b"new")
+    assert (tmp_path / "victim").read_bytes() == b"precious"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such modes")
+def test_a_file_does_not_stay_set_user_id(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "a", b"one")
+    (tmp_path / "a").chmod(0o4755)
+    checkpoint.save(tmp_path / "a", b"two")
+    assert (tmp_path / "a").stat().st_mode & 0o7777 == 0o755
+
+
+def test_all_is_written_before_it_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: sizes.append(os.fstat(descriptor).st_size))
+    checkpoint.save(tmp_path / "a", b"small")
+    assert sizes[0] == 5
+
+
+def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path / "a", b"old")
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path / "a", b"new")
+    assert os.listdir(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_the_first_failure_of_a_save_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(reason: str) -> Any:
+        def call(*_: Any) -> None:
+            raise OSError(reason)
+
+        return call
+
+    monkeypatch.setattr(os, "replace", fail("no space"))
+    monkeypatch.setattr(os, "unlink", fail("not allowed"))
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save(tmp_path / "a", b"new")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files cannot be counted")
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_folder_that_cannot_be_synced_is_no_matter(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if fails and os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    before = len(os.listdir("/proc/self/fd"))
+    checkpoint.save(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert len(os.listdir("/proc/self/fd")) == before

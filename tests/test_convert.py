@@ -223,8 +223,6 @@ def test_master_copies_go_to_ours_only() -> None:
 @pytest.mark.parametrize("row_wise", [False, True])
 def test_to_ours_keeps_the_bits(dialect: str, dtype: str, row_wise: bool) -> None:
     """From the updater to adagrad.torch.Adagrad half-way, options and master copies included; and back."""
-    from adagrad.torch import Adagrad
-
     weights, grads = problem()
     weights = [weight.astype(dtype) for weight in weights]
     grads = [[grad.astype(dtype) for grad in each] for each in grads]
@@ -314,7 +312,9 @@ def test_from_torch_refuses_another_trajectory(changes: Any, options: Any, match
 def test_master_copies_need_an_optimizer_that_keeps_them() -> None:
     p = torch.nn.Parameter(torch.ones(2, dtype=torch.float16))
     before = Adagrad([p], lr=0.1, multi_precision=True)
-    with pytest.raises(ValueError, match=r"multi_precision=True of parameter 0: must be the optimizer's"):
+    with pytest.raises(
+        ValueError, match="master of parameter 0: the optimizer must keep it, too: pass multi_precision=True"
+    ):
         convert.from_torch(before.state_dict(), AdaGrad(0.1, dialect="torch"))
     found = convert.from_torch(before.state_dict(), AdaGrad(0.1, dialect="torch", multi_precision=True))
     assert [type(found[0]), len(found[0])] == [tuple, 2]
@@ -766,3 +766,184 @@ CALLS: list[Callable[[Any], Any]] = [
 def test_the_optimizer_must_be_one(call: Callable[[Any], Any], other: Any) -> None:
     with pytest.raises(TypeError, match=r"optimizer=.*: must be an adagrad.AdaGrad or GroupAdaGrad"):
         call(other)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "complex32"])
+def test_histories_of_other_low_precisions_are_refused(dtype: str) -> None:
+    low = torch.ones(2).to(getattr(torch, dtype))
+    with pytest.raises(ValueError, match=rf"history 0: {dtype}: must be float32 or float64"):
+        convert.from_arrays([low], AdaGrad(dialect="mlx"), "mlx")
+
+
+def test_a_variable_whose_value_is_a_function() -> None:
+    """As TensorFlow's, which has ``numpy()``, too."""
+
+    class Variable:
+        def value(self) -> object:
+            return object()
+
+        def numpy(self) -> np.ndarray:
+            return np.ones(2, np.float32)
+
+    assert convert.from_arrays([Variable()], AdaGrad(dialect="tf"), "tf")[0].tolist() == [1, 1]
+
+
+def test_a_history_that_requires_grad() -> None:
+    history = torch.ones(2, requires_grad=True)
+    assert convert.from_arrays([history], AdaGrad(dialect="mlx"), "mlx")[0].tolist() == [1, 1]
+
+
+def test_weight_decay_must_be_where_keras_has_it() -> None:
+    optimizer = AdaGrad(0.1, wd=0.1, dialect="keras", decoupled_decay=False)
+    with pytest.raises(ValueError, match="decoupled_decay=False: must be True"):
+        convert.from_arrays([np.ones(2, np.float32)], optimizer, "keras")
+
+
+def test_without_weight_decay_its_place_is_no_matter() -> None:
+    optimizer = AdaGrad(0.1, dialect="torch", decoupled_decay=True)
+    assert len(convert.from_arrays([np.ones(2, np.float32)], optimizer, "torch")) == 1
+
+
+@pytest.mark.parametrize(("off", "is_same"), [(0.0, True), (6e-8, True), (5e-7, False)])
+def test_learning_rates_may_differ_by_the_rounding_to_float32_alone(off: float, is_same: bool) -> None:
+    saved = torch.optim.Adagrad([torch.nn.Parameter(torch.ones(1))], lr=0.1 * (1 + off)).state_dict()
+    optimizer = AdaGrad(0.1, dialect="torch")
+    if is_same:
+        convert.from_torch(saved, optimizer)
+    else:
+        with pytest.raises(ValueError, match="must be the optimizer's at its next update"):
+            convert.from_torch(saved, optimizer)
+
+
+def test_every_count_must_be_the_schedules() -> None:
+    class ScaleByRssState(NamedTuple):
+        sum_of_squares: Any
+
+    class ScaleByScheduleState(NamedTuple):
+        count: Any
+
+    optimizer = AdaGrad(None, dialect="optax", lr_scheduler=lambda t: 0.1)
+    optimizer._update_count(0)
+    state = (ScaleByRssState([np.ones(1, np.float32), np.ones(1, np.float32)]), ScaleByScheduleState(1))
+    with pytest.raises(ValueError, match="count=1: optax continues its schedule"):
+        convert.from_optax(state, optimizer)
+    optimizer._update_count(1)
+    assert len(convert.from_optax(state, optimizer)) == 2
+
+
+def test_the_next_rate_of_a_weight_that_lags_behind() -> None:
+    schedule = lr_scheduler.FactorScheduler(step=1, factor=0.5, base_lr=0.8)
+    optimizer = AdaGrad(None, dialect="torch", lr_scheduler=schedule)
+    weight = np.ones(1, np.float32)
+    states = {index: np.zeros(1, np.float32) for index in range(3)}
+    for times, index in ((3, 0), (2, 1), (1, 2)):
+        for _ in range(times):
+            optimizer.update(index, weight, np.ones(1, np.float32), states[index])
+    saved = convert.to_torch(states, optimizer, groups=[[0], [1], [2]])
+    assert [group["lr"] for group in saved["param_groups"]] == [schedule(4), schedule(3), schedule(3)]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_without_weight_decay_its_place_in_a_group_is_no_matter(there: bool) -> None:
+    saved = Adagrad([torch.nn.Parameter(torch.ones(1))], lr=0.1, decoupled_decay=there).state_dict()
+    assert len(convert.from_torch(saved, AdaGrad(0.1, dialect="torch", decoupled_decay=not there))) == 1
+
+
+def test_groups_without_decay_and_parameters_without_state() -> None:
+    before = torch.optim.Adagrad([torch.nn.Parameter(torch.ones(n)) for n in (1, 2)], lr=0.1)
+    saved = before.state_dict()
+    del saved["state"][0], saved["param_groups"][0]["lr_decay"], saved["param_groups"][0]["weight_decay"]
+    states = convert.from_torch(saved, AdaGrad(0.1, dialect="torch"))
+    assert {index: h.shape for index, h in states.items()} == {1: (2,)}
+
+
+def test_groups_that_name_one_index_twice_instead_of_another() -> None:
+    states = {"weight": np.ones(2, np.float32), "bias": np.ones(1, np.float32)}
+    with pytest.raises(ValueError, match=r"groups=.*: must contain each index of the states once"):
+        convert.to_torch(states, AdaGrad(dialect="torch"), groups=[["bias"], ["bias"]])
+
+
+def test_a_list_is_no_pair() -> None:
+    with pytest.raises(ValueError, match=r"states\[0\]: a pair"):
+        convert.to_torch({0: [np.ones(1, np.float32)] * 2}, AdaGrad(dialect="torch"), ours=True)
+
+
+def test_options_of_groups() -> None:
+    optimizer = AdaGrad(0.2, wd=0.1, dialect="torch", initial_accumulator_value=0.3)
+    optimizer.set_wd_mult({"bias": 0.0})
+    states = {"weight": np.ones(2, np.float32), "bias": np.ones(1, np.float32)}
+    groups = convert.to_torch(states, optimizer, groups=[["bias"], ["weight"], []])["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.0, 0.1, 0.1]
+    assert [group["lr"] for group in groups] == [0.2] * 3
+    assert [group["initial_accumulator_value"] for group in groups] == [0.3] * 3
+
+
+def test_no_groups_are_not_one_of_all() -> None:
+    with pytest.raises(ValueError, match=r"groups=\[\]: must contain each index"):
+        convert.to_torch({0: np.ones(1, np.float32)}, AdaGrad(dialect="torch"), groups=[])
+
+
+def test_groups_of_torch_have_weight_decay_in_the_gradient() -> None:
+    saved = torch.optim.Adagrad([torch.nn.Parameter(torch.ones(1))], lr=0.1, weight_decay=0.1).state_dict()
+    with pytest.raises(ValueError, match="decoupled_decay=False of parameter 0: must be the optimizer's"):
+        convert.from_torch(saved, AdaGrad(0.1, wd=0.1, dialect="torch", decoupled_decay=True))
+
+
+def test_counts_of_schedules_of_optax() -> None:
+    class ScaleByRssState(NamedTuple):
+        sum_of_squares: Any
+
+    class ScaleByScheduleState(NamedTuple):
+        count: Any
+
+    weights = [np.ones(1, np.float32) for _ in range(2)]
+    optimizer = AdaGrad(None, dialect="optax", lr_scheduler=lambda t: 0.1, begin_num_update=1)
+    for counts in ((1, 2), (2, 1)):
+        state = (ScaleByRssState(weights), *map(ScaleByScheduleState, counts))
+        with pytest.raises(ValueError, match="count=2: optax continues its schedule"):
+            convert.from_optax(state, optimizer)
+    optimizer._update_count(1)
+    back = convert.to_optax(dict(enumerate(weights)), optimizer, state)
+    assert [int(part.count) for part in back[1:]] == [2, 2]
+
+
+def test_an_average_without_an_accumulator_is_of_another_optimizer() -> None:
+    with pytest.raises(ValueError, match=r"variables: 'b_average': must be those of keras.optimizers.Adagrad"):
+        convert.from_keras([variable("a_accumulator", [1]), variable("b_average", [1])], AdaGrad(dialect="keras"))
+
+
+def test_no_variables_are_no_states() -> None:
+    assert convert.from_keras([], AdaGrad(dialect="keras")) == {}
+
+
+def test_a_scheduler_must_continue_from_the_iteration_of_keras() -> None:
+    variables = [variable("iteration", 3), variable("learning_rate", 0.1), variable("a_accumulator", [1])]
+    for begin in (0, 3):
+        optimizer = AdaGrad(None, dialect="keras", lr_scheduler=lambda t: 0.1, begin_num_update=begin)
+        if begin == 3:
+            assert len(convert.from_keras(variables, optimizer)) == 1
+        else:
+            with pytest.raises(ValueError, match="step=3 of variable 0: must be the optimizer's count"):
+                convert.from_keras(variables, optimizer)
+
+
+def test_a_schedule_of_keras_that_has_not_begun() -> None:
+    with pytest.raises(ValueError, match="iteration=0: Keras continues its schedule"):
+        convert.from_keras([variable("iteration", 0), variable("a_accumulator", [1])], AdaGrad(dialect="keras"))
+
+
+def test_accumulators_that_are_tensors_without_a_name() -> None:
+    assert convert.from_keras([torch.ones(2)], AdaGrad(dialect="keras"))[0].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("nothing", [{}, []])
+def test_a_table_without_a_state(nothing: Any) -> None:
+    with pytest.raises(ValueError, match="momentum1 of table 0: one of 0 arrays: must be alone"):
+        convert.from_fbgemm([nothing], AdaGrad(dialect="fbgemm"))
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2, 2)])
+def test_only_tables_go_to_fbgemm(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="must have two dimensions: FBGEMM has only tables"):
+        convert.to_fbgemm({0: np.ones(shape, np.float32)}, AdaGrad(dialect="fbgemm"))

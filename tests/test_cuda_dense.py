@@ -498,3 +498,99 @@ def test_more_than_2_to_the_31_elements() -> None:
     run(Rule(epsilon=0.0), [DenseUpdate(weight, grad, history, None, 0.5, 0.0)])
     assert weight.min().item() == weight.max().item() == -0.5
     assert history.min().item() == history.max().item() == 1.0
+
+
+def test_learning_rates_of_two_dtypes_at_one_address() -> None:
+    from adagrad.kernels import cuda
+    from adagrad.rule import Rule
+
+    memory = torch.zeros(1, dtype=torch.float64)
+    tables = cuda._Tables(torch.device("cpu"))
+    words = [tables.settings([lr], [0.0], Rule()).tolist() for lr in (memory[0], memory.view(torch.float32)[0])]
+    assert words[0] != words[1]
+
+
+def test_the_place_of_weight_decay_tells_tables_apart() -> None:
+    from adagrad.kernels import cuda
+    from adagrad.rule import Rule
+
+    tables = cuda._Tables(torch.device("cpu"))
+    words = [tables.settings([0.1], [0.1], Rule(decoupled_decay=d)).tolist() for d in (False, True)]
+    assert words[0] != words[1]
+
+
+def test_a_table_that_is_used_is_not_pushed_out() -> None:
+    from adagrad.kernels import cuda
+    from adagrad.rule import Rule
+
+    tables = cuda._Tables(torch.device("cpu"))
+    first = tables.settings([0.1], [0.0], Rule())
+    for k in range(3 * cuda.KEPT):
+        tables.settings([1.0 + k], [0.0], Rule())
+        assert tables.settings([0.1], [0.0], Rule()) is first
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled for the GPU here")
+def test_each_group_has_its_own_rule() -> None:
+    from adagrad.kernels import cuda
+    from adagrad.rule import Rule
+
+    rules, weights, groups = [Rule(epsilon=1.0), Rule(epsilon=3.0)], [torch.zeros(3) for _ in range(2)], []
+    for rule, w in zip(rules, weights, strict=True):
+        dense = cuda.cuda_dense.of_tensors(w, torch.ones(3), torch.zeros(3), None, 1.0, 0.0, rule)
+        groups.append(cuda.Group(rule, dense, None))
+    cuda.update(groups, torch.device("cpu"))
+    assert [w.tolist() for w in weights] == [[-0.5] * 3, [-0.25] * 3]
+
+
+def test_rates_that_updates_share_stay_theirs_beside_others() -> None:
+    from adagrad.kernels import cuda_dense, cuda_row_lists
+    from adagrad.rule import Rule
+
+    def dense(lr: float, wd: float) -> Any:
+        return cuda_dense.of_tensors(torch.ones(2), torch.ones(2), torch.ones(2), None, lr, wd, Rule())
+
+    def rows(lr: float, wd: float) -> Any:
+        given = torch.ones(2), torch.zeros(1, dtype=torch.int64), torch.ones(1), torch.ones(2), None
+        return cuda_row_lists.of_tensors(*given, lr, wd, Rule())
+
+    for module, make in ((cuda_dense, dense), (cuda_row_lists, rows)):
+        two = module.concatenate([make(0.5, 0.25)] * 2)._replace(lrs=[0.5], wds=[0.25])
+        assert two._replace(wds=[0.25, 0.75]).rates() == ([0.5, 0.5], [0.25, 0.75])
+        for other in (two, make(1.0, 2.0)):
+            both = module.concatenate([two, other])
+            extra = ([0.5, 0.5], [0.25, 0.25]) if other is two else ([1.0], [2.0])
+            assert both.rates() == ([0.5, 0.5, *extra[0]], [0.25, 0.25, *extra[1]])
+
+
+def test_formats_at_the_same_addresses_have_launches_of_their_own() -> None:
+    from adagrad.kernels import cuda
+    from adagrad.rule import Rule
+
+    tables, w, h = cuda._Tables(torch.device("cpu")), torch.ones(4, dtype=torch.float16), torch.ones(4)
+    kernels = []
+    for dtype in (torch.float16, torch.bfloat16):
+        low = w.view(dtype)
+        ((launch,),) = [tables.addresses(cuda.cuda_dense.of_tensors(low, low, h, None, 0.1, 0.0, Rule()))[1]]
+        kernels.append(launch.kernel)
+    assert kernels[0] is not kernels[1]
+
+
+def test_half_a_slab_is_kept_for_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    from adagrad.kernels import cuda
+
+    monkeypatch.setattr(cuda, "_pinned", lambda size: torch.empty(size, dtype=torch.int64))
+    monkeypatch.setattr(cuda, "_slab", [torch.empty(cuda.SLAB // 4, dtype=torch.int64)])
+    cuda._fill_slab(10)
+    assert len(cuda._slab[0]) >= cuda.SLAB // 2
+
+
+def test_tables_with_and_without_shared_rates_are_told_apart() -> None:
+    from adagrad.kernels import cuda
+    from adagrad.rule import Rule
+
+    tables, given = cuda._Tables(torch.device("cpu")), [torch.ones(4) for _ in range(3)]
+    one = cuda.cuda_dense.of_tensors(*given, None, 0.1, 0.0, Rule())
+    apart = cuda.cuda_dense.concatenate([one, one])
+    together = apart._replace(lrs=[0.1], wds=[0.0])
+    assert tables.addresses(apart)[0].tolist() != tables.addresses(together)[0].tolist()

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,3 +173,37 @@ def test_what_arrives_at_the_driver(tmp_path: Path) -> None:
     if done.returncode == 77:
         pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_each_device_has_compiled_kernels_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from adagrad.kernels import cuda_launch
+    from adagrad.kernels.cuda_launch import Kernel
+
+    monkeypatch.setattr(cuda_launch, "_KEEPS", True)
+    function = Function()
+    kernel = Kernel(function, 4, BLOCK=8, LAST=True)
+    for index, asked in ((0, 1), (1, 2), (0, 2), (1, 2)):
+        x = SimpleNamespace(device=SimpleNamespace(index=index), dtype=torch.float32, data_ptr=lambda: 64)
+        kernel.launch(1, x, 16, None)  # type: ignore[arg-type]
+        assert len(function.asked) == asked
+
+
+def test_a_kernel_that_is_still_being_compiled_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's FutureKernel forwards attributes to the kernel to come, but cannot be indexed."""
+    from adagrad.kernels import cuda_launch
+    from adagrad.kernels.cuda_launch import Kernel
+
+    class Future:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(Compiled([]), name)
+
+    class Slow(Function):
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *_, **__: (self.asked.append(grid), Future())[1]
+
+    monkeypatch.setattr(cuda_launch, "_KEEPS", True)
+    function, x = Slow(), torch.zeros(8)
+    kernel = Kernel(function, 4, BLOCK=8, LAST=True)
+    kernel.launch(1, x, 16, x)
+    kernel.launch(1, x, 16, x)
+    assert len(function.asked) == 2

@@ -455,3 +455,38 @@ def test_a_table_of_more_than_2_to_the_31_elements() -> None:
     assert weight[[0, -1]].eq(-0.5).all()
     assert history[-1].eq(4).all()
     assert weight.count_nonzero().item() == 128
+
+
+def test_a_report_of_which_one_word_has_arrived_waits_for_the_other() -> None:
+    from adagrad.kernels import cuda
+
+    report = torch.tensor([cuda.NO_ROW, 8], dtype=torch.int64)
+    cuda._raise_reported(report, arrived=False)
+    report[0] = 9
+    with pytest.raises(IndexError, match=r"row 9: must be in \[0, 7\)"):
+        cuda._raise_reported(report, arrived=False)
+    report[1] = 12  # of the next report, whose row is still on its way
+    cuda._raise_reported(report, arrived=False)
+    with pytest.raises(IndexError, match=r"must be in \[0, 11\)"):
+        cuda._raise_reported(report, arrived=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled for the GPU here")
+def test_several_tables_of_one_form_beside_dense_updates() -> None:
+    from adagrad.kernels import cuda
+    from adagrad.rule import Rule
+
+    rule, lrs = Rule(epsilon=0.0), [0.25, 0.5, 1.0, 2.0]
+    weights = [torch.zeros(3, 2) for _ in lrs]
+    dense = [
+        cuda.cuda_dense.of_tensors(w, torch.ones(3, 2), torch.zeros(3, 2), None, lr, 0.0, rule)
+        for w, lr in zip(weights[:2], lrs[:2], strict=True)
+    ]
+    rows = [
+        cuda.cuda_row_lists.of_tensors(w, torch.arange(3), torch.ones(3, 2), torch.zeros(3, 2), None, lr, 0.0, rule)
+        for w, lr in zip(weights[2:], lrs[2:], strict=True)
+    ]
+    group = cuda.Group(rule, cuda.cuda_dense.concatenate(dense), cuda.cuda_row_lists.concatenate(rows))
+    with np.errstate(all="ignore"):
+        cuda.update([group], torch.device("cpu"))
+    assert [w.tolist() for w in weights] == [[[-lr] * 2] * 3 for lr in lrs]

@@ -52,7 +52,7 @@ class Call:
         )  # fmt: skip
 
     def update(self) -> None:
-        self.optimizer.update(self.indices, self.weights, self.grads, self.states)
+        self.optimizer.update_multi_precision(self.indices, self.weights, self.grads, self.states)
 
     # What is made bad:
 

@@ -769,3 +769,61 @@ def test_while_another_thread_imports_torch_and_ml_dtypes(fused: bool) -> None:
         print(weight.tolist())
         """
     assert run(code) == "[0.5, 0.5, 0.5]"
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no timers that signal")
+def test_ctrl_c_waits_until_an_import_or_a_compilation_is_complete() -> None:
+    done = []
+
+    def work() -> None:
+        time.sleep(0.2)
+        done.append(True)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            uninterrupted(work)
+        at_once = [*done]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        time.sleep(0.3)
+    assert at_once == [True]
+
+
+def test_an_exit_within_an_import_is_an_exit() -> None:
+    def leave() -> None:
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        uninterrupted(leave)
+
+
+def test_an_interrupt_of_work_that_fails_is_what_is_raised() -> None:
+    def work() -> None:
+        time.sleep(0.2)
+        raise ZeroDivisionError
+
+    def interrupt(*_: object) -> None:
+        raise InterruptedError("now")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(InterruptedError, match="now"):
+            uninterrupted(work)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_without_a_new_thread_the_work_is_done_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(self: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert uninterrupted(lambda: threading.current_thread() is threading.main_thread())

@@ -686,6 +686,7 @@ def test_grad_scaler_unscales_as_with_pytorch(fused: bool | None) -> None:
     for klass in (Adagrad, torch.optim.Adagrad):
         p = nn.Parameter(torch.ones(3))
         optimizer = klass([p], lr=0.1, fused=fused)
+        assert bool(getattr(optimizer, "_step_supports_amp_scaling", False)) is (fused is True)
         optimizer.register_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["params"][0].grad.tolist()))
         assert bool(getattr(optimizer, "_step_supports_amp_scaling", False)) is (fused is True)
         scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)

@@ -13,7 +13,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from adagrad import torch_state
 from adagrad.torch import Adagrad
@@ -235,8 +239,9 @@ def test_a_state_that_lacks_something_is_refused(name: str) -> None:
     assert optimizer.state[p].keys() == before.keys()
     adam = torch.optim.Adam([p])
     adam.step()
+    options = optimizer.state_dict()["param_groups"]
     with pytest.raises(ValueError, match="state of parameter 0 of group 0: no 'sum'"):
-        optimizer.load_state_dict(adam.state_dict())
+        optimizer.load_state_dict(adam.state_dict() | {"param_groups": options})
     assert_same_bits(optimizer.state[p]["sum"], before["sum"])
 
 
@@ -285,12 +290,38 @@ def test_what_is_no_state_dict_is_refused(saved: Any) -> None:
         with_master()[1].load_state_dict(saved)
 
 
-def test_a_state_is_not_lost_by_loading() -> None:
-    """SGD has none; torch.optim.Adagrad would raise a KeyError at its next step."""
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    """SGD's has no state at all: the histories would begin anew."""
     p, optimizer = with_master()
-    with pytest.raises(ValueError, match="state of parameter 0 of group 0: no 'step': must have step and sum"):
+    with pytest.raises(ValueError, match="state_dict: group 0: no 'lr_decay': must have the options of an AdaGrad"):
         optimizer.load_state_dict(torch.optim.SGD([p], lr=0.5).state_dict())
     assert optimizer.state[p]["step"] == 1
+
+
+def test_what_a_step_accepts_is_loaded() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = Adagrad([p], lr=0.1, foreach=True)
+    optimizer.param_groups[0]["lr"] = -1e-17  # of a schedule that rounds
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0]["fused"]
+    saved["param_groups"] = tuple(saved["param_groups"])
+    again = Adagrad([p], fused=True)
+    again.load_state_dict(saved)
+    assert again.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_distributed_state_dicts_leave_out_frozen_parameters(flat: bool) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model[0].weight.requires_grad_(False)
+    optimizer = Adagrad(model.parameters())
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is no process group
+        saved = get_optimizer_state_dict(model, optimizer, options=options)
+        set_optimizer_state_dict(model, optimizer, saved, options=options)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
 
 
 def test_a_group_that_lost_an_option_loads() -> None:

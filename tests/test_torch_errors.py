@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -735,3 +737,39 @@ def test_classes_that_are_only_memory_take_the_fast_path(monkeypatch: pytest.Mon
             q.grad = torch.ones(3)
             other.step()
         assert_same_bits(p.detach().as_subclass(Tensor), q.detach())
+
+
+@pytest.fixture
+def own_layout(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """A copy of the layout, with room for all classes."""
+    found = layout.current_layout()
+    assert found is not None
+    found = found.copy()
+    found[layout.ACCEPTED : layout.ACCEPTED + layout.MOST_ACCEPTED] = 0
+    monkeypatch.setattr(layout, "current_layout", lambda: found)
+    monkeypatch.setattr(layout, "_accepted", [])
+    return found
+
+
+def test_classes_that_are_only_memory_keep_their_places(own_layout: np.ndarray) -> None:
+    kinds = [type(f"Kind{i}", (torch.Tensor,), {}) for i in range(layout.MOST_ACCEPTED + 2)]
+    for kind in (torch.Tensor, torch.nn.Parameter, kinds[0], *kinds, *kinds[::-1]):
+        layout.accept(kind)
+    accepted = own_layout[layout.ACCEPTED : layout.ACCEPTED + layout.MOST_ACCEPTED]
+    assert accepted.tolist() == [id(kind) for kind in kinds[: layout.MOST_ACCEPTED]]
+
+
+def test_classes_that_were_accepted_stay_alive(own_layout: np.ndarray) -> None:
+    """A new class at the address of one that is gone would be taken for it."""
+    kind = type("Kind", (torch.Tensor,), {})
+    gone = weakref.ref(kind)
+    layout.accept(kind)
+    del kind
+    gc.collect()
+    assert gone() is not None
+
+
+def test_no_class_is_accepted_where_tensors_are_unknown(own_layout: np.ndarray) -> None:
+    own_layout[layout.TENSOR] = 0
+    layout.accept(torch.Tensor)
+    assert own_layout[layout.ACCEPTED] == 0

@@ -14,7 +14,14 @@ import torch
 
 from adagrad import AdaGrad, GroupAdaGrad, Optimizer, RowSparse, Updater, checkpoint, get_updater, kernels, rule
 from adagrad.kernels import cpu_dense, dense_lists, expressions, general_path, outcomes, row_lists
-from adagrad.lr_scheduler import CosineScheduler, FactorScheduler, LRScheduler, MultiFactorScheduler, PolyScheduler
+from adagrad.lr_scheduler import (
+    MOST_DECAYS,
+    CosineScheduler,
+    FactorScheduler,
+    LRScheduler,
+    MultiFactorScheduler,
+    PolyScheduler,
+)
 from support import BFLOAT16, assert_same_bits, normal
 
 AGGREGATES = pytest.mark.parametrize("aggregate_num", [1, 2, 3, 100, np.inf, None])
@@ -750,7 +757,7 @@ def test_a_schedule_between_the_ends_of_the_numbers() -> None:
 
 @pytest.mark.parametrize("where", [0, 1])
 def test_a_state_without_the_master_copy_is_refused_before_anything_changes(where: int) -> None:
-    """Whoever takes the step: the kernels, all at once or one by one, or a subclass."""
+    """Where a subclass takes the step, which gets master copies."""
 
     class Passes(AdaGrad):
         def update(self, *given: Any) -> None:
@@ -760,8 +767,8 @@ def test_a_state_without_the_master_copy_is_refused_before_anything_changes(wher
         def step(self, *given: Any) -> None:
             super().step(*given)
 
-    for make in (AdaGrad, Passes, Steps, lambda **o: AdaGrad(**o, lr_scheduler=lambda t: 0.1)):  # type: ignore[misc]
-        updater = get_updater(make(learning_rate=None, multi_precision=True))
+    for klass in (Passes, Steps):
+        updater = get_updater(klass(multi_precision=True))
         updater.states[where] = np.zeros(2, np.float32)
         weights, grads = [np.ones(2, np.float16) for _ in range(2)], [np.ones(2, np.float16) for _ in range(2)]
         with pytest.raises(ValueError, match=r"states\[\d\]: one history: must be a pair \(master copy, state\)"):
@@ -974,3 +981,23 @@ def test_a_bad_index_is_found_before_the_first_step_with_a_custom_scheduler() ->
         updater([0, 1.5], [np.ones(2), np.ones(2)], weights)
     assert (weights[0] == 1).all()
     assert updater.states == updater.optimizer._index_update_count == {}
+
+
+def test_a_schedule_of_zeros_can_be_saved() -> None:
+    optimizer = AdaGrad(None, lr_scheduler=FactorScheduler(1, 0.5, base_lr=0.0))
+    assert optimizer.config()["lr_scheduler"][0] == "FactorScheduler"
+
+
+def test_how_far_a_saved_schedule_may_be() -> None:
+    long_steps = FactorScheduler(1000, 1 - 1e-13, stop_factor_lr=0.0, base_lr=1.0)
+    AdaGrad(None, lr_scheduler=long_steps, begin_num_update=10**10).config()  # 10^7 multiplications
+    to_the_end = FactorScheduler(1, 1 - 1e-6, stop_factor_lr=0.0, base_lr=1.0)  # 7 * 10^8, until it is 0
+    with pytest.raises(ValueError, match="cannot be saved: num_update"):
+        AdaGrad(None, lr_scheduler=to_the_end, begin_num_update=10**9).config()
+
+
+def test_the_last_schedule_that_can_be_saved() -> None:
+    schedule = FactorScheduler(1, 1 - 1e-13, stop_factor_lr=0.0, base_lr=1.0)
+    AdaGrad(None, lr_scheduler=schedule, begin_num_update=MOST_DECAYS - 1).config()
+    with pytest.raises(ValueError, match="cannot be saved: num_update"):
+        AdaGrad(None, lr_scheduler=schedule, begin_num_update=MOST_DECAYS).config()

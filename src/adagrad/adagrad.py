@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adagrad import checks, dialects, kernels, lr_scheduler
-from adagrad.arguments import as_lists, check_low_precision, require_pair
+from adagrad.arguments import as_lists, check_low_precision
 from adagrad.arrays import LOW_PRECISION, computing_format, format_of, operand
 from adagrad.dialects import Default
 from adagrad.optimizer import Optimizer, Options, register
@@ -179,30 +179,25 @@ class AdaGrad(Optimizer):
 
     def _carry_out(self, weights: Any, grads: Any, states: Any, lrs: Any, wds: Any, counts: Any, *, fused: bool
                    ) -> None:  # fmt: skip
+        is_done = False
         try:
             kernels.update(weights, grads, states, lrs, wds, self.rule(), fused=fused)
-        except Exception:
+            is_done = True
+            self._count(counts)
+        except BaseException as error:
+            if is_done or kernels.came_late(error):
+                self._count(counts)  # perhaps once more, which is the same
             raise
-        except BaseException as interrupt:
-            if kernels.came_late(interrupt):
-                self._count(counts)
-            raise
-        self._count(counts)
 
     def update_multi_precision(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """Call :meth:`~adagrad.Optimizer.update`: the kernels handle master copies, nothing is copied.
 
         For a subclass that overrides a step, :meth:`Optimizer.update_multi_precision` is used, as in MXNet.
         """
-        if not self._takes_pairs():
+        if self._takes_pairs():
+            self.update(indices, weights, grads, states)
+        else:
             super().update_multi_precision(indices, weights, grads, states)
-            return
-        if self.multi_precision:
-            indices, weights, grads, states = as_lists(indices, weights, grads, states)
-            if not {tuple, list}.issuperset(map(type, states)):
-                for i in self._with_master(weights):
-                    require_pair(i, states[i])
-        self.update(indices, weights, grads, states)
 
     def _takes_pairs(self) -> bool:
         """Whether :meth:`update` gets low-precision weights, with their master copies in the states."""
@@ -266,13 +261,8 @@ class AdaGrad(Optimizer):
         if not self._has_own_rates() and (self.lr_scheduler is None or lr_scheduler.is_ours(self.lr_scheduler)):
             lrs, wds, _ = self._resolve(indices)  # only ours: custom code may have state
         self._check_known(weights, grads, states, lrs, wds, fused=self.use_fused_step)
-        if type(self).update_multi_precision is AdaGrad.update_multi_precision:
-            low = self._with_master(weights)
-            if self._takes_pairs():
-                for i in low:
-                    require_pair(i, states[i])
-            else:
-                check_low_precision(low, weights, grads, states)
+        if type(self).update_multi_precision is AdaGrad.update_multi_precision and not self._takes_pairs():
+            check_low_precision(self._with_master(weights), weights, grads, states)
 
     def _saved(self) -> dict[str, Callable[[str, Any], Any]]:
         return super()._saved() | {

@@ -38,19 +38,14 @@ def kind_of(state: Any) -> str:
     return "a pair (master copy, history)" if len(state) == 2 else f"{len(state)} entries"
 
 
-def require_pair(i: int, state: Any) -> None:
-    """Refuse the state of a low-precision weight unless it is a pair (master copy, state)."""
-    if not isinstance(state, (tuple, list)) or len(state) != 2:
-        raise ValueError(f"states[{i}]: {kind_of(state)}: must be a pair (master copy, state), for this weight")
-
-
 def check_low_precision(which: list[int], weights: list[Any], grads: list[Any], states: list[Any]) -> None:
     """Check what no step sees: low-precision weights and gradients, before these are cast up and masters down."""
     written: list[Operand] = []
     read: list[Operand] = []
     for i in which:
         weight, state = operand(f"weights[{i}]", weights[i]), states[i]
-        require_pair(i, state)
+        if not isinstance(state, (tuple, list)) or len(state) != 2:
+            raise ValueError(f"states[{i}]: {kind_of(state)}: must be a pair (master copy, state), for this weight")
         master = operand(f"master copy in states[{i}]", state[0])
         if master.shape != weight.shape:
             raise ValueError(f"{master.name}: shape {master.shape}: must be {weight.shape}")

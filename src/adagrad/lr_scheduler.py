@@ -134,12 +134,8 @@ class FactorScheduler(LRScheduler):
         before, count, lr = self._last
         if before != given or num_update <= count:
             count, lr = 0, self.base_lr
-        block = _BLOCK * self.step
-        while num_update > count + block and block == int(block):
-            products = np.multiply.accumulate([lr, *[self.factor] * _BLOCK])  # one after the other, as below
-            if products[-1] <= self.stop_factor_lr or products[-1] == products[-2]:
-                break
-            count, lr = count + block, float(products[-1])
+        if num_update > count + _BLOCK * self.step and _has_blocks(self.step):
+            count, lr = self._by_blocks(num_update, count, lr)
         while num_update > count + self.step:
             lower = max(lr * self.factor, self.stop_factor_lr)
             if lower == lr:
@@ -147,6 +143,18 @@ class FactorScheduler(LRScheduler):
             count, lr = count + self.step, lower
         self._last = given, count, lr
         return lr
+
+    def _by_blocks(self, num_update: int, count: float, lr: float) -> tuple[float, float]:
+        """Continue from ``lr`` at ``count`` by whole blocks of multiplications, if the decay does not stop in one."""
+        factors = np.full(_BLOCK + 1, self.factor)
+        while num_update > count + _BLOCK * self.step:
+            factors[0] = lr
+            with np.errstate(under="ignore"):
+                products = np.multiply.accumulate(factors)  # one after the other
+            if products[-1] <= self.stop_factor_lr or products[-1] == products[-2]:
+                break
+            count, lr = count + _BLOCK * self.step, float(products[-1])
+        return count, lr
 
     def config(self) -> dict[str, Any]:
         own = {"step": self.step, "factor": self.factor, "stop_factor_lr": self.stop_factor_lr}
@@ -315,7 +323,12 @@ _BLOCK = 1000
 """Multiplications of a FactorScheduler that are done at once, where it has many to do."""
 
 MOST_DECAYS = 10**8
-"""Most multiplications that a saved schedule may need to reach its position: a few seconds."""
+"""Most multiplications that a saved schedule may need to reach its position, a tenth without blocks: a few seconds."""
+
+
+def _has_blocks(step: float) -> bool:
+    """Whether the multiples of ``step`` are exact, so that it can be taken many times at once."""
+    return step == int(step)
 
 
 def require_reachable(schedule: Any, num_update: int) -> None:
@@ -324,8 +337,9 @@ def require_reachable(schedule: Any, num_update: int) -> None:
         return
     stop = max(schedule.stop_factor_lr, math.ulp(0.0))  # it stops there, or where the numbers end
     decays = min(num_update / schedule.step, (math.log(stop) - math.log(schedule.base_lr)) / math.log(schedule.factor))
-    if decays > MOST_DECAYS:
-        raise ValueError(f"num_update={num_update}: must be <= {MOST_DECAYS} steps of its FactorScheduler")
+    most = MOST_DECAYS if _has_blocks(schedule.step) else MOST_DECAYS // 10
+    if decays > most:
+        raise ValueError(f"num_update={num_update}: must be <= {most} steps of its FactorScheduler")
 
 
 def is_ours(scheduler: Any) -> bool:

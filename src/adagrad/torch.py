@@ -292,8 +292,8 @@ class Adagrad(Optimizer):
         Raises
         ------
         TypeError, ValueError
-            If the groups differ from these, an option is invalid, or a state is missing or has another type or shape;
-            nothing is changed.
+            If the groups differ from these or are another optimizer's, an option is invalid, or a state has another
+            type or shape; nothing is changed.
         """
         # Registered last, so that it sees the dict as all other hooks left it.
         handle = self.register_load_state_dict_pre_hook(as_saved)
@@ -310,10 +310,10 @@ class Adagrad(Optimizer):
             for name, value in (self.defaults if before else state["defaults"]).items():
                 group.setdefault(name, before[i].get(name, value) if before else value)
             if before:
-                check_options(group)
+                check_options(group, are_loaded=True)
             for k, p in enumerate(group["params"]):
                 loaded = state.get("state", {}).get(p)
-                if loaded or (before and self.state.get(p)):
-                    state["state"][p] = fitted(f"state of parameter {k} of group {i}", p, loaded or {}, group)
+                if loaded:
+                    state["state"][p] = fitted(f"state of parameter {k} of group {i}", p, loaded, group)
         super().__setstate__(state)
         self._left = {}

@@ -16,8 +16,12 @@ RULE = ("epsilon_inside", "decoupled_decay")
 """Options of the rule that torch.optim.Adagrad lacks; for its checkpoints they are False."""
 
 
-def check_options(options: dict[str, Any]) -> None:
-    """Check the options of a group; messages begin like those of torch.optim.Adagrad."""
+def check_options(options: dict[str, Any], *, are_loaded: bool = False) -> None:
+    """Check the options of a group; messages begin like those of torch.optim.Adagrad.
+
+    When they ``are_loaded``, what a step accepts is accepted: a learning rate that a schedule has brought just below
+    zero, and any combination of ``foreach`` and ``fused``.
+    """
     lr = options["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element: lr has shape {tuple(lr.shape)}")
@@ -28,12 +32,13 @@ def check_options(options: dict[str, Any]) -> None:
         ("initial_accumulator_value", "initial_accumulator_value value"),
         ("eps", "epsilon value"),
     ):
-        if not 0 <= checks.real(name, number(options[name])) < math.inf:
+        value = checks.real(name, number(options[name]))
+        if not 0 <= (abs(value) if are_loaded and name == "lr" else value) < math.inf:
             raise ValueError(f"Invalid {label}: {options[name]}: {name} must be finite and >= 0")
     checks.positive_or_none("clip_value", options["clip_value"])
     for name in ("maximize", "differentiable", "row_wise", "multi_precision", *RULE):
         checks.boolean(name, options[name])
-    if options["fused"]:
+    if options["fused"] and not are_loaded:
         if options["differentiable"]:
             raise RuntimeError("`fused` does not support `differentiable`")
         if options["foreach"]:

@@ -159,12 +159,14 @@ class _Saved:
 
 def as_saved(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Pre-hook for loading: return ``state_dict`` with parameters' tensors hidden from casts, for :func:`fitted`."""
-    for name, kind in (("state", dict), ("param_groups", list)):
-        if not isinstance(state_dict.get(name), kind):
-            raise ValueError(f"state_dict: {name!r}: must be a {kind.__name__}, as state_dict() returns it")
-    for group in state_dict["param_groups"]:
-        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
-            raise ValueError("state_dict: a group: must be a dict with a list 'params', as state_dict() returns it")
+    if not isinstance(state_dict.get("state"), dict) or not isinstance(state_dict.get("param_groups"), (list, tuple)):
+        raise ValueError("state_dict: must have 'state' and 'param_groups', as state_dict() returns it")
+    for i, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, dict) or not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(f"state_dict: group {i}: must have 'params', as state_dict() returns it")
+        options = group.keys() - {"params", "param_names", "lr"}
+        if options and "lr_decay" not in options:
+            raise ValueError(f"state_dict: group {i}: no 'lr_decay': must have the options of an AdaGrad optimizer")
     of_parameters = {key for group in state_dict["param_groups"] for key in group["params"]}
     hidden = {
         key: {name: _Saved(value) if isinstance(value, Tensor) else value for name, value in state.items()}

@@ -78,10 +78,11 @@ class Updater:
                 part = slice(start, start + size)
                 optimizer.update_multi_precision(indices[part], weights[part], grads[part], states[part])
                 self._keep(indices[part], new)  # even if a custom step raises later
-        except Exception:
-            raise
-        except BaseException:  # an interrupt, noticed only after the kernels have finished
-            self.states.update(new)
+        except BaseException as error:
+            # The weights may have been updated: an interrupt is noticed only after the kernels have finished, and
+            # memory may be short for one row-sparse weight of several.
+            if isinstance(error, MemoryError) or not isinstance(error, Exception):
+                self.states.update(new)
             raise
 
     def _keep(self, indices: list[Index], new: dict[Index, Any]) -> None:

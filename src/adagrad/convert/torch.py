@@ -63,6 +63,8 @@ def from_torch(state_dict: Mapping[str, Any], optimizer: AdaGrad) -> States:
             require_rate(what, float(group["lr"]), float(group["lr_decay"]), step, optimizer, index)
             states[index] = history(f"sum of {what}", array, optimizer)
             if "master" in saved[index]:
+                if not optimizer.multi_precision:
+                    raise ValueError(f"master of {what}: the optimizer must keep it, too: pass multi_precision=True")
                 states[index] = (history(f"master of {what}", saved[index]["master"]), states[index])
     except (TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"state_dict: must be what torch.optim.Adagrad.state_dict() returns: {error!r}") from error
@@ -80,12 +82,10 @@ def _require_options(what: str, group: Mapping[str, Any], optimizer: AdaGrad, in
         "epsilon_inside": ("epsilon_inside", optimizer.epsilon_inside),
         "decoupled_decay": ("decoupled_decay", optimizer.decoupled_decay and wd != 0),
         "clip_value": ("clip_gradient", optimizer.clip_gradient),
-        "multi_precision": ("multi_precision", optimizer.multi_precision),
     }
     missing: dict[str, Any] = dict.fromkeys(("maximize", "row_wise", "epsilon_inside", "decoupled_decay"), False)
-    # The dict does not say whether gradients are clipped before PyTorch's step, or parameters have low precision.
-    unsaid = {"clip_value": optimizer.clip_gradient, "multi_precision": optimizer.multi_precision}
-    group = missing | unsaid | dict(group)
+    # The dict does not say whether gradients are clipped before PyTorch's step.
+    group = missing | {"clip_value": optimizer.clip_gradient} | dict(group)
     for theirs, (name, value) in ours.items():
         given = group[theirs] and wd != 0 if theirs == "decoupled_decay" else group[theirs]
         if given != value:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from adagrad.kernels import expressions
 from adagrad.kernels.batch import Prepared, of_states
-from adagrad.kernels.interrupts import came_late, uninterrupted
+from adagrad.kernels.interrupts import came_late, mark_late, uninterrupted
 from adagrad.kernels.validate import any_row_sparse, gradient, is_row_sparse
 from adagrad.rule import Array, Rule, is_torch
 
@@ -66,14 +67,33 @@ def update(
     TypeError, ValueError, IndexError
         Names the argument, its value and the rule it broke; nothing has changed.
     """
-    if not (fused and _fast_path().update_plain(weights, grads, states, [], [], lrs, wds, rule, threads)):
-        prepare(weights, grads, states, lrs, wds, rule, fused=fused, threads=threads).run()
-    if not _ARRAYS.issuperset(map(type, weights)):
-        in_states = [each for state in states for each in (state if isinstance(state, (tuple, list)) else [state])]
-        if tensors := [written for written in (*weights, *in_states) if is_torch(written)]:
-            from adagrad.kernels.tensor_views import mark_changed
+    is_done = False
+    try:
+        is_done = fused and _fast_path().update_plain(weights, grads, states, [], [], lrs, wds, rule, threads)
+        if not is_done:
+            prepare(weights, grads, states, lrs, wds, rule, fused=fused, threads=threads).run()
+            is_done = True
+        if not _ARRAYS.issuperset(map(type, weights)):
+            _mark_changed(weights, states)
+    except BaseException as interrupt:
+        if is_done:
+            mark_late(interrupt)
+        raise
 
-            mark_changed(tensors)
+
+def _mark_changed(weights: list[Array], states: list[Any]) -> None:
+    """Tell autograd of the weights and states that are tensors."""
+    pairs = {kind for kind in set(map(type, states)) if issubclass(kind, (tuple, list))}
+    if pairs:
+        states = [each for state in states for each in (state if type(state) in pairs else [state])]
+    written = [*weights, *states]
+    torch = sys.modules.get("torch")
+    if torch is not None and set(map(type, written)) != {torch.Tensor}:
+        written = [each for each in written if is_torch(each)]
+    if written and torch is not None:
+        from adagrad.kernels.tensor_views import mark_changed
+
+        mark_changed(written)
 
 
 def prepare(

@@ -212,7 +212,7 @@ def _kernels(form: Form, are_aligned: bool) -> Kernels:
     constants: dict[str, Any] = {
         "WEIGHT": TRITON_DTYPE[weight], "GRAD": TRITON_DTYPE[values], "COMPUTE": TRITON_DTYPE[history],
         "HAS_MASTER": master is not None, "ALIGNED": are_aligned, "ROW_WISE": form.row_wise,
-        "ONE_PASS": form.length <= columns,
+        "ONE_PASS": form.row_wise and form.length <= columns,
     }  # fmt: skip
     tile = min(ELEMENTS // columns, 64)
     later_columns = columns if form.row_wise else min(columns, 32)

@@ -235,8 +235,8 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
         h = tl.load(history + row[:, None], mask=whole[:, None], other=0.0)
         lanes = tl.zeros([TILE, LANES], COMPUTE)
     if ROW_WISE and not ONE_PASS:
-        for start in range(0, length, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
+        for k in range((length - 1) // COLUMNS + 1):
+            column = k * COLUMNS + tl.arange(0, COLUMNS)
             mask = whole[:, None] & (column < length)[None, :]
             w = read_weight(weight, master, row_start + column[None, :], mask, COMPUTE, HAS_MASTER)
             g = add_up(source, order, ids, count, position, row, whole, column, length, COMPUTE, LATER, UNROLL)
@@ -244,8 +244,8 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
             lanes = add_to_lanes(lanes, tl.where(mask, g * g, 0.0), TILE, COLUMNS)
         h = add_mean(history, row[:, None], h, lanes, length, whole[:, None], TILE)
 
-    for start in range(0, length if ROW_WISE and not ONE_PASS else COLUMNS, COLUMNS):
-        column = left + start + tl.arange(0, COLUMNS)
+    for k in range((length - 1) // COLUMNS + 1 if ROW_WISE and not ONE_PASS else 1):
+        column = left + k * COLUMNS + tl.arange(0, COLUMNS)
         at = row_start + column[None, :]
         mask = whole[:, None] & (column < length)[None, :]
         w = read_weight(weight, master, at, mask, COMPUTE, HAS_MASTER)

@@ -191,9 +191,12 @@ def add_to_lanes(lanes: tl.tensor, square: tl.tensor, ROWS: tl.constexpr, COLUMN
 
 @triton.jit
 def add_halves(lanes: tl.tensor, ROWS: tl.constexpr, HALF: tl.constexpr) -> tl.tensor:
-    """The left half of the lanes plus the right half."""
-    left, right = halves(lanes, ROWS, HALF)
-    return left + right
+    """The left half of the lanes plus the right half.
+
+    Not by :func:`halves`, through which Triton would carry the layouts of all that follows back to the lanes: each
+    thread would then add up the lanes of all.
+    """
+    return tl.sum(tl.reshape(lanes, [ROWS, 2, HALF]), axis=1)
 
 
 @triton.jit

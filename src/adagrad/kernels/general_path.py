@@ -134,8 +134,8 @@ class _CheckedBatch:
         found = validate(self.batch.at(i), *given, self.batch.rule)
         if isinstance(found, Update):
             self.others[i] = found
-            for kind in set(map(type, filter(is_torch, given))):
-                accept(kind)
+            if is_torch(given[0]):
+                _accept_classes(given)
         else:
             self.wrapped[i] = found
 
@@ -214,6 +214,15 @@ class _CheckedBatch:
         return functools.partial(
             cpu_dense.launch, addresses, total, rates, rule.scalars, formats, rule.row_wise, threads
         )
+
+
+def _accept_classes(given: Sequence[Any]) -> None:
+    """From the next call on, let the fast path take tensors of these classes that are nothing but their memory."""
+    from adagrad.kernels.tensor_checks import is_memory
+
+    for kind in set(map(type, filter(is_torch, given))):
+        if is_memory(kind):
+            accept(kind)
 
 
 def _refuse_shared(calls: list[_CheckedBatch]) -> None:

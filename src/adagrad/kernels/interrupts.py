@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ def uninterrupted(function: Callable[[], Any]) -> Any:
     Importing or compiling half of something would break Numba for the rest of the process. Handlers run in the main
     thread only, so the function runs in another one.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or sys.is_finalizing():
         return function()
     outcome: list[tuple[Any, BaseException | None]] = []
     done = threading.Event()
@@ -28,7 +29,7 @@ def uninterrupted(function: Callable[[], Any]) -> Any:
 
     try:
         threading.Thread(target=run).start()
-    except RuntimeError:  # at the end of the process, or of its memory, there are no new threads
+    except RuntimeError:  # there is no memory for a thread
         return function()
     interrupt: BaseException | None = None
     while not done.is_set():

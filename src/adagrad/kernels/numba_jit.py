@@ -45,6 +45,8 @@ def jit(*, parallel: bool = False, helper: bool = False, holds_gil: bool = False
         options |= {"no_cpython_wrapper": helper, "no_cfunc_wrapper": True}
         dispatcher = numba.jit(nopython=True, **options)(function)
         if not helper:
+            compile_for = dispatcher._compile_for_args
+            dispatcher._compile_for_args = lambda *args, **kws: uninterrupted(lambda: compile_for(*args, **kws))
             with suppress(Exception):  # without a cache it is slower, not wrong
                 dispatcher._cache = Cache(function)
         return cast(F, dispatcher)
@@ -245,7 +247,7 @@ class workers:  # in lower case, because it is used like a function
     waits for the scheduler, milliseconds for microseconds of work. The results do not depend on it.
     """
 
-    __slots__ = ("_count", "_held", "_started", "work")
+    __slots__ = ("_count", "_held", "_started", "_wanted", "work")
 
     work: int
     """The elements of the launch, as known at first; may be set within the ``with`` block when known better."""
@@ -255,18 +257,23 @@ class workers:  # in lower case, because it is used like a function
         if wanted > 1 and _backoff > 0 and work < ALWAYS_PARALLEL:
             wanted, _backoff = 1, _backoff - 1
         self._held = _held  # the current one: a fork replaces it
-        self._count = 1
-        if wanted > 1 and not _forked:
-            # Already held by this thread: a signal interrupted before release, so it is free.
-            me = threading.get_ident()
-            if self._held.setdefault("thread", me) == me:
-                self._count = wanted
+        self._count, self._wanted = 1, wanted
         self.work = work
 
     def __enter__(self) -> int:
-        if self._count > 1:
-            self._started = time.thread_time()
-        return self._count
+        if self._wanted < 2 or _forked:
+            return 1
+        # Already held by this thread: a signal interrupted before release, so it is free.
+        me = threading.get_ident()
+        try:
+            if self._held.setdefault("thread", me) == me:
+                self._count = self._wanted
+                self._started = time.thread_time()
+            return self._count
+        except BaseException:  # of a signal handler, before the block of the with statement has begun
+            if self._held.get("thread") == me:
+                self._held.pop("thread", None)
+            raise
 
     def __exit__(self, *raised: object) -> None:
         global _stalls, _backoff

@@ -23,10 +23,11 @@ PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 def are_memory(given: Sequence[Any]) -> bool:
     """Whether the tensors are nothing but their memory: not of subclasses or transforms that wrap others."""
     tensors = [tensor for tensor in given if isinstance(tensor, Tensor)]
-    return all(_is_memory(type(tensor)) and not is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+    return all(is_memory(type(tensor)) and not is_functorch_wrapped_tensor(tensor) for tensor in tensors)
 
 
-def _is_memory(kind: type[Tensor]) -> bool:
+def is_memory(kind: type[Tensor]) -> bool:
+    """Whether the tensors of a class are nothing but their memory."""
     return kind in PLAIN_TYPES or (
         kind.__torch_dispatch__ is Tensor.__torch_dispatch__
         and kind.__torch_function__ is torch._C._disabled_torch_function_impl
