@@ -149,14 +149,14 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Any]]
     ours = Adagrad(params, lr=LEARNING_RATE)
     found: dict[str, Callable[[], Any]] = {"adagrad.torch": step_of(ours, case), "limit": Copy(case, device)}
     options: dict[str, dict[str, bool]] = {"torch sparse": {}}
-    if not isinstance(case, Dense):
-        found["adagrad.torch row-wise"] = step_of(Adagrad(params, lr=LEARNING_RATE, row_wise=True), case)
     if isinstance(case, Dense):
         options = {
             "torch foreach": {"foreach": True},
             "torch loop": {"foreach": False},
             "torch fused": {"fused": True},
         }
+    else:
+        found["adagrad.torch row-wise"] = step_of(Adagrad(params, lr=LEARNING_RATE, row_wise=True), case)
     for name, arguments in options.items():
         optimizer = attempt(name, partial(torch.optim.Adagrad, params, lr=LEARNING_RATE, **arguments))
         if optimizer is not None:

@@ -14,7 +14,6 @@ import time
 import tracemalloc
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -25,7 +24,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
 
-from adagrad import AdaGrad, checkpoint
+from adagrad import AdaGrad, atomic_file, checkpoint
 from adagrad.mxnet_states import is_mxnet_states
 
 DATA = Path(__file__).parent / "data" / "states"
@@ -314,7 +313,7 @@ def test_version_1_is_read() -> None:
 
 
 def test_any_safetensors_reader_opens_it(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "a", SMALL)
+    atomic_file.save(tmp_path / "a", SMALL)
     with safetensors.safe_open(tmp_path / "a", "np") as file:
         assert file.metadata()["format"] == "adagrad-states"
         assert (file.get_tensor('"w"/0') == [0, 1, 2]).all()
@@ -341,13 +340,13 @@ def test_save_replaces_the_file_and_keeps_its_mode(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     umask = os.umask(0o027)
     try:
-        checkpoint.save("a", b"one")
+        atomic_file.save("a", b"one")
     finally:
         os.umask(umask)
     assert stat.S_IMODE(os.stat("a").st_mode) == 0o640
     os.chmod("a", 0o606)
-    checkpoint.save(Path("a"), b"two")
-    checkpoint.save(os.path.join("..", tmp_path.name, "b"), memoryview(b"three"))
+    atomic_file.save(Path("a"), b"two")
+    atomic_file.save(os.path.join("..", tmp_path.name, "b"), memoryview(b"three"))
     assert Path("a").read_bytes() == b"two"
     assert stat.S_IMODE(os.stat("a").st_mode) == 0o606
     assert Path("b").read_bytes() == b"three"
@@ -358,7 +357,7 @@ def test_save_through_a_link_replaces_what_it_points_to(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(Path("real", "file"))
     for data in (b"one", b"two"):  # the link points nowhere, then to a file
-        checkpoint.save(tmp_path / "link", data)
+        atomic_file.save(tmp_path / "link", data)
         assert (tmp_path / "link").is_symlink()
         assert (tmp_path / "real" / "file").read_bytes() == data
     assert os.listdir(tmp_path / "real") == ["file"]
@@ -366,38 +365,39 @@ def test_save_through_a_link_replaces_what_it_points_to(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", ["fsync", "replace", "fchmod"])
 def test_a_failing_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    checkpoint.save(tmp_path / "a", b"old")
+    atomic_file.save(tmp_path / "a", b"old")
 
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(tmp_path / "a", b"new")
+        atomic_file.save(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]
 
 
 def test_save_refuses_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be a regular file"):
-        checkpoint.save(tmp_path, b"")
+        atomic_file.save(tmp_path, b"")
     with pytest.raises(ValueError, match="must be a regular file"):
-        checkpoint.save(os.devnull, b"")
+        atomic_file.save(os.devnull, b"")
     with pytest.raises(FileNotFoundError):
-        checkpoint.save(tmp_path / "nowhere" / "a", b"")
+        atomic_file.save(tmp_path / "nowhere" / "a", b"")
     with pytest.raises(TypeError):
-        checkpoint.save(tmp_path / "a", "text")  # type: ignore[arg-type]
+        atomic_file.save(tmp_path / "a", "text")  # type: ignore[arg-type]
     assert os.listdir(tmp_path) == []
 
 
 SAVES_FOR_EVER = """
-import sys, numpy, adagrad.checkpoint as checkpoint
+import sys, numpy
+from adagrad import atomic_file, checkpoint
 files = [checkpoint.encode({0: numpy.full(50_000, value, "f4")}, {"value": value}) for value in (1, 2)]
-checkpoint.save(sys.argv[1], files[0])
+atomic_file.save(sys.argv[1], files[0])
 print(flush=True)
 while True:
     for data in files[::-1]:
-        checkpoint.save(sys.argv[1], data)
+        atomic_file.save(sys.argv[1], data)
 """
 
 
@@ -457,38 +457,26 @@ def test_a_buffer_of_any_item_is_read() -> None:
 
 @pytest.mark.parametrize("version", ["0", "01", "1" * 5000])
 def test_a_version_that_is_no_number(version: str) -> None:
-    import test_checkpoint
-
-    forged = test_checkpoint.forge(lambda tensors, inner, metadata: metadata.update(version=version))
+    forged = forge(lambda tensors, inner, metadata: metadata.update(version=version))
     with pytest.raises(ValueError, match="not a state file that can be read: the format version is not a number"):
         checkpoint.decode(forged)
 
 
-def variable(name: str, value: Any) -> Any:
-    return SimpleNamespace(name=name, value=np.asarray(value, np.float32))
-
-
 def test_a_state_of_three_parts_is_refused() -> None:
-    import test_checkpoint
-
-    forged = test_checkpoint.forge(lambda tensors, inner, metadata: inner["states"].append([5, None, 1]))
+    forged = forge(lambda tensors, inner, metadata: inner["states"].append([5, None, 1]))
     with pytest.raises(ValueError, match="a state is listed in an unknown form"):
         checkpoint.decode(forged)
 
 
 def test_a_size_that_is_a_boolean_is_refused() -> None:
-    import test_checkpoint
-
-    forged = test_checkpoint.forge(lambda tensors, inner, metadata: tensors['"w"/0'].update(shape=[3, True]))
+    forged = forge(lambda tensors, inner, metadata: tensors['"w"/0'].update(shape=[3, True]))
     with pytest.raises(ValueError, match="not a list of valid sizes"):
         checkpoint.decode(forged)
 
 
 def test_sizes_that_numpy_refuses_are_refused_in_our_words() -> None:
-    import test_checkpoint
-
     changes = {"shape": [0, 2**62, 2**62], "data_offsets": [12, 12]}
-    forged = test_checkpoint.forge(lambda tensors, inner, metadata: tensors['"w"/1'].update(changes))
+    forged = forge(lambda tensors, inner, metadata: tensors['"w"/1'].update(changes))
     with pytest.raises(ValueError, match='not a state file that can be read: tensor "w"/1: '):
         checkpoint.decode(forged)
 
@@ -496,12 +484,10 @@ def test_sizes_that_numpy_refuses_are_refused_in_our_words() -> None:
 @pytest.mark.parametrize("wrap", [lambda v: {"dict": [["a", v]]}, lambda v: [v], lambda v: {"tuple": [v]}])
 @pytest.mark.parametrize("depth", [17, 300])
 def test_hyper_parameters_that_are_nested_too_deep(wrap: Any, depth: int) -> None:
-    import test_checkpoint
-
     value: Any = None
     for _ in range(depth):
         value = wrap(value)
-    forged = test_checkpoint.forge(lambda tensors, inner, metadata: inner.update(optimizer={"dict": [["a", value]]}))
+    forged = forge(lambda tensors, inner, metadata: inner.update(optimizer={"dict": [["a", value]]}))
     with pytest.raises(ValueError, match="its header has an unknown structure"):
         checkpoint.decode(forged)
 
@@ -514,7 +500,7 @@ def test_a_float_in_the_deepest_list_is_read() -> None:
 
 
 def test_a_path_of_bytes(tmp_path: Path) -> None:
-    checkpoint.save(os.fsencode(tmp_path / "a"), b"one")  # type: ignore[arg-type]
+    atomic_file.save(os.fsencode(tmp_path / "a"), b"one")  # type: ignore[arg-type]
     assert (tmp_path / "a").read_bytes() == b"one"
 
 
@@ -525,34 +511,34 @@ def test_a_file_in_the_place_of_the_temporary_one_is_not_written_to(
     (tmp_path / "victim").write_bytes(b"precious")
     (tmp_path / f".adagrad-{'0' * 16}.tmp").symlink_to("victim")
     with pytest.raises(FileExistsError):
-        checkpoint.save(tmp_path / "a", b"new")
+        atomic_file.save(tmp_path / "a", b"new")
     assert (tmp_path / "victim").read_bytes() == b"precious"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such modes")
 def test_a_file_does_not_stay_set_user_id(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "a", b"one")
+    atomic_file.save(tmp_path / "a", b"one")
     (tmp_path / "a").chmod(0o4755)
-    checkpoint.save(tmp_path / "a", b"two")
+    atomic_file.save(tmp_path / "a", b"two")
     assert (tmp_path / "a").stat().st_mode & 0o7777 == 0o755
 
 
 def test_all_is_written_before_it_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: sizes.append(os.fstat(descriptor).st_size))
-    checkpoint.save(tmp_path / "a", b"small")
+    atomic_file.save(tmp_path / "a", b"small")
     assert sizes[0] == 5
 
 
 def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(tmp_path / "a", b"old")
+    atomic_file.save(tmp_path / "a", b"old")
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(tmp_path / "a", b"new")
+        atomic_file.save(tmp_path / "a", b"new")
     assert os.listdir(tmp_path) == ["a"]
     assert (tmp_path / "a").read_bytes() == b"old"
 
@@ -567,7 +553,7 @@ def test_the_first_failure_of_a_save_is_raised(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "replace", fail("no space"))
     monkeypatch.setattr(os, "unlink", fail("not allowed"))
     with pytest.raises(OSError, match="no space"):
-        checkpoint.save(tmp_path / "a", b"new")
+        atomic_file.save(tmp_path / "a", b"new")
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files cannot be counted")
@@ -581,6 +567,6 @@ def test_a_folder_that_cannot_be_synced_is_no_matter(
 
     monkeypatch.setattr(os, "fsync", fsync)
     before = len(os.listdir("/proc/self/fd"))
-    checkpoint.save(tmp_path / "a", b"new")
+    atomic_file.save(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"new"
     assert len(os.listdir("/proc/self/fd")) == before

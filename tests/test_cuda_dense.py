@@ -491,7 +491,7 @@ def test_a_captured_graph_replays_the_step() -> None:
 def test_more_than_2_to_the_31_elements() -> None:
     elements = 2**31 + 10
     if torch.cuda.mem_get_info()[0] < 12 * elements:
-        pytest.skip("needs 26 GB of device memory")
+        pytest.skip(reason="needs 26 GB of device memory")
     weight = torch.zeros(elements, dtype=torch.float16, device=DEVICE)
     history = torch.zeros(elements, device=DEVICE)
     grad = torch.ones_like(weight)

@@ -159,7 +159,7 @@ for row_wise, tables, found_inf in (False, 1, None), (False, 2, None), (True, 1,
 def test_what_arrives_at_the_driver(tmp_path: Path) -> None:
     """Kernels compiled for a GPU get the same arguments by Triton's launch and by ours."""
     if shutil.which("gcc") is None:
-        pytest.skip("no gcc, which Triton needs to launch")
+        pytest.skip(reason="no gcc, which Triton needs to launch")
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     library, source = tmp_path / "libcuda.so.1", Path(__file__).parent / "cuda_driver.c"
     subprocess.run(["gcc", "-shared", "-fPIC", f"-I{include}", "-o", library, source], check=True)
@@ -171,7 +171,7 @@ def test_what_arrives_at_the_driver(tmp_path: Path) -> None:
     environment["LD_LIBRARY_PATH"] = os.pathsep.join([str(tmp_path), environment.get("LD_LIBRARY_PATH", "")])
     done = subprocess.run([sys.executable, "-c", DRIVER], env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 77:
-        pytest.skip(done.stdout.strip())
+        pytest.skip(reason=done.stdout.strip())
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -446,7 +446,7 @@ def test_a_captured_graph_replays_the_step(tables: int) -> None:
 def test_a_table_of_more_than_2_to_the_31_elements() -> None:
     rows = 2**31 // 64 + 10
     if torch.cuda.mem_get_info()[0] < 12 * 64 * rows:
-        pytest.skip("needs 26 GB of device memory")
+        pytest.skip(reason="needs 26 GB of device memory")
     weight = torch.zeros(rows, 64, dtype=torch.float16, device=DEVICE)
     history = torch.zeros(rows, 64, device=DEVICE)
     indices = torch.tensor([rows - 1, 0, rows - 1], device=DEVICE)

@@ -30,7 +30,7 @@ def load(name: str) -> Any:
     except ImportError as error:
         if not name.startswith("adagrad.kernels.cuda"):
             raise
-        pytest.skip(f"needs Triton: {error}")
+        pytest.skip(reason=f"needs Triton: {error}")
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from adagrad import AdaGrad, lr_scheduler
+from adagrad import AdaGrad, lr_scheduler, saved_schedules
 from adagrad.lr_scheduler import CosineScheduler, FactorScheduler, LRScheduler, MultiFactorScheduler, PolyScheduler
 
 SCHEDULES: dict[str, LRScheduler] = {
@@ -163,7 +163,7 @@ def test_attributes_of_a_schedule_may_change() -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_config_and_repr_make_the_same_schedule(schedule: LRScheduler) -> None:
-    again = lr_scheduler.from_config(type(schedule).__name__, json.loads(json.dumps(schedule.config())))
+    again = saved_schedules.from_config(type(schedule).__name__, json.loads(json.dumps(schedule.config())))
     spelled = eval(repr(schedule), vars(lr_scheduler))
     for other in (again, spelled):
         assert type(other) is type(schedule)
@@ -199,7 +199,7 @@ def test_learning_rate_overwrites_base_lr_and_the_warm_up(schedule: LRScheduler)
     with pytest.warns(UserWarning, match=r"learning_rate=0.25 overwrites the scheduler's base_lr"):
         optimizer = AdaGrad(learning_rate=0.25, lr_scheduler=schedule)
     assert optimizer.lr_scheduler is schedule
-    same = lr_scheduler.from_config(type(schedule).__name__, config)
+    same = saved_schedules.from_config(type(schedule).__name__, config)
     assert [schedule(n) for n in range(100)] == [same(n) for n in range(100)]
 
 
@@ -336,17 +336,17 @@ def test_poly_of_power_0_ends_too() -> None:
 def test_a_warm_up_that_ends_at_0_comes_back() -> None:
     schedule = FactorScheduler(1, base_lr=0.5, warmup_steps=4, warmup_begin_lr=0.2)
     schedule.warmup_final_lr = 0.0
-    again = lr_scheduler.from_config("FactorScheduler", schedule.config())
+    again = saved_schedules.from_config("FactorScheduler", schedule.config())
     assert [again(n) for n in range(5)] == [schedule(n) for n in range(5)] == pytest.approx([0.2, 0.15, 0.1, 0.05, 0.5])
 
 
 @pytest.mark.parametrize("change", [{"step": "3"}, {"unknown": 1}, {"base_lr": None}])
 def test_arguments_of_another_type_in_a_file(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="lr_scheduler FactorScheduler: "):
-        lr_scheduler.from_config("FactorScheduler", FactorScheduler(1).config() | change)
+        saved_schedules.from_config("FactorScheduler", FactorScheduler(1).config() | change)
 
 
 @pytest.mark.parametrize(("name", "config"), [("LRScheduler", {}), ("FactorScheduler", [["step", 1]])])
 def test_what_is_no_schedule_in_a_file(name: Any, config: Any) -> None:
     with pytest.raises(ValueError, match=f"lr_scheduler='{name}': must be one of FactorScheduler"):
-        lr_scheduler.from_config(name, config)
+        saved_schedules.from_config(name, config)

@@ -15,13 +15,13 @@ import torch
 from adagrad import AdaGrad, GroupAdaGrad, Optimizer, RowSparse, Updater, checkpoint, get_updater, kernels, rule
 from adagrad.kernels import cpu_dense, dense_lists, expressions, general_path, outcomes, row_lists
 from adagrad.lr_scheduler import (
-    MOST_DECAYS,
     CosineScheduler,
     FactorScheduler,
     LRScheduler,
     MultiFactorScheduler,
     PolyScheduler,
 )
+from adagrad.saved_schedules import MOST_DECAYS
 from support import BFLOAT16, assert_same_bits, normal
 
 AGGREGATES = pytest.mark.parametrize("aggregate_num", [1, 2, 3, 100, np.inf, None])

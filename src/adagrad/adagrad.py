@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adagrad import checks, dialects, kernels, lr_scheduler
+from adagrad import checks, dialects, kernels, saved_schedules
 from adagrad.arguments import as_lists, check_low_precision
 from adagrad.arrays import LOW_PRECISION, computing_format, format_of, operand
 from adagrad.dialects import Default
@@ -208,7 +208,7 @@ class AdaGrad(Optimizer):
         kind: Any = type(self)
         scheduler = self.lr_scheduler
         is_ours = kind.__module__ in (__name__, f"{__package__}.group_adagrad") and _names(kind).isdisjoint(vars(self))
-        return is_ours and (scheduler is None or lr_scheduler.is_ours(scheduler))
+        return is_ours and (scheduler is None or saved_schedules.is_ours(scheduler))
 
     def _check_known(
         self, weights: list[Any], grads: list[Any], states: list[Any], lrs: Any, wds: Any, *, fused: bool
@@ -258,7 +258,7 @@ class AdaGrad(Optimizer):
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
         check_indices(indices)
         lrs, wds = [0.0], [0.0]
-        if not self._has_own_rates() and (self.lr_scheduler is None or lr_scheduler.is_ours(self.lr_scheduler)):
+        if not self._has_own_rates() and (self.lr_scheduler is None or saved_schedules.is_ours(self.lr_scheduler)):
             lrs, wds, _ = self._resolve(indices)  # only ours: custom code may have state
         self._check_known(weights, grads, states, lrs, wds, fused=self.use_fused_step)
         if type(self).update_multi_precision is AdaGrad.update_multi_precision and not self._takes_pairs():

@@ -1,7 +1,7 @@
 """The library's own state files: safetensors with checksums that detect every altered byte. No pickle, ever.
 
-``encode`` and ``decode`` convert a dict of states to bytes and back; ``save`` writes bytes so that a crash at any time
-leaves either the old file or the new one. A state is an array, None, or a tuple or list of states.
+``encode`` and ``decode`` convert a dict of states to bytes and back. A state is an array, None, or a tuple or list of
+states.
 
 The file is plain safetensors (8 bytes of header length, a JSON header, the arrays' little-endian bytes), so any
 safetensors reader can open it. Everything else is in its metadata, whose values are strings:
@@ -19,16 +19,12 @@ two more copies of the data, and drop the metadata when reading from bytes.
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib
 import io
 import json
 import math
 import numbers
-import os
 import re
-import secrets
-import stat
 import struct
 import zlib
 from collections.abc import Callable, Mapping
@@ -308,46 +304,3 @@ def _tagged(value: Any, depth: int) -> tuple[str, list[Any]]:
         raise _refusal("its header has an unknown structure")
     ((tag, content),) = value.items()
     return tag, content if tag == "float" else _list(content, f"a {tag}")
-
-
-# --------------------------------------------------------------------------------------------------------------- save
-
-
-def save(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write ``data`` to ``path`` such that a crash at any moment leaves either the old file or the new one, complete.
-
-    The data is written to a temporary file in the same folder, ``.adagrad-*.tmp``, synced to disk, and renamed. A
-    failure removes the temporary file; only a killed process or machine leaves it behind. The new file keeps the mode
-    of the old one. If ``path`` is a symbolic link, the file that it points to is replaced.
-    """
-    target = os.path.realpath(os.fsdecode(path))
-    mode: int | None = None
-    with contextlib.suppress(FileNotFoundError):
-        mode = os.stat(target).st_mode
-    if mode is not None and not stat.S_ISREG(mode):
-        raise ValueError(f"path={os.fsdecode(path)!r}: must be a regular file")
-    folder = os.path.dirname(target)
-    temporary = os.path.join(folder, f".adagrad-{secrets.token_hex(8)}.tmp")
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(errno.ENOENT, "No such folder", folder)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    bits = 0o666 if mode is None else stat.S_IMODE(mode) & 0o777  # not set-user-id: the owner may be another
-    descriptor = os.open(temporary, flags, bits)
-    try:
-        with open(descriptor, "wb") as file:
-            if mode is not None and hasattr(os, "fchmod"):
-                os.fchmod(descriptor, bits)  # restores mode bits that the umask removed
-            file.write(data)
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    with contextlib.suppress(OSError):  # makes the rename durable; Windows cannot open folders
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

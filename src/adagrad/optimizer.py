@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypedDict, TypeVar
 
 import numpy as np
 
-from adagrad import checks, lr_scheduler
+from adagrad import checks, saved_schedules
 from adagrad.arguments import as_lists, cast_gradient, check_low_precision
 from adagrad.arrays import LOW_PRECISION, operand
 from adagrad.rates import Index, Rates
@@ -237,7 +237,7 @@ class Optimizer(Rates):
         """
         scheduler: Any = self.lr_scheduler
         if scheduler is not None:
-            is_ours = lr_scheduler.is_ours(scheduler)
+            is_ours = saved_schedules.is_ours(scheduler)
             scheduler = [type(scheduler).__name__, scheduler.config()] if is_ours else "custom"
         config = {
             "class": type(self).__name__,
@@ -277,7 +277,7 @@ class Optimizer(Rates):
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"optimizer {type(self).__name__}: its saved hyper-parameters: {error!r}") from error
         here = self.lr_scheduler
-        if here is not None and not lr_scheduler.is_ours(here):
+        if here is not None and not saved_schedules.is_ours(here):
             new["lr_scheduler"] = here
         elif config["lr_scheduler"] == "custom" and here is None:
             del new["lr"]  # meaningless without the saved optimizer's scheduler
@@ -305,9 +305,9 @@ class Optimizer(Rates):
         new["idx2name"] = {k: checks.string(f"idx2name[{k!r}]", v) for k, v in config["idx2name"].items()}
         schedule = config["lr_scheduler"]
         if schedule != "custom":
-            new["lr_scheduler"] = None if schedule is None else lr_scheduler.from_config(*schedule)
+            new["lr_scheduler"] = None if schedule is None else saved_schedules.from_config(*schedule)
             reached = [new["num_update"], new.get("begin_num_update", 0), *new["_index_update_count"].values()]
-            lr_scheduler.require_reachable(new["lr_scheduler"], max(reached) + 1)
+            saved_schedules.require_reachable(new["lr_scheduler"], max(reached) + 1)
         return new
 
     def __getstate__(self) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,7 +37,7 @@ class Rates:
         for name, value in (("param_idx2name", param_idx2name), ("param_dict", param_dict)):
             if value is not None and not isinstance(value, Mapping):
                 raise TypeError(f"{name}={checks.describe(value)}: must be a dict, not {type(value).__name__}")
-        check_indices(list(param_idx2name or ()), "a key of param_idx2name")
+        check_indices(param_idx2name or (), "a key of param_idx2name")
         self.idx2name = {
             index: checks.string(f"param_idx2name[{index!r}]", name) for index, name in (param_idx2name or {}).items()
         }
@@ -114,7 +114,7 @@ class Rates:
     def _multipliers(self, argument: str, attribute: str, given: Mapping[Index, float]) -> dict[Index, float]:
         if not isinstance(given, Mapping):
             raise TypeError(f"{argument}={checks.describe(given)}: must be a dict, not {type(given).__name__}")
-        check_indices(list(given), f"a key of {argument}")
+        check_indices(given, f"a key of {argument}")
         found: dict[Index, float] = {}
         if self.sym_info:
             attributes, names = self.sym_info
@@ -287,7 +287,7 @@ def _own_multiplier(index: Index, parameter: Any, attribute: str) -> float:
         raise TypeError(f"{attribute} of param_dict[{index!r}]={checks.describe(value)}: must be a number") from None
 
 
-def check_indices(indices: Sequence[Any], name: str = "index") -> None:
+def check_indices(indices: Iterable[Any], name: str = "index") -> None:
     """Raise TypeError unless all are integers or strings, which a checkpoint can hold."""
     for index in indices:
         if isinstance(index, bool) or not isinstance(index, (str, numbers.Integral)):

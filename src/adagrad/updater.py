@@ -147,9 +147,9 @@ class Updater:
 
     def save_states(self, path: str | os.PathLike[str], dump_optimizer: bool = False) -> None:
         """Write :meth:`get_states` to a file, through a temporary file that is renamed when complete."""
-        from adagrad import checkpoint
+        from adagrad import atomic_file
 
-        checkpoint.save(path, self.get_states(dump_optimizer))
+        atomic_file.save(path, self.get_states(dump_optimizer))
 
     def load_states(self, path: str | os.PathLike[str], *, resize_rows: bool = False) -> None:
         """Call :meth:`set_states` with the content of a file; errors name the file."""

@@ -83,14 +83,15 @@ def update(
 
 def _mark_changed(weights: list[Array], states: list[Any]) -> None:
     """Tell autograd of the weights and states that are tensors."""
-    pairs = {kind for kind in set(map(type, states)) if issubclass(kind, (tuple, list))}
-    if pairs:
-        states = [each for state in states for each in (state if type(state) in pairs else [state])]
-    written = [*weights, *states]
     torch = sys.modules.get("torch")
-    if torch is not None and set(map(type, written)) != {torch.Tensor}:
+    if torch is None:
+        return
+    if any(issubclass(kind, (tuple, list)) for kind in set(map(type, states))):
+        states = [each for state in states for each in (state if isinstance(state, (tuple, list)) else [state])]
+    written = [*weights, *states]
+    if set(map(type, written)) != {torch.Tensor}:
         written = [each for each in written if is_torch(each)]
-    if written and torch is not None:
+    if written:
         from adagrad.kernels.tensor_views import mark_changed
 
         mark_changed(written)

@@ -16,7 +16,7 @@ from adagrad.kernels.counts import advance_counts, find_counts
 from adagrad.kernels.cpu_dense import GIVEN, kernel, put_arguments
 from adagrad.kernels.layout import current_layout
 from adagrad.kernels.numba_jit import acquire_gil, jit, release_gil, run, worker_count
-from adagrad.kernels.outcomes import DONE, NOT_PLAIN, NOT_SMALL, attempt
+from adagrad.kernels.outcomes import DONE, NOT_PLAIN, NOT_SMALL, attempt, last_list
 from adagrad.kernels.records import COLUMNS, SIZE
 from adagrad.kernels.spans import disjoint, guess
 from adagrad.kernels.table import CODES_PER_DEVICE, fill, formats
@@ -92,7 +92,7 @@ def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: 
     if layout is None:
         return False
     row_wise, order = rule.row_wise, guess(4 * n if masters else 3 * n)
-    known, last = _addresses(row_wise), _last(row_wise, threading.get_ident())
+    known, last = _addresses(row_wise), last_list("dense", row_wise, threading.get_ident())
     given = (
         id(weights), id(grads), id(histories), id(masters) if masters else 0, id(steps) if steps else 0, n,
         layout, row_wise, rates, rule.scalars, known, last, order, cpu_dense.PARALLEL_MIN,
@@ -108,9 +108,3 @@ def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: 
 def _addresses(row_wise: bool) -> np.ndarray:
     """The addresses of the compiled workers, by code (0: none yet)."""
     return np.zeros(CODES_PER_DEVICE, np.int64)
-
-
-@functools.lru_cache(maxsize=64)
-def _last(row_wise: bool, thread: int) -> np.ndarray:
-    """Of a thread: how many elements its last list had, if many, else 0; how many lists it has done."""
-    return np.zeros(2, np.int64)

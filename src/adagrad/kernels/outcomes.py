@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from adagrad.kernels.interrupts import mark_late
 from adagrad.kernels.numba_jit import max_workers, workers
@@ -22,13 +25,20 @@ NO_MEMORY = -1
 # A number >= 0: nothing was done, because the worker of that number has not been compiled yet.
 
 
+@functools.lru_cache(maxsize=64)
+def last_list(kind: str, row_wise: bool, thread: int) -> np.ndarray:
+    """Two words about a thread's lists of one kind, for :func:`attempt`: the work of the last one, if that was much,
+    else 0; how many are done."""
+    return np.zeros(2, np.int64)
+
+
 def attempt(function: Callable[..., Any], given: tuple[Any, ...], last: Any, threads: int | None,
             compile_worker: Callable[[int], None]) -> tuple[int, int, int, int]:  # fmt: skip
     """Call ``function(*given, count)``, compiling workers and adding threads as it asks; returns its final outcome.
 
-    ``count`` is 0 for a trial on the calling thread, made if the last list was small. The function sets ``last[0]`` to
-    the work if it is much, else 0, and adds 1 to ``last[1]`` when it has done all: an interrupt that comes after that
-    is marked as late.
+    ``last`` is from :func:`last_list`. ``count`` is 0 for a trial on the calling thread, made if the last list was
+    small. The function sets ``last[0]`` to the work if it is much, else 0, and adds 1 to ``last[1]`` when it has done
+    all: an interrupt that comes after that is marked as late.
     """
     is_trial, done_before = not last[0], last[1]
     try:

@@ -25,7 +25,7 @@ from adagrad.kernels.mixed_lists import (
     update_dense_part,
 )
 from adagrad.kernels.numba_jit import acquire_gil, jit, release_gil, uncounted, worker_count
-from adagrad.kernels.outcomes import DONE, NO_MEMORY, NOT_PLAIN, NOT_SMALL, OUT_OF_RANGE, attempt
+from adagrad.kernels.outcomes import DONE, NO_MEMORY, NOT_PLAIN, NOT_SMALL, OUT_OF_RANGE, attempt, last_list
 from adagrad.kernels.records import (
     BASE,
     ENDS,
@@ -173,7 +173,7 @@ def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: 
     masters_id, steps_id = id(masters) if masters else 0, id(steps) if steps else 0
     lists = id(weights), id(values), id(histories), masters_id, steps_id, id(indices)
     facts, known = np.empty((n, FACTS), np.int64), _addresses(rule.row_wise)
-    last = _last(rule.row_wise, threading.get_ident())
+    last = last_list("rows", rule.row_wise, threading.get_ident())
     order = guess((5 if masters else 4) * n + dense.span_count)
     rates, small = rate_table(lrs, wds, rule), cpu_rows.PARALLEL_MIN
     given = *lists, layout, rule.row_wise, facts, rates, rule.scalars, known, last, order, dense.words, small
@@ -195,9 +195,3 @@ def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: 
 def _addresses(row_wise: bool) -> np.ndarray:
     """The addresses of the compiled workers (0: none yet), by 2 * code, + 1 for a weight that needs 64-bit row ids."""
     return np.zeros((2 * CODES_PER_DEVICE, 3), np.int64)
-
-
-@functools.lru_cache(maxsize=64)
-def _last(row_wise: bool, thread: int) -> np.ndarray:
-    """Of a thread: the work of its last list, if much, else 0; how many lists it has done."""
-    return np.zeros(2, np.int64)
