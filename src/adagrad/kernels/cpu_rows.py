@@ -14,7 +14,7 @@ import numba
 import numpy as np
 
 from adagrad.kernels.blocks import load_block, prefetch, store_block
-from adagrad.kernels.cpu_dense import AHEAD_BYTES, elements, one_row, prefetch_operands, update_block
+from adagrad.kernels.cpu_dense import elements, one_row, prefetch_operands, update_block
 from adagrad.kernels.cpu_rule import constants
 from adagrad.kernels.formats import TOKENS, load, pointer, store
 from adagrad.kernels.numba_jit import decref, jit, max_workers, pointer_to, run, worker, workers
@@ -62,7 +62,9 @@ PARALLEL_MIN = 131_072
 """Work, see :func:`work_of`, below which starting the threads costs more than they save."""
 
 AHEAD, SUMS_AHEAD = 8, 32
-"""How many rows ahead to prefetch, or occurrences that are only added up; for wide rows, AHEAD_BYTES."""
+"""How many rows ahead to prefetch, or occurrences that are only added up; fewer if they are over AHEAD_BYTES."""
+
+AHEAD_BYTES = 2048
 
 ELEMENTS_AHEAD = 32
 """The same, in rows, for rows of one element."""
