@@ -475,7 +475,7 @@ CASES: dict[str, Case] = {
     "lr_mult of a parameter": (
         lambda c: setattr(c.optimizer, "param_dict", {2: type("P", (), {"lr_mult": math.nan, "wd_mult": 1.0})}),
         ValueError,
-        "lr of index 2=nan: must be finite",
+        "lr_mult of param_dict[2]=nan: must be finite",
     ),
     "wd_mult of a parameter": (
         lambda c: (
@@ -483,12 +483,12 @@ CASES: dict[str, Case] = {
             setattr(c.optimizer, "param_dict", {2: type("P", (), {"lr_mult": 1.0, "wd_mult": -1.0})}),
         ),
         ValueError,
-        "wd of index 2=-0.1: must be >= 0",
+        "wd_mult of param_dict[2]=-1.0: must be >= 0",
     ),
     "a parameter without lr_mult": (
         lambda c: setattr(c.optimizer, "param_dict", {2: object()}),
-        AttributeError,
-        "lr_mult",
+        TypeError,
+        "must have lr_mult and wd_mult",
     ),
     "a schedule that fails": (
         lambda c: setattr(c.optimizer, "lr_scheduler", lambda n: 1 / (2 - n)),

@@ -494,3 +494,19 @@ def test_row_wise_master_copies_of_a_tensor_subclass() -> None:
     p.grad = torch.ones_like(p)
     optimizer.step()
     assert (p == 0).all()
+
+
+def test_rows_whose_values_are_a_negated_view() -> None:
+    weights = torch.ones(4, 3), torch.ones(4, 3)
+    values = torch.complex(torch.zeros(2, 3), torch.arange(6.0).reshape(2, 3)).conj().imag
+    assert values.is_neg()
+    for weight, each in zip(weights, (values, values.resolve_neg()), strict=True):
+        get_updater(AdaGrad(0.1))(0, RowSparse(each, torch.tensor([0, 2]), (4, 3)), weight)
+    assert torch.equal(*weights)
+    assert (weights[0][0, 1:] > 1).all()
+
+
+def test_a_weight_that_is_a_negated_view_is_refused_by_name() -> None:
+    weight = torch.complex(torch.ones(2), torch.ones(2)).conj().imag
+    with pytest.raises(ValueError, match="weight: a negated view: must be memory that can be written to"):
+        get_updater(AdaGrad(0.1))(0, torch.ones(2), weight)

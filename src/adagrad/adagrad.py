@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adagrad import checks, dialects, kernels, saved_schedules
+from adagrad import checks, dialects, kernels
 from adagrad.arguments import as_lists, check_low_precision
 from adagrad.arrays import LOW_PRECISION, computing_format, format_of, operand
 from adagrad.dialects import Default
@@ -206,9 +206,8 @@ class AdaGrad(Optimizer):
 
     def _may_take_all_at_once(self) -> bool:
         kind: Any = type(self)
-        scheduler = self.lr_scheduler
         is_ours = kind.__module__ in (__name__, f"{__package__}.group_adagrad") and _names(kind).isdisjoint(vars(self))
-        return is_ours and (scheduler is None or saved_schedules.is_ours(scheduler))
+        return is_ours and self._has_our_schedule()
 
     def _check_known(
         self, weights: list[Any], grads: list[Any], states: list[Any], lrs: Any, wds: Any, *, fused: bool
@@ -254,12 +253,16 @@ class AdaGrad(Optimizer):
             self._rule_given = given
         return self._rule
 
-    def check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+    def _check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
         check_indices(indices)
-        lrs, wds = [0.0], [0.0]
-        if not self._has_own_rates() and (self.lr_scheduler is None or saved_schedules.is_ours(self.lr_scheduler)):
-            lrs, wds, _ = self._resolve(indices)  # only ours: custom code may have state
+        if self._has_own_rates():  # code of users is not asked: it may have state
+            lrs, wds = [0.0], [0.0]
+        elif self._has_our_schedule():
+            lrs, wds, _ = self._resolve(indices)
+        else:
+            lrs = [self._multiplier(index, "lr_mult", self.lr_mult) for index in indices]
+            wds = [checks.non_negative(f"wd of index {index!r}", self._get_wd(index)) for index in indices]
         self._check_known(weights, grads, states, lrs, wds, fused=self.use_fused_step)
         if type(self).update_multi_precision is AdaGrad.update_multi_precision and not self._takes_pairs():
             check_low_precision(self._with_master(weights), weights, grads, states)

@@ -84,6 +84,8 @@ def _tensor(name: str, tensor: Any) -> Operand:
         raise TypeError(f"{name}: dtype {tensor.dtype}: must be float16, bfloat16, float32 or float64")
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name}: layout {tensor.layout}: must be a dense (strided) tensor here")
+    if tensor.is_neg():
+        raise ValueError(f"{name}: a negated view: must be memory that can be written to")
     tensor = tensor.detach()
     if tensor.device.type != "cpu":
         return Operand(name, tensor, format_name, str(tensor.device), None)

@@ -54,6 +54,10 @@ class LRScheduler:
         self.warmup_mode = warmup_mode
         self._warmup_final_lr: float | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Schedules are computed in double, whatever dtype of NumPy a number came in.
+        super().__setattr__(name, float(value) if isinstance(value, np.floating) else value)
+
     def __call__(self, num_update: int) -> float:
         """Return the learning rate at update ``num_update``, the largest number of updates of any weight."""
         if num_update < self.warmup_steps:

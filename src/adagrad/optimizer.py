@@ -212,7 +212,7 @@ class Optimizer(Rates):
         """Whether one step for all weights equals several: no user-defined code runs in a step."""
         return False
 
-    def check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+    def _check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         """Raise the errors that an update with these lists would raise; for callers that split a list into updates."""
 
     def __repr__(self) -> str:

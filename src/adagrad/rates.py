@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from adagrad import checks
+from adagrad import checks, saved_schedules
 from adagrad.lr_scheduler import LRScheduler
 
 Index = int | str
@@ -129,11 +129,10 @@ class Rates:
         """Return the multiplier in MXNet's order: ``param_dict``, then by index, then by name."""
         if index in self.param_dict:
             return _own_multiplier(index, self.param_dict[index], attribute)
-        if index in multipliers:
-            return multipliers[index]
-        if index in self.idx2name:
-            return multipliers.get(self.idx2name[index], 1.0)
-        return 1.0
+        key = index if index in multipliers else self.idx2name.get(index)
+        if key not in multipliers:
+            return 1.0
+        return checks.non_negative(f"{attribute}[{key!r}]", multipliers[key])
 
     def _get_lr(self, index: Index) -> float:
         """Return the current learning rate of the weight ``index``.
@@ -148,10 +147,11 @@ class Rates:
 
     def _get_lrs(self, indices: Sequence[Index]) -> list[float]:
         known = self._resolved
-        return [
-            known[index][0] if index in known else self.learning_rate * self._multiplier(index, "lr_mult", self.lr_mult)
-            for index in indices
-        ]
+        return [known[index][0] if index in known else self._own_lr(index) for index in indices]
+
+    def _own_lr(self, index: Index) -> float:
+        name = "lr" if self.lr_scheduler is None else f"lr_scheduler({self.num_update})"
+        return checks.non_negative(name, self.learning_rate) * self._multiplier(index, "lr_mult", self.lr_mult)
 
     def _get_wds(self, indices: Sequence[Index]) -> list[float]:
         wd = checks.non_negative("wd", self.wd)
@@ -169,20 +169,29 @@ class Rates:
 
     def _resolve(self, indices: Sequence[Index]) -> tuple[list[float], list[float], dict[Index, int]]:
         """Return lr and wd of each index (or one for all) and its new count, in order, without changing anything."""
-        if self._resolved:
-            pairs = [self._resolved[index] for index in indices]
-            return [lr for lr, _ in pairs], [wd for _, wd in pairs], {}
-        counts, begin = self._index_update_count, self.begin_num_update
+        fixed = self._resolved
+        if fixed:  # called by a step within another one, perhaps with some indices of its own
+            other = [index for index in indices if index not in fixed]
+            lrs, wds, new = self._resolve_now(other) if other else ([], [], {})
+            rates = fixed | dict(zip(other, _pairs(lrs, wds, len(other)), strict=True))
+            return [rates[index][0] for index in indices], [rates[index][1] for index in indices], new
+        return self._resolve_now(indices)
+
+    def _resolve_now(self, indices: Sequence[Index]) -> tuple[list[float], list[float], dict[Index, int]]:
+        counts, begin, reached = self._index_update_count, self.begin_num_update, self.num_update
+        if not (type(begin) is type(reached) is int and begin >= 0 <= reached):
+            begin = checks.integer("begin_num_update", begin, 0)
+            reached = checks.integer("num_update", reached, 0)
         if not {int, str}.issuperset(map(type, indices)):
             check_indices(indices)
-        if self._has_own_rates():
+        if self._has_own_rates() or not self._has_our_schedule():
             return self._ask(indices)
         if self.lr_scheduler is None and not (self.param_dict or self.lr_mult or self.wd_mult):
             lr, wd = checks.non_negative("lr", self.learning_rate), checks.non_negative("wd", self.wd)
             return [lr], [wd], {index: counts.get(index, begin) + 1 for index in indices}
         new: dict[Index, int] = {}
         lrs: list[float] = []
-        reached, base = self.num_update, None
+        base = None
         for index in indices:
             new[index] = counts.get(index, begin) + 1
             if base is None or new[index] > reached:
@@ -198,8 +207,12 @@ class Rates:
         """Whether a subclass overrides learning rates, weight decays or counts."""
         return bool(_overridable(type(self)) != _OURS)
 
+    def _has_our_schedule(self) -> bool:
+        """Whether the scheduler, if any, is one of :mod:`adagrad.lr_scheduler`: others may have state of their own."""
+        return self.lr_scheduler is None or saved_schedules.is_ours(self.lr_scheduler)
+
     def _ask(self, indices: Sequence[Index]) -> tuple[list[float], list[float], dict[Index, int]]:
-        """Do :meth:`_resolve` through overridden methods: each index is counted before its rates, as in MXNet."""
+        """Do :meth:`_resolve` through code of users: each index is counted before its rates, as in MXNet."""
         counts, before = self._index_update_count, self._counts_of(indices)
         lrs: list[float] = []
         wds: list[float] = []
@@ -243,10 +256,9 @@ class Rates:
 
         The counts are restored if it raises.
         """
-        rates = zip(lrs, wds, strict=True) if len(lrs) > 1 else [(lrs[0], wds[0])] * len(indices)
         before = self._counts_of(indices)
         self._count(new)
-        self._resolved = dict(zip(indices, rates, strict=True))
+        self._resolved = dict(zip(indices, _pairs(lrs, wds, len(indices)), strict=True))
         try:
             yield
         except Exception:
@@ -266,6 +278,11 @@ _overridable = operator.attrgetter("learning_rate", "_get_lr", "_get_lrs", "_get
 _OURS = _overridable(Rates)
 
 
+def _pairs(lrs: Sequence[float], wds: Sequence[float], count: int) -> list[tuple[float, float]]:
+    """Return lr and wd of each of ``count`` weights, from lists of as many or of one for all."""
+    return [(lrs[0], wds[0])] * count if len(lrs) == 1 else list(zip(lrs, wds, strict=True))
+
+
 def _from_text(name: str, value: Any) -> float:
     """Convert a multiplier from a symbol's attributes, usually text."""
     try:
@@ -280,11 +297,13 @@ def _own_multiplier(index: Index, parameter: Any, attribute: str) -> float:
         value = getattr(parameter, attribute)
     except AttributeError:
         shown = checks.describe(parameter)
-        raise AttributeError(f"param_dict[{index!r}]={shown}: must have lr_mult and wd_mult") from None
+        raise TypeError(f"param_dict[{index!r}]={shown}: must have lr_mult and wd_mult") from None
+    name = f"{attribute} of param_dict[{index!r}]"
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{attribute} of param_dict[{index!r}]={checks.describe(value)}: must be a number") from None
+        raise TypeError(f"{name}={checks.describe(value)}: must be a number") from None
+    return checks.non_negative(name, number)
 
 
 def check_indices(indices: Iterable[Any], name: str = "index") -> None:

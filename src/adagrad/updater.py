@@ -72,7 +72,7 @@ class Updater:
         together = n if n == 1 or optimizer._may_take_all_at_once() else int(min(optimizer.aggregate_num, n))
         size = max(together, 1)
         if size < n:
-            optimizer.check(indices, weights, grads, states)
+            optimizer._check(indices, weights, grads, states)
         try:
             for start in range(0, n, size):
                 part = slice(start, start + size)

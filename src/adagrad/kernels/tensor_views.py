@@ -48,6 +48,9 @@ def plain(at: str, weight: Tensor, grad: Tensor | RowSparse, history: Tensor, ma
             raise TypeError(f"grads{at}: layout {grad.layout}: must be strided or sparse_coo")
         else:
             grad = grad.resolve_conj().resolve_neg()
+    elif isinstance(grad, RowSparse) and isinstance(grad.values, Tensor):
+        values = grad.values.resolve_conj().resolve_neg()
+        grad = grad if values is grad.values else RowSparse(values, grad.indices, grad.shape)
     if weight.is_complex():
         if row_wise:
             raise ValueError(f"weights{at}: dtype {weight.dtype}: row-wise history is for real numbers")
