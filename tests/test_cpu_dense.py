@@ -375,6 +375,16 @@ def test_clip_below_the_least_number() -> None:
     o = Operands(np.ones(5, np.float32), grad, np.ones(5, np.float32))
     check(o, oracle.Hyper(clip_gradient=1e-60))
     assert o.history[:4].tolist() == [1, 1, 1, 1]
+    # The bound is 0, and -0 keeps its sign, which a weight of -0 shows.
+    check(Operands(np.full(5, -0.0, np.float32), grad, np.ones(5, np.float32)), oracle.Hyper(clip_gradient=1e-60))
+
+
+def test_what_is_not_there_does_not_enter_the_mean_of_a_row() -> None:
+    """Lanes beyond a short row are read as 0: times a scale or a decay that rounds to infinity, they would be NaN."""
+    for hyper in (oracle.Hyper(rescale_grad=1e300, clip_gradient=0.4), oracle.Hyper(wd=1e300)):
+        o = operands(np.random.default_rng(40), FLOAT32, (3, 5), row_wise=True)
+        o.weight, o.grad = np.abs(o.weight) + 1, np.abs(o.grad) + 1
+        check(o, replace(hyper, row_wise=True))
 
 
 def test_no_warnings() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
+import time
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -167,6 +170,31 @@ def test_special_numbers() -> None:
                 where = rng.integers(0, array.size, 30)
                 array.reshape(-1)[where] = rng.choice(special(array.dtype), 30)
             check(o, hyper)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="files of 8 GB that take no space")
+@pytest.mark.usefixtures("always_parallel")
+@pytest.mark.parametrize("path", ["fast, one thread", "fast, three threads", "general"])
+def test_rows_that_32_bits_cannot_number(path: str, tmp_path: Path) -> None:
+    """Weights of which only the pages of five rows exist, against weights of five rows; offsets beyond 4 GiB too."""
+    rng, hyper, height = np.random.default_rng(30), HYPERS["unclipped"], 2**31 + 1
+    present, given, want = np.array([0, 1, 2**30, 2**31 - 1, 2**31]), [], []
+    for i, few in enumerate([[4, 0, 3, 4, 1, 4, 2, 0] + [3] * 130, [1, 2, 3, 4], [4, 3, 0]]):
+        o = rows(rng, HALF, (5,), few)
+        large = []
+        for name, array in (("weight", o.weight), ("history", o.history)):
+            large.append(np.memmap(tmp_path / f"{name} {i}", array.dtype, "w+", shape=(height,)))
+            large[-1][present] = array
+        given.append(Operands(large[0], RowSparse(o.grad.values, present[few], (height,)), large[1]))
+        want.append(expected(o, hyper))
+    if path == "general":
+        lists = [[getattr(o, name) for o in given] for name in ("weight", "grad", "history")]
+        general_path.prepare([Batch(rule_of(hyper), *lists, [], [hyper.lr], [hyper.wd])]).run()
+    else:
+        assert update_plain(given, [hyper], threads=3 if "three" in path else 1)
+    for i, (o, w) in enumerate(zip(given, want, strict=True)):
+        assert_same_bits(o.weight[present], w.weight, f"weight {i}")
+        assert_same_bits(o.history[present], w.history, f"history {i}")
 
 
 # -------------------------------------------------------------------------------------------- what must not be touched
@@ -478,6 +506,67 @@ def test_of_gradients_of_both_kinds_all_or_none_are_used() -> None:
         assert_same(o, w, f"weight {i}")
 
 
+@pytest.mark.parametrize("kind", [FLOAT32, FLOAT64, HALF, MASTER], ids=str)
+@pytest.mark.parametrize("length", [1, 3, 16, 17])
+@pytest.mark.parametrize("run", [2, 128, 129, 256, 300])
+def test_a_sum_of_negative_zeros_is_a_negative_zero(kind: Kind, length: int, run: int) -> None:
+    """-0.0 - -0.0 is 0.0, but -0.0 - 0.0 is -0.0: a sum that began with 0.0 would show in the weight."""
+    o = rows(np.random.default_rng(run), kind, (2, length), [1] * run)
+    for array in (o.grad.values, o.weight, *([] if o.master is None else [o.master])):
+        array[...] = -0.0
+    check(o, HYPERS["plain"])
+    assert not np.signbit(o.weight[1].astype(np.float32)).any()
+
+
+@pytest.mark.parametrize("row_wise", [False, True], ids=["each", "row-wise"])
+@pytest.mark.parametrize("is_last", [True, False], ids=["end", "start"])
+@pytest.mark.parametrize("written", ["weight", "history", "master"])
+def test_one_shared_element_is_enough_to_leave_the_fast_path(written: str, is_last: bool, row_wise: bool) -> None:
+    """The last element of what is written to is the first one of any other array of the list, or the first the last."""
+    rng, hyper = np.random.default_rng(31), replace(HYPERS["plain"], row_wise=row_wise)
+    for other in ("weight", "history", "master", "values", "indices"):
+        for shared, of in ((shared, of) for shared in (1, 0) for of in (0, 1) if of or other != written):
+            parts: list[dict[str, Any]] = []
+            for _ in range(2):
+                o = rows(rng, Kind("bfloat16", "bfloat16", True), (4, 4), np.arange(4, dtype="i4"), row_wise=row_wise)
+                values, indices = o.grad.values, o.grad.indices
+                parts.append(vars(o) | {"values": values, "indices": indices})
+            pair = [parts[0][written], parts[of][other]][:: 1 if is_last else -1]
+            memory = np.zeros(pair[0].nbytes + pair[1].nbytes, np.uint8)
+            starts = 0, pair[0].nbytes - shared * max(array.itemsize for array in pair)
+            laid = [np.ndarray(a.shape, a.dtype, memory.data, at) for a, at in zip(pair, starts, strict=True)]
+            parts[0][written], parts[of][other] = laid[:: 1 if is_last else -1]
+            if other == "indices":
+                parts[of][other][...] = np.arange(4)
+            given = [
+                Operands(p["weight"], RowSparse(p["values"], p["indices"], (4, 4)), p["history"], p["master"])
+                for p in parts
+            ]
+            assert update_plain(given, [hyper]) == (not shared), f"{other} of weight {of}"
+
+
+@pytest.mark.usefixtures("always_parallel")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_is_grouped_is_released(threads: int) -> None:
+    """What Numba allocates for each worker and each weight: for sums of many and of few, or for none."""
+    from numba.core.runtime import _nrt_python, rtsys
+
+    rng, were_counted = np.random.default_rng(33), _nrt_python.memsys_stats_enabled()
+    lists = (rng.integers(0, 9, 3000), np.arange(10), np.full(300, 4), rng.permutation(10))
+    given = [rows(rng, FLOAT32, (10, 3), ids) for ids in lists]
+    update_plain(given, [HYPERS["plain"]], threads)  # compiles
+    _nrt_python.memsys_enable_stats()
+    try:
+        before = rtsys.get_allocation_stats()
+        assert update_plain(given, [HYPERS["plain"]], threads)
+        after = rtsys.get_allocation_stats()
+    finally:
+        if not were_counted:
+            _nrt_python.memsys_disable_stats()
+    assert after.alloc > before.alloc
+    assert after.alloc - before.alloc == after.free - before.free
+
+
 def test_several_weights_and_dense_ones_in_one_call() -> None:
     rng = np.random.default_rng(14)
     given = [
@@ -571,6 +660,25 @@ def test_ids_that_were_chosen_to_collide_do_so_for_one_seed_alone() -> None:
     assert probes(chosen, 13, 0x7F3A_5C40_2010) < 1.8
 
 
+def test_ids_that_were_chosen_to_collide_are_grouped_as_fast_as_others() -> None:
+    """With a seed that is known they take hundreds of times as long."""
+    hashes = numba.njit(lambda rows: np.array([row_groups._hash(row, np.uint64(0)) for row in rows]))
+    rows = np.arange(2**22)
+    chosen = rows[np.argsort(hashes(rows) >> np.uint64(46), kind="stable")[:4096]]
+    others = np.random.default_rng(32).permutation(rows)[:4096]
+
+    def seconds(ids: np.ndarray) -> float:
+        taken = []
+        for _ in range(9):
+            start = time.perf_counter()
+            grouped_by(ids, 0, 1)
+            taken.append(time.perf_counter() - start)
+        return min(taken)
+
+    seconds(others)  # compiles
+    assert seconds(chosen) < 20 * seconds(others)
+
+
 @pytest.mark.parametrize("count", [2, 4, 8])
 def test_workers_share_rows_of_a_table_of_features_evenly(count: int) -> None:
     """Ids come feature by feature, as embedding bags do: what stands at a regular distance is not like the others."""
@@ -581,6 +689,13 @@ def test_workers_share_rows_of_a_table_of_features_evenly(count: int) -> None:
     shares = [of_worker(ids.reshape(-1), k, count) / ids.size for k in range(count)]
     assert sum(shares) == 1
     assert max(shares) < 1.3 / count
+
+
+def test_workers_share_frequent_rows() -> None:
+    of_worker = numba.njit(lambda ids, k, count: len(row_groups.own_rows(ids, k, count)[0]))
+    assert [of_worker(np.tile([0, 1], 2000), k, 2) for k in range(2)] == [2000, 2000]
+    at_first = np.concatenate([np.full(1024, 5), np.random.default_rng(34).integers(100, 50_000, 60_000)])
+    assert max(of_worker(at_first, k, 2) for k in range(2)) < 0.6 * len(at_first)
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])

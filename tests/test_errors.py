@@ -109,6 +109,12 @@ def overlapping_grad(c: Call) -> None:
     c.weights[c.at], c.grads[c.at] = base[:12].reshape(SHAPE), base[8:].reshape(SHAPE)
 
 
+def all_of_integers(c: Call) -> None:
+    c.weight(lambda w: w.astype(np.int32))
+    c.grad(lambda g: g.astype(np.int32))
+    c.state(lambda h: h.astype(np.int32))
+
+
 def indices_in_weight(c: Call) -> None:
     c.rows(c.weights[c.at].reshape(-1).view(np.int32)[:0])
     c.grads[c.at].indices = c.weights[c.at].reshape(-1).view(np.int32)[:2]
@@ -144,6 +150,11 @@ CASES: dict[str, Case] = {
         lambda c: c.grad(lambda g: g[None]),
         ValueError,
         r"grads[{at}]: shape (1, 4, 3): must be (4, 3)",
+    ),
+    "gradient with a dimension more at its end": (
+        lambda c: c.grad(lambda g: g[..., None]),
+        ValueError,
+        r"grads[{at}]: shape (4, 3, 1): must be (4, 3)",
     ),
     "gradient of one row": (
         lambda c: c.grad(lambda g: g[:1]),
@@ -233,6 +244,7 @@ CASES: dict[str, Case] = {
         r"weights[{at}]: dtype int64: must be",
     ),
     "weight longdouble": (lambda c: c.weight(lambda w: w.astype(np.longdouble)), TypeError, r"weights[{at}]: dtype "),
+    "all of integers": (all_of_integers, TypeError, r"weights[{at}]: dtype int32: must be"),
     "history float64 for float32": (
         lambda c: c.state(lambda h: h.astype(np.float64)),
         TypeError,
@@ -247,6 +259,11 @@ CASES: dict[str, Case] = {
         lambda c: c.low_precision(lambda m, h: (m.astype(np.float64), h)),
         TypeError,
         r"master copy in states[{at}]: dtype float64: must be float32",
+    ),
+    "master copy float16": (
+        lambda c: c.low_precision(lambda m, h: (m.astype(np.float16), h)),
+        TypeError,
+        r"master copy in states[{at}]: dtype float16: must be float32",
     ),
     # lists
     "too few weights": (lambda c: c.weights.pop(), ValueError, r"weights: 2 entries: must be 3, as many as indices"),
@@ -751,3 +768,36 @@ def test_what_is_too_hard_to_decide_is_refused(monkeypatch: Any) -> None:
             [0, 1], weights, [np.ones_like(w) for w in weights], [np.zeros_like(w) for w in weights]
         )
     assert (base == 1).all()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_end_of_a_history_is_another_weight(fused: bool) -> None:
+    """A float32 history has twice as many bytes as its float16 weight."""
+    base = np.ones(20, np.float32)
+    weights, histories = [np.ones(12, np.float16), base[8:]], [base[:12], np.ones(12, np.float32)]
+    with pytest.raises(ValueError, match="shares memory with"):
+        AdaGrad(use_fused_step=fused).update([0, 1], weights, [np.ones_like(w) for w in weights], histories)
+    assert (base == 1).all()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_weight_within_a_gradient_that_holds_another_gradient_too(fused: bool) -> None:
+    base = np.ones(100, np.float32)
+    weights = [np.ones(100, np.float32), np.ones(10, np.float32), base[50:60]]
+    grads = [base, base[10:20], np.ones(10, np.float32)]
+    with pytest.raises(ValueError, match="shares memory with"):
+        AdaGrad(use_fused_step=fused).update([0, 1, 2], weights, grads, [np.ones_like(w) for w in weights])
+    assert (base == 1).all()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("rows", [False, True], ids=["dense", "beside rows"])
+def test_a_gradient_is_the_last_history(rows: bool, fused: bool) -> None:
+    """The last of the memory that is written to, before what is only read."""
+    weights, grads, histories = ([np.ones(SHAPE, np.float32) for _ in range(3)] for _ in range(3))
+    given: list[Any] = [histories[2], *grads[1:]]
+    if rows:
+        given[1] = RowSparse(np.ones((2, 3), np.float32), np.array([0, 2]), SHAPE)
+    with pytest.raises(ValueError, match=r"history in states\[2\]: shares memory with grads\[0\]"):
+        AdaGrad(use_fused_step=fused).update([0, 1, 2], weights, given, histories)
+    assert all((array == 1).all() for array in weights + histories)

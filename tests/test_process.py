@@ -587,6 +587,40 @@ def test_no_memory_for_the_sums(megabytes: int) -> None:
 
 
 @linux
+def test_without_memory_for_the_sums_nothing_else_changes_either() -> None:
+    """Neither dense gradients of the same call nor later row-sparse ones, nor any count."""
+    pytest.importorskip("torch")
+    code = """
+        import re, resource
+        from pathlib import Path
+        import torch
+        from adagrad.torch import Adagrad
+        def sparse(shape):
+            ids = torch.arange(shape[0]).repeat_interleave(2)[None]
+            return torch.sparse_coo_tensor(ids, torch.ones(2 * shape[0], shape[1]), shape, check_invariants=False)
+        def set_gradients(*shapes):
+            for p, shape in zip(params, shapes):
+                p.grad = sparse(shape) if shape else torch.ones_like(p)
+        params = [torch.nn.Parameter(torch.ones(size)) for size in ((7,), (300, 300_000), (4, 4))]
+        optimizer = Adagrad(params)
+        set_gradients((), None, (4, 4))
+        params[1].grad = torch.sparse_coo_tensor(torch.zeros(1, 2).long(), torch.ones(2, 300_000), params[1].shape,
+                                                 check_invariants=False)
+        optimizer.step()
+        before = [p.detach().clone() for p in params]
+        set_gradients((), (300, 300_000), (4, 4))
+        size = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+        resource.setrlimit(resource.RLIMIT_AS, ((size + 200 * 1024) * 1024,) * 2)
+        try:
+            optimizer.step()
+        except MemoryError as error:
+            same = all((row == other).all() for p, b in zip(params, before) for row, other in zip(p.detach(), b))
+            print("no memory", same, [optimizer.state[p]["step"].item() for p in params])
+        """
+    assert run(code).endswith("no memory True [1.0, 1.0, 1.0]")
+
+
+@linux
 @pytest.mark.skipif(numba.version_info.short < (0, 68), reason="this Numba keeps arrays of functions that raise")
 def test_what_finds_no_memory_leaves_none_behind() -> None:
     code = """
@@ -790,3 +824,31 @@ def test_while_another_thread_imports_torch_and_ml_dtypes(fused: bool) -> None:
         print(weight.tolist())
         """
     assert run(code) == "[0.5, 0.5, 0.5]"
+
+
+@posix
+def test_nothing_is_read_or_written_beyond_an_array() -> None:
+    """Each operand ends where a page ends; the next page is closed, and touching it ends the process."""
+    code = """
+        import ctypes, itertools, mmap
+        import ml_dtypes, numpy as np
+        from adagrad import AdaGrad, GroupAdaGrad
+        page, protect = mmap.PAGESIZE, ctypes.CDLL(None).mprotect
+        protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+        def at_the_end(shape, dtype, value):
+            memory, dtype = mmap.mmap(-1, 2 * page), np.dtype(dtype)
+            assert protect(ctypes.addressof(ctypes.c_char.from_buffer(memory)) + page, page, 0) == 0
+            array = np.ndarray(shape, dtype, memory, page - int(np.prod(shape)) * dtype.itemsize)
+            array[...] = value
+            return array
+        dtypes = np.float32, np.float64, np.float16, ml_dtypes.bfloat16
+        for dtype, shape, klass in itertools.product(dtypes, [(1,), (15,), (17,), (3, 5)], (AdaGrad, GroupAdaGrad)):
+            optimizer, weight = klass(1.0, epsilon=0.0, multi_precision=True), at_the_end(shape, dtype, 2)
+            state = optimizer.create_state_multi_precision(0, weight)
+            parts = [at_the_end(s.shape, s.dtype, s) for s in (state if isinstance(state, tuple) else [state])]
+            state = tuple(parts) if isinstance(state, tuple) else parts[0]
+            optimizer.update_multi_precision(0, weight, at_the_end(shape, dtype, 0.5), state)
+            assert (weight == 1).all(), (dtype, shape, klass)
+        print("done")
+        """
+    assert run(code) == "done"

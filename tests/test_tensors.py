@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -148,6 +149,19 @@ def test_compiled_code_looks_into_sparse_gradients(kind: Kind, name: str) -> Non
     assert_same(given, want if is_plain else before)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_parts_of_sparse_gradients_are_held_no_longer_than_the_update(threads: int, always_parallel: None) -> None:
+    values, ids = np.ones((2, 3), np.float32), np.array([[4, 1]])
+    gone = [weakref.ref(array) for array in (values, ids)]
+    grad: Any = in_shape((8, 3), torch.from_numpy(ids), torch.from_numpy(values))
+    del values, ids
+    assert all(array() is not None for array in gone)
+    given: Any = Operands(torch.ones(8, 3), grad, torch.ones(8, 3))  # type: ignore[arg-type]
+    assert update_plain([given], [HYPERS["plain"]], threads)
+    del grad, given
+    assert all(array() is None for array in gone)
+
+
 MISFITS: dict[str, Any] = {
     "more rows": lambda: in_shape((9, 3), [[1]], torch.ones(1, 3)),
     "fewer rows": lambda: in_shape((7, 3), [[1]], torch.ones(1, 3)),
@@ -155,6 +169,9 @@ MISFITS: dict[str, Any] = {
     "one more dimension": lambda: in_shape((8, 3, 1), [[1]], torch.ones(1, 3, 1)),
     "two sparse dimensions": lambda: in_shape((8, 3), [[1], [2]], torch.ones(1)),
     "two sparse dimensions, no entries": lambda: in_shape((8, 3), torch.zeros(2, 0).long(), torch.ones(0)),
+    "two sparse dimensions, no entries, rows alike": lambda: in_shape(
+        (8, 5, 3), torch.zeros(2, 0).long(), torch.ones(0, 3)
+    ),
     "no sparse dimension": lambda: in_shape((8, 3), torch.zeros(0, 1).long(), torch.ones(1, 8, 3)),
     "no sparse dimension, no entries": lambda: in_shape((8, 3), torch.zeros(0, 0).long(), torch.ones(0, 8, 3)),
     "float64": lambda: in_shape((8, 3), [[1]], torch.ones(1, 3).double()),
@@ -510,3 +527,13 @@ def test_a_weight_that_is_a_negated_view_is_refused_by_name() -> None:
     weight = torch.complex(torch.ones(2), torch.ones(2)).conj().imag
     with pytest.raises(ValueError, match="weight: a negated view: must be memory that can be written to"):
         get_updater(AdaGrad(0.1))(0, torch.ones(2), weight)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_row_ids_that_were_given_another_shape(fused: bool) -> None:
+    grad = RowSparse(torch.ones(2, 3), torch.tensor([0, 1]), (4, 3))
+    grad.indices = torch.tensor([[0, 1]])
+    weight = torch.ones(4, 3)
+    with pytest.raises(ValueError, match=r"grads\[0\]: indices: shape \(1, 2\): must have one dimension"):
+        AdaGrad(use_fused_step=fused).update(0, weight, grad, torch.zeros(4, 3))
+    assert (weight == 1).all()

@@ -218,9 +218,12 @@ def test_state_of_no_parameter_is_copied_as_it_is() -> None:
     assert optimizer.state[p]["sum"].dtype == torch.float32
 
 
-def test_options_that_a_checkpoint_lacks_stay() -> None:
+@pytest.mark.parametrize("dialect", ["torch", "mxnet1", "keras"])
+def test_options_that_a_checkpoint_lacks_stay(dialect: str) -> None:
     p = nn.Parameter(torch.ones(2))
-    optimizer = Adagrad([p], lr=0.3, lr_decay=0.5, eps=1e-3, weight_decay=0.1, initial_accumulator_value=0.2)
+    optimizer = Adagrad(
+        [p], lr=0.3, lr_decay=0.5, eps=1e-3, weight_decay=0.1, initial_accumulator_value=0.2, dialect=dialect
+    )
     before = dict(optimizer.param_groups[0])
     saved = optimizer.state_dict()
     saved["param_groups"] = [{"params": [0]}]
@@ -545,3 +548,67 @@ def test_counts_that_are_numbers_in_a_checkpoint_go_where_counts_are(fused: bool
     with torch.device("cpu" if fused else "meta"):
         optimizer.load_state_dict(saved)
     assert optimizer.state[p]["step"].device.type == ("meta" if fused else "cpu")
+
+
+def test_hooks_before_loading_may_remove_themselves_and_load() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = Adagrad([p], lr=0.5)
+    saved, other = optimizer.state_dict(), Adagrad([p], lr=0.25).state_dict()
+    seen: list[str] = []
+
+    def once(_: Any, state_dict: dict[str, Any]) -> None:
+        handle.remove()
+        seen.append("once")
+        optimizer.load_state_dict(saved)
+
+    def again(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        seen.append("again")
+        groups = [group | {"eps": 0.125} for group in state_dict["param_groups"]]
+        return state_dict | {"param_groups": groups}
+
+    handle = optimizer.register_load_state_dict_pre_hook(once)
+    optimizer.register_load_state_dict_pre_hook(again)
+    optimizer.load_state_dict(other)
+    assert seen == ["once", "again", "again"]
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["eps"]) == (0.25, 0.125)
+    with pytest.raises(ValueError, match="must have 'state' and 'param_groups'"):
+        optimizer.load_state_dict({"param_groups": []})
+    assert seen == ["once", "again", "again", "again"]
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("state", [5, torch.ones(2), None, []])
+def test_a_state_that_is_no_dict_is_refused_by_name(state: Any) -> None:
+    optimizer = Adagrad([nn.Parameter(torch.ones(2))])
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=f"state of parameter 0: {type(state).__name__}: must be a dict"):
+        optimizer.load_state_dict(before | {"state": {0: state}})
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+
+
+def test_a_copy_is_the_same_whatever_the_state() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = Adagrad([p], fused=True)
+    for step in (torch.tensor(-1.0), torch.tensor(math.nan), torch.tensor(2.0**24 + 1, dtype=torch.float64), 3):
+        optimizer.state[p]["step"] = step
+        copied = next(iter(copy.deepcopy(optimizer).state.values()))["step"]
+        assert_same_bits(torch.as_tensor(copied), torch.as_tensor(step))
+        assert type(copied) is type(step)
+    del optimizer.state[p]["sum"]
+    assert next(iter(copy.deepcopy(optimizer).state.values())).keys() == {"step"}
+
+
+@pytest.mark.parametrize("multi_precision", [False, True])
+def test_parameters_without_gradients_get_no_state(multi_precision: bool) -> None:
+    """Those that were frozen when a checkpoint was made have none after it is loaded."""
+    params = [nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(3)]
+    optimizer = Adagrad(params, multi_precision=multi_precision)
+    for p in params[:2]:
+        del optimizer.state[p]
+    params[0].untyped_storage().resize_(0)
+    for p in params[1:]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert set(optimizer.state) == set(params[1:])
+    assert (params[1] < 1).all()
+    assert_same_bits(params[1].detach(), params[2].detach())

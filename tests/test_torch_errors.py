@@ -124,7 +124,7 @@ REFUSED: dict[str, tuple[Callable[[Case], None], type[Exception], str]] = {
     "lr is not a number": (set_option("lr", math.nan), ValueError, "lr=nan: must be finite"),
     "lr is a tensor that is not": (set_option("lr", torch.tensor(math.inf)), ValueError, "lr=inf: must be finite"),
     "negative eps": (set_option("eps", -1.0), ValueError, "eps=-1.0: must be >= 0"),
-    "negative weight_decay": (set_option("weight_decay", -1.0), ValueError, "weight_decay=-1.0: must be >= 0"),
+    "weight_decay of infinity": (set_option("weight_decay", math.inf), ValueError, "weight_decay=inf: must be finite"),
     "negative lr_decay": (set_option("lr_decay", -1.0), ValueError, "lr_decay=-1.0: must be >= 0"),
     "clip_value of 0": (set_option("clip_value", 0.0), ValueError, "clip_value=0.0: must be None or > 0"),
     "row-wise all at once": (set_option("row_wise", True), ValueError,

@@ -154,3 +154,46 @@ def test_an_option_that_equals_the_last_one_is_checked_for_its_type() -> None:
     optimizer.param_groups[0]["clip_value"] = True
     with pytest.raises(TypeError, match=r"^clip_value=True: must be a number"):
         optimizer.step()
+
+
+OPTIONS = ["eps", "weight_decay", "lr_decay", "initial_accumulator_value"]
+
+
+@pytest.mark.parametrize("value", [torch.tensor([0.5, 0.5]), torch.tensor(0.5 + 1j), torch.ones(0)], ids=str)
+@pytest.mark.parametrize("name", [*OPTIONS, "lr"])
+def test_options_that_are_tensors_must_be_one_real_number(name: str, value: torch.Tensor) -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=rf"\b{name}\b"):
+        Adagrad([p], **{name: value})
+    if name == "initial_accumulator_value":
+        return
+    optimizer = Adagrad([p])
+    optimizer.param_groups[0][name] = value
+    p.grad = torch.ones(2)
+    with pytest.raises(ValueError, match=rf"{name}: torch\..*: must be one real number"):
+        optimizer.step()
+    assert (p == 1).all()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_may_be_parameters(name: str) -> None:
+    results = []
+    for value in (0.5, torch.nn.Parameter(torch.tensor(0.5))):
+        p = torch.nn.Parameter(torch.ones(2))
+        optimizer = Adagrad([p], **{name: value})
+        p.grad = torch.ones(2)
+        optimizer.step()
+        results.append(p.tolist())
+    assert results[0] == results[1]
+
+
+def test_a_weight_decay_that_a_schedule_brought_just_below_zero() -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = Adagrad([p], lr=0.5, eps=0)
+    optimizer.param_groups[0]["weight_decay"] = -1e-18
+    p.grad = torch.ones(2)
+    optimizer.step()
+    assert p.tolist() == [0.5, 0.5]
+    optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="weight_decay"):
+        Adagrad([p], weight_decay=-1e-18)

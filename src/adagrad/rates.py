@@ -38,7 +38,7 @@ class Rates:
             if value is not None and not isinstance(value, Mapping):
                 raise TypeError(f"{name}={checks.describe(value)}: must be a dict, not {type(value).__name__}")
         check_indices(param_idx2name or (), "a key of param_idx2name")
-        self.idx2name = {
+        self.idx2name: dict[Index, str] = {
             index: checks.string(f"param_idx2name[{index!r}]", name) for index, name in (param_idx2name or {}).items()
         }
         self.param_dict = param_dict if param_dict is not None else {}
@@ -129,10 +129,8 @@ class Rates:
         """Return the multiplier in MXNet's order: ``param_dict``, then by index, then by name."""
         if index in self.param_dict:
             return _own_multiplier(index, self.param_dict[index], attribute)
-        key = index if index in multipliers else self.idx2name.get(index)
-        if key not in multipliers:
-            return 1.0
-        return checks.non_negative(f"{attribute}[{key!r}]", multipliers[key])
+        key = index if index in multipliers else self.idx2name.get(index, index)
+        return checks.non_negative(f"{attribute}[{key!r}]", multipliers[key]) if key in multipliers else 1.0
 
     def _get_lr(self, index: Index) -> float:
         """Return the current learning rate of the weight ``index``.

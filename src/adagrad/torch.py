@@ -6,6 +6,7 @@ import functools
 import itertools
 import operator
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -267,7 +268,7 @@ class Adagrad(Optimizer):
             update(parts, grad_scale, found_inf)
 
     def _states(self) -> list[list[dict[str, Any]]]:
-        """Return the states of each group's parameters."""
+        """Return the states of each group's parameters; those that lack one and have a gradient get a new one."""
         groups = self.param_groups
         params = groups[0]["params"] if len(groups) == 1 else [p for group in groups for p in group["params"]]
         # The states are usually in the parameters' order. Looking them up costs more: tensors are hashed in Python.
@@ -275,8 +276,9 @@ class Adagrad(Optimizer):
         if len(params) != len(states) or not all(map(operator.is_, self.state, params)) or not all(states):
             for group in groups:
                 for p in group["params"]:
-                    self.state[p] = self.state[p] or new_state(p, group)
-            states = [self.state[p] for p in params]
+                    if p.grad is not None and not self.state.get(p):
+                        self.state[p] = new_state(p, group)
+            states = [self.state.get(p, {}) for p in params]
         if len(groups) == 1:
             return [states]
         rest = iter(states)
@@ -295,22 +297,31 @@ class Adagrad(Optimizer):
             If the groups differ from these or are another optimizer's, an option is invalid, or a state has another
             type or shape; nothing is changed.
         """
-        # Registered last, so that it sees the dict as all other hooks left it.
-        handle = self.register_load_state_dict_pre_hook(as_saved)
+        hooks = self._optimizer_load_state_dict_pre_hooks
+
+        def in_order(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            self._optimizer_load_state_dict_pre_hooks = hooks  # hooks may remove themselves, or load
+            for hook in list(hooks.values()):
+                given = hook(self, given) or given
+            return as_saved(given)  # last, to see the dict as the hooks left it
+
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict({0: in_order})
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
+            self._optimizer_load_state_dict_pre_hooks = hooks
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = self.__dict__.get("param_groups")
         for i, group in enumerate(state.get("param_groups", [])):
-            for name in RULE:
-                group.setdefault(name, False)
+            if not before or "lr_decay" in group:  # else the group has no options, as in a partial checkpoint
+                for name in RULE:
+                    group.setdefault(name, False)
             for name, value in (self.defaults if before else state["defaults"]).items():
                 group.setdefault(name, before[i].get(name, value) if before else value)
-            if before:
-                check_options(group, are_loaded=True)
+            if not before:
+                continue  # a copy, or unpickled: everything stays as it is
+            check_options(group, are_loaded=True)
             for k, p in enumerate(group["params"]):
                 loaded = state.get("state", {}).get(p)
                 if loaded:

@@ -19,8 +19,8 @@ RULE = ("epsilon_inside", "decoupled_decay")
 def check_options(options: dict[str, Any], *, are_loaded: bool = False) -> None:
     """Check the options of a group; messages begin like those of torch.optim.Adagrad.
 
-    When they ``are_loaded``, what a step accepts is accepted: a learning rate that a schedule has brought just below
-    zero, and any combination of ``foreach`` and ``fused``.
+    When they ``are_loaded``, what a step accepts is accepted: a learning rate or weight decay that a schedule has
+    brought just below zero, and any combination of ``foreach`` and ``fused``.
     """
     lr = options["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -32,8 +32,8 @@ def check_options(options: dict[str, Any], *, are_loaded: bool = False) -> None:
         ("initial_accumulator_value", "initial_accumulator_value value"),
         ("eps", "epsilon value"),
     ):
-        value = checks.real(name, number(options[name]))
-        if not 0 <= (abs(value) if are_loaded and name == "lr" else value) < math.inf:
+        value = checks.real(name, number(name, options[name]))
+        if not 0 <= (abs(value) if are_loaded and name in ("lr", "weight_decay") else value) < math.inf:
             raise ValueError(f"Invalid {label}: {options[name]}: {name} must be finite and >= 0")
     checks.positive_or_none("clip_value", options["clip_value"])
     for name in ("maximize", "differentiable", "row_wise", "multi_precision", *RULE):
@@ -45,9 +45,16 @@ def check_options(options: dict[str, Any], *, are_loaded: bool = False) -> None:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
 
-def number(value: Any) -> Any:
-    """Return a hyper-parameter, which may be a one-element tensor, as a number."""
-    return float(value.detach()) if isinstance(value, Tensor) else value
+def number(name: str, value: Any) -> Any:
+    """Return a hyper-parameter, which may be a tensor of one real number, as a number."""
+    return float(one_real(name, value.detach())) if isinstance(value, Tensor) else value
+
+
+def one_real(name: str, value: Tensor) -> Tensor:
+    """Return a view of a tensor without dimensions; ValueError unless it has one real number."""
+    if value.numel() != 1 or value.is_complex():
+        raise ValueError(f"{name}: {value.dtype} of shape {tuple(value.shape)}: must be one real number")
+    return value.reshape(())
 
 
 # ------------------------------------------------------------------------------------------------------ of each step
@@ -63,7 +70,7 @@ _USUAL = frozenset((bool, int, float, type(None)))
 def _rule_and_decays(maximize: bool, clip_value: Any, eps: Any, inside: bool, decoupled: bool, row_wise: bool,
                      weight_decay: Any, lr_decay: Any) -> tuple[Rule, float, float]:  # fmt: skip
     """See :func:`rule_and_decays`."""
-    eps, weight_decay, lr_decay = map(number, (eps, weight_decay, lr_decay))
+    eps, weight_decay, lr_decay = number("eps", eps), number("weight_decay", weight_decay), number("lr_decay", lr_decay)
     rule = Rule(
         rescale_grad=-1.0 if maximize else 1.0,
         clip_gradient=checks.positive_or_none("clip_value", clip_value),
@@ -72,7 +79,8 @@ def _rule_and_decays(maximize: bool, clip_value: Any, eps: Any, inside: bool, de
         decoupled_decay=decoupled,
         row_wise=row_wise,
     )
-    return rule, checks.non_negative("weight_decay", weight_decay), checks.non_negative("lr_decay", lr_decay)
+    # As for lr, a schedule may fall below zero by a rounding error.
+    return rule, checks.finite("weight_decay", weight_decay), checks.non_negative("lr_decay", lr_decay)
 
 
 _last: tuple[tuple[Any, ...], Any] = (tuple(object() for _ in range(8)), None)

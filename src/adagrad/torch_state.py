@@ -18,6 +18,7 @@ from adagrad.kernels.dtensor import from_local, has_whole_rows, is_dtensor, loca
 from adagrad.kernels.layout import current_layout
 from adagrad.kernels.tensor_checks import PLAIN_TYPES
 from adagrad.rule import history_shape
+from adagrad.torch_options import number
 
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
 """The dtype of histories and master copies, where it differs from the parameter's."""
@@ -34,10 +35,10 @@ def new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     else:
         wide = torch.get_default_dtype() == torch.float64
         step = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device="cpu")
-    start = group["initial_accumulator_value"]
+    start = number("initial_accumulator_value", group["initial_accumulator_value"])
     dtype = WIDE.get(p.dtype, p.dtype)
     if group["row_wise"]:
-        history = _row_wise_history(p, group, float(start), dtype)
+        history = _row_wise_history(p, group, start, dtype)
     else:
         value = complex(start, start) if p.is_complex() else start
         history = torch.full_like(p, value, dtype=dtype, memory_format=torch.preserve_format)
@@ -157,8 +158,8 @@ class _Saved:
         self.tensor = tensor
 
 
-def as_saved(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Pre-hook for loading: return ``state_dict`` with parameters' tensors hidden from casts, for :func:`fitted`."""
+def as_saved(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a ``state_dict`` to load with parameters' tensors hidden from casts, for :func:`fitted`."""
     if not isinstance(state_dict.get("state"), dict) or not isinstance(state_dict.get("param_groups"), (list, tuple)):
         raise ValueError("state_dict: must have 'state' and 'param_groups', as state_dict() returns it")
     for i, group in enumerate(state_dict["param_groups"]):
@@ -168,12 +169,12 @@ def as_saved(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         if options and "lr_decay" not in options:
             raise ValueError(f"state_dict: group {i}: no 'lr_decay': must have the options of an AdaGrad optimizer")
     of_parameters = {key for group in state_dict["param_groups"] for key in group["params"]}
-    hidden = {
-        key: {name: _Saved(value) if isinstance(value, Tensor) else value for name, value in state.items()}
-        if key in of_parameters and isinstance(state, dict)
-        else state
-        for key, state in state_dict["state"].items()
-    }
+    hidden = dict(state_dict["state"])
+    for key in of_parameters & hidden.keys():
+        state = hidden[key]
+        if not isinstance(state, dict):
+            raise ValueError(f"state_dict: state of parameter {key!r}: {type(state).__name__}: must be a dict")
+        hidden[key] = {name: _Saved(value) if isinstance(value, Tensor) else value for name, value in state.items()}
     return {**state_dict, "state": hidden}
 
 

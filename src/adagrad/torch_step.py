@@ -19,7 +19,7 @@ from adagrad.kernels import fast_path, general_path, tensor_checks
 from adagrad.kernels.batch import Batch
 from adagrad.kernels.tensor_views import mark_changed
 from adagrad.rule import Rule
-from adagrad.torch_options import rule_and_decays
+from adagrad.torch_options import one_real, rule_and_decays
 from adagrad.torch_state import Counts, master
 
 _is_given = functools.partial(operator.is_not, None)
@@ -74,9 +74,9 @@ class Part(Batch):
     def _lrs(self, lr: Any, decay: Any, *, keep_tensor: bool) -> list[Any]:
         """Return the learning rate of each parameter, or one for all; a tensor if the host need not know it."""
         if isinstance(lr, Tensor):
-            lr = lr if keep_tensor else lr.detach()
+            lr = one_real("lr", lr if keep_tensor else lr.detach())
             keep_tensor = keep_tensor or (lr.is_cuda and self.on_cuda())
-            lr = lr.reshape(()) if keep_tensor else float(lr)
+            lr = lr if keep_tensor else float(lr)
             if keep_tensor and lr.is_cuda and lr.dtype not in (torch.float32, torch.float64):
                 lr = lr.float()  # which the kernels read
         if not isinstance(lr, Tensor):

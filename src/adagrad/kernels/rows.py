@@ -78,9 +78,9 @@ def describe_rows(weight: int, values: int, history: int, master: int, indices: 
         elif (k != MASTER or has_master) and not describe(things[k], layout, out, info[k]):
             return -1
     w, v, ids = info[WEIGHT], info[GRAD], info[IDS]
-    # Ids have one dimension, or, as in a sparse tensor, two, and vary along the last.
+    # Ids have one dimension or, in a sparse tensor, two, and vary along the last.
     last = ids[RANK] - 1
-    if ids[KIND] != w[KIND] or ids[DEVICE] != w[DEVICE] or ids[FORMAT] < INT32 or last < 0 or last > ids[KIND]:
+    if ids[KIND] != w[KIND] or ids[DEVICE] != w[DEVICE] or ids[FORMAT] < INT32 or last != (1 if body else 0):
         return -1
     entries = read_word(ids[SIZES], 8 * last)
     if entries > MOST or ids[COUNT] != entries or (entries > 1 and read_word(ids[STRIDES], 8 * last) != ids[UNIT]):
