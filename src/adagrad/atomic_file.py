@@ -39,6 +39,7 @@ def save(path: str | os.PathLike[str], data: bytes) -> None:
         os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
+            os.chmod(temporary, 0o600)  # Windows removes no file that is read-only
             os.unlink(temporary)
         raise
     with contextlib.suppress(OSError):  # makes the rename durable; Windows cannot open folders

@@ -138,12 +138,14 @@ def _user_cache() -> Path:
 
 
 def _private(path: Path) -> bool:
-    """Whether only this user, its own group or root can replace files in ``path``, or a folder above it."""
+    """Whether only this user, its private group or root can replace files in ``path``, or a folder above it."""
     if not hasattr(os, "getuid"):
         return True
+    # By convention, a user's private group has the user's number; the group "users" or "staff" has all users.
+    groups = {0, os.getuid()} if os.getgid() == os.getuid() else {0}
 
     def can_change(status: os.stat_result) -> bool:
-        by_group = status.st_mode & stat.S_IWGRP and status.st_gid not in (os.getgid(), 0)
+        by_group = status.st_mode & stat.S_IWGRP and status.st_gid not in groups
         return bool(by_group or status.st_mode & stat.S_IWOTH)
 
     here, above = path.stat(), [folder.stat() for folder in path.parents]

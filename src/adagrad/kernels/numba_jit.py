@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-import platform
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+from llvmlite import binding as llvm
 from llvmlite import ir
 from numba.core import cgutils
 from numba.core.ccallback import CFunc
@@ -79,37 +80,51 @@ _compiled: list[Any] = []
 _BYTES = ir.IntType(8).as_pointer()
 
 
-_IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
-_FLUSHING = 0x8040
-"""The bits of the processor's MXCSR register that flush subnormal numbers to zero."""
-
-
 def _call_code(typing: Any, work: Any, arguments: Any, k: Any, count: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        word, control = ir.IntType(64), ir.IntType(32)
+        word = ir.IntType(64)
         kind = ir.FunctionType(ir.VoidType(), [word, word, word])
         work = builder.inttoptr(args[0], kind.as_pointer())
-        if not _IS_X86:
-            builder.call(work, args[1:])
-            return context.get_dummy_value()
         # Some programs make the calling thread flush subnormal numbers; the threads of the pool do not. Flushing is
         # turned off here, so that the result depends on neither.
-        place = cgutils.alloca_once(builder, control)
-        form = ir.FunctionType(ir.VoidType(), [_BYTES])
-        store, load = (
-            cgutils.get_or_insert_function(builder.module, form, f"llvm.x86.sse.{name}mxcsr") for name in ("st", "ld")
-        )
-        builder.call(store, [builder.bitcast(place, _BYTES)])
-        before = builder.load(place)
-        builder.store(builder.and_(before, control(~_FLUSHING & 0xFFFFFFFF)), place)
-        builder.call(load, [builder.bitcast(place, _BYTES)])
+        restore = _stop_flushing(builder)
         builder.call(work, args[1:])
-        builder.store(before, place)
-        builder.call(load, [builder.bitcast(place, _BYTES)])
+        restore()
         return context.get_dummy_value()
 
     word = numba.types.int64
     return numba.types.void(word, word, word, word), generate
+
+
+_PROCESSOR = llvm.get_process_triple().split("-")[0]
+
+
+def _stop_flushing(builder: Any) -> Callable[[], object]:
+    """Turn off what flushes subnormal numbers to zero; return what turns it on again if it was on."""
+
+    def function(name: str, result: Any, *arguments: Any) -> Any:
+        return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), f"llvm.{name}")
+
+    void, word, control = ir.VoidType(), ir.IntType(64), ir.IntType(32)
+    if _PROCESSOR == "x86_64":
+        store, load = function("x86.sse.stmxcsr", void, _BYTES), function("x86.sse.ldmxcsr", void, _BYTES)
+        place = cgutils.alloca_once(builder, control)
+        at = builder.bitcast(place, _BYTES)
+        builder.call(store, [at])
+        before = builder.load(place)
+
+        def put(value: Any) -> None:
+            builder.store(value, place)
+            builder.call(load, [at])
+
+        put(builder.and_(before, control(~0x8040 & 0xFFFFFFFF)))  # FTZ and DAZ of MXCSR
+        return lambda: put(before)
+    if _PROCESSOR in ("aarch64", "arm64"):
+        get, set_ = function("aarch64.get.fpcr", word), function("aarch64.set.fpcr", void, word)
+        before = builder.call(get, [])
+        builder.call(set_, [builder.and_(before, word(~0x1080001))])  # FZ, FZ16 and FIZ of FPCR
+        return lambda: builder.call(set_, [before])
+    return lambda: None
 
 
 call_worker: Any = intrinsic(_call_code)
@@ -216,6 +231,9 @@ STALL_SECONDS, SECONDS_PER_ELEMENT = 2e-3, 5e-9
 a core. The caller spins while it waits. Time that it sleeps, for the GIL or for memory, does not count.
 """
 
+_CLOCK_IS_FINE = sys.platform != "win32"
+"""Whether a thread's CPU seconds are counted finely enough to see stalls; on Windows, in ticks of 16 ms."""
+
 BACKOFF_LAUNCHES = 100
 """Launches that stay on the calling thread after two stalls in a row."""
 
@@ -279,7 +297,8 @@ class workers:  # in lower case, because it is used like a function
         global _stalls, _backoff
         if self._count > 1:
             self._held.pop("thread", None)
-            if self.work:  # else nothing was worth several threads, and nothing could stall
+            # Without work, nothing was worth several threads, and nothing could stall.
+            if self.work and _CLOCK_IS_FINE:
                 stalled = time.thread_time() - self._started > STALL_SECONDS + SECONDS_PER_ELEMENT * self.work
                 _stalls = _stalls + 1 if stalled else 0
                 _backoff = BACKOFF_LAUNCHES if _stalls > 1 else 0
