@@ -759,32 +759,12 @@ def test_a_launch_that_a_signal_ended_before_it_began_does_not_hold_the_layer(cl
     assert not numba_jit._held
 
 
-X86 = """
-    declare void @llvm.x86.sse.ldmxcsr(ptr)
-    define void @set_mode(i64 %flush) {
-        %place = alloca i32
-        %bits = mul i64 %flush, 32832
-        %usual = or i64 %bits, 8064
-        %mode = trunc i64 %usual to i32
-        store i32 %mode, ptr %place
-        call void @llvm.x86.sse.ldmxcsr(ptr %place)
-        ret void
-    }"""
-ARM = """
-    declare void @llvm.aarch64.set.fpcr(i64)
-    define void @set_mode(i64 %flush) {
-        %mode = mul i64 %flush, 16777216
-        call void @llvm.aarch64.set.fpcr(i64 %mode)
-        ret void
-    }"""
-
-
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="how to flush is not known here")
 def test_subnormal_numbers_do_not_depend_on_threads_or_on_what_the_caller_flushes() -> None:
-    assembly = X86 if platform.machine() == "x86_64" else ARM
     code = """
-        import ctypes, os
+        import ctypes, platform
         import llvmlite.binding as llvm, numpy as np
+        from llvmlite import ir
         from adagrad import kernels
         from adagrad.kernels import numba_jit
         from adagrad.rule import Rule
@@ -795,11 +775,26 @@ def test_subnormal_numbers_do_not_depend_on_threads_or_on_what_the_caller_flushe
             kernels.update([w], [g], [h], [1e-40], [0.0], Rule(), fused=True, threads=threads)
             return int((w.view(np.int32) == 0).sum())
         found = [zeros(4)]
-        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(os.environ["ASSEMBLY"]),
+        # What sets the floating-point mode of the thread.
+        is_arm, void, word, text = platform.machine() == "aarch64", ir.VoidType(), ir.IntType(64), ir.IntType(8)
+        module = ir.Module()
+        function = ir.Function(module, ir.FunctionType(void, [word]), "set_mode")
+        builder = ir.IRBuilder(function.append_basic_block())
+        if is_arm:
+            put = ir.Function(module, ir.FunctionType(void, [word]), "llvm.aarch64.set.fpcr")
+            builder.call(put, function.args)
+        else:
+            put = ir.Function(module, ir.FunctionType(void, [text.as_pointer()]), "llvm.x86.sse.ldmxcsr")
+            place = builder.alloca(word)
+            builder.store(function.args[0], place)
+            builder.call(put, [builder.bitcast(place, text.as_pointer())])
+        builder.ret_void()
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)),
                                             llvm.Target.from_default_triple().create_target_machine())
         engine.finalize_object()
         set_mode = ctypes.CFUNCTYPE(None, ctypes.c_int64)(engine.get_function_address("set_mode"))
-        set_mode(1)
+        usual, flushing = (0, 1 << 24) if is_arm else (0x1F80, 0x9FC0)
+        set_mode(flushing)
         found += [zeros(1), zeros(2), zeros(4)]
         results = []
         for step in (1, -1):  # a long row, and one that no kernel can address
@@ -810,11 +805,11 @@ def test_subnormal_numbers_do_not_depend_on_threads_or_on_what_the_caller_flushe
         found.append(int((results[0] != results[2]).sum() + (results[1] != results[3]).sum()))
         found.append(int((results[3] == 0).sum()))
         flushed = subnormal * np.float32(1)
-        set_mode(0)
+        set_mode(usual)
         assert (flushed == 0).all(), "the caller's own mode stays"
         print(found)
         """
-    assert set(run(code, NUMBA_NUM_THREADS="4", ASSEMBLY=assembly).strip("[]").split(", ")) == {"0"}
+    assert set(run(code, NUMBA_NUM_THREADS="4").strip("[]").split(", ")) == {"0"}
 
 
 def test_a_flipped_bit_in_a_cache_file_costs_a_compilation(tmp_path: Path) -> None:
