@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -47,6 +47,11 @@ def finite(name: str, value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name}={describe(value)}: must be finite")
     return number
+
+
+def is_rate(value: Any) -> TypeGuard[float]:
+    """Whether ``value`` is a float, finite and >= 0: what :func:`non_negative` makes sure of, for many of them."""
+    return type(value) is float and 0 <= value <= _MOST
 
 
 def non_negative(name: str, value: Any) -> float:

@@ -130,7 +130,8 @@ class Rates:
         if index in self.param_dict:
             return _own_multiplier(index, self.param_dict[index], attribute)
         key = index if index in multipliers else self.idx2name.get(index, index)
-        return checks.non_negative(f"{attribute}[{key!r}]", multipliers[key]) if key in multipliers else 1.0
+        value = multipliers.get(key, 1.0)
+        return value if checks.is_rate(value) else checks.non_negative(f"{attribute}[{key!r}]", value)
 
     def _get_lr(self, index: Index) -> float:
         """Return the current learning rate of the weight ``index``.
@@ -196,9 +197,12 @@ class Rates:
                 reached = max(reached, new[index])
                 name = "lr" if self.lr_scheduler is None else f"lr_scheduler({reached})"
                 base = checks.non_negative(name, self._lr_at(reached))
-            lr = base * self._multiplier(index, "lr_mult", self.lr_mult)
-            lrs.append(checks.non_negative(f"lr of index {index!r}", lr))
-        wds = [checks.non_negative(f"wd of index {index!r}", self._get_wd(index)) for index in indices]
+            lrs.append(base * self._multiplier(index, "lr_mult", self.lr_mult))
+        wds = self._get_wds(indices)
+        for name, rates in (("lr", lrs), ("wd", wds)):
+            if not all(map(checks.is_rate, rates)):
+                for index, rate in zip(indices, rates, strict=True):
+                    checks.non_negative(f"{name} of index {index!r}", rate)
         return lrs, wds, new
 
     def _has_own_rates(self) -> bool:
@@ -296,6 +300,8 @@ def _own_multiplier(index: Index, parameter: Any, attribute: str) -> float:
     except AttributeError:
         shown = checks.describe(parameter)
         raise TypeError(f"param_dict[{index!r}]={shown}: must have lr_mult and wd_mult") from None
+    if checks.is_rate(value):
+        return value
     name = f"{attribute} of param_dict[{index!r}]"
     try:
         number = float(value)
