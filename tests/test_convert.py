@@ -947,3 +947,20 @@ def test_a_table_without_a_state(nothing: Any) -> None:
 def test_only_tables_go_to_fbgemm(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="must have two dimensions: FBGEMM has only tables"):
         convert.to_fbgemm({0: np.ones(shape, np.float32)}, AdaGrad(dialect="fbgemm"))
+
+
+def test_masked_weight_decay_in_a_chain_of_optax() -> None:
+    """The state of a masked transformation without state holds nothing, either."""
+    optax = pytest.importorskip("optax")
+    params = {"w": f32(1, 2, 3, 4), "b": f32(1, 2)}
+    decay = optax.add_decayed_weights(0.1, mask={"w": True, "b": False})
+    state = optax.chain(decay, optax.adagrad(0.1)).init(params)
+    optimizer = AdaGrad(0.1, wd=0.1, dialect="optax")
+    states = convert.from_optax(state, optimizer)
+    assert [each.shape for each in states.values()] == [(2,), (4,)]
+    back = convert.to_optax({index: 3 * each for index, each in states.items()}, optimizer, state)
+    assert type(back[0]) is type(state[0])
+    assert [float(each[0]) for each in back[1][0].sum_of_squares.values()] == pytest.approx([0.3, 0.3])
+    masked = optax.masked(optax.adagrad(0.1), {"w": True, "b": False}).init(params)
+    with pytest.raises(ValueError, match=r"MaskedState: not a part of the state of optax\.adagrad: convert its inner"):
+        convert.from_optax(masked, optimizer)

@@ -197,3 +197,29 @@ def test_a_weight_decay_that_a_schedule_brought_just_below_zero() -> None:
     optimizer.load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match="weight_decay"):
         Adagrad([p], weight_decay=-1e-18)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in ("maximize", "row_wise", "epsilon_inside", "decoupled_decay", "multi_precision")
+     for value in (1, "no", None)],
+)  # fmt: skip
+def test_what_must_be_true_or_false_is_checked_at_a_step(name: str, value: Any) -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = Adagrad([p])
+    optimizer.param_groups[0][name] = value
+    p.grad = torch.ones(2)
+    with pytest.raises(TypeError, match=f"{name}={value!r}: must be True or False"):
+        optimizer.step()
+    assert (p == 1).all()
+
+
+def test_an_initial_value_that_was_set_is_checked_when_a_state_is_made() -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = Adagrad([p])
+    optimizer.state.clear()
+    optimizer.param_groups[0]["initial_accumulator_value"] = -1.0
+    p.grad = torch.ones(2)
+    with pytest.raises(ValueError, match=r"initial_accumulator_value=-1.0: must be >= 0"):
+        optimizer.step()
+    assert (p == 1).all()

@@ -183,10 +183,10 @@ class AdaGrad(Optimizer):
         try:
             kernels.update(weights, grads, states, lrs, wds, self.rule(), fused=fused)
             is_done = True
-            self._count(counts)
+            self._store_counts(counts)
         except BaseException as error:
             if is_done or kernels.came_late(error):
-                self._count(counts)  # perhaps once more, which is the same
+                self._store_counts(counts)  # perhaps once more, which is the same
             raise
 
     def update_multi_precision(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:

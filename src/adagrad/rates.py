@@ -241,7 +241,7 @@ class Rates:
             else:
                 self._index_update_count[index] = count
 
-    def _count(self, new: Mapping[Index, int]) -> None:
+    def _store_counts(self, new: Mapping[Index, int]) -> None:
         """Store the counts that :meth:`_resolve` returned."""
         if isinstance(new, _Counts):
             self._index_update_count.update(new)
@@ -259,7 +259,7 @@ class Rates:
         The counts are restored if it raises.
         """
         before = self._counts_of(indices)
-        self._count(new)
+        self._store_counts(new)
         self._resolved = dict(zip(indices, _pairs(lrs, wds, len(indices)), strict=True))
         try:
             yield

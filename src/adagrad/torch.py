@@ -101,6 +101,8 @@ class Adagrad(Optimizer):
     ------
     TypeError, ValueError
         If an argument has the wrong type or value; the message names it.
+    RuntimeError
+        If ``fused`` is combined with ``foreach`` or ``differentiable``, as in PyTorch.
 
     Notes
     -----

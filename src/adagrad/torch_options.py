@@ -70,6 +70,9 @@ _USUAL = frozenset((bool, int, float, type(None)))
 def _rule_and_decays(maximize: bool, clip_value: Any, eps: Any, inside: bool, decoupled: bool, row_wise: bool,
                      weight_decay: Any, lr_decay: Any) -> tuple[Rule, float, float]:  # fmt: skip
     """See :func:`rule_and_decays`."""
+    for name, value in (("maximize", maximize), ("epsilon_inside", inside), ("decoupled_decay", decoupled),
+                        ("row_wise", row_wise)):  # fmt: skip
+        checks.boolean(name, value)
     eps, weight_decay, lr_decay = number("eps", eps), number("weight_decay", weight_decay), number("lr_decay", lr_decay)
     rule = Rule(
         rescale_grad=-1.0 if maximize else 1.0,

@@ -35,7 +35,8 @@ def new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     else:
         wide = torch.get_default_dtype() == torch.float64
         step = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device="cpu")
-    start = number("initial_accumulator_value", group["initial_accumulator_value"])
+    name = "initial_accumulator_value"
+    start = checks.non_negative(name, number(name, group[name]))
     dtype = WIDE.get(p.dtype, p.dtype)
     if group["row_wise"]:
         history = _row_wise_history(p, group, start, dtype)

@@ -51,7 +51,8 @@ class Part(Batch):
         rule, wd, lr_decay = rule_and_decays(group)
         super().__init__(rule, params, grads, list(map(_sum_of, states)), [], [], [wd], places)
         self._are_ours: list[bool] = []
-        if group["multi_precision"]:
+        multi_precision = group["multi_precision"]
+        if multi_precision is not False and checks.boolean("multi_precision", multi_precision):
             self._are_ours = [_is_as_left(p, left.get(id(p))) for p in params]
             self.masters = [
                 master(p, state, is_ours=is_ours)

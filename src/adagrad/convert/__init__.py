@@ -4,9 +4,9 @@ The history is the same quantity everywhere, so a conversion only copies arrays 
 importing the frameworks. Each function also takes the optimizer here that continues with the states, or that they come
 from. It raises ValueError if this has epsilon or weight decay in another place than the framework (optax and FBGEMM
 permit both places for weight decay), or if what the state contains contradicts it. States of optax, FBGEMM and plain
-arrays hold no learning rate, those of optax and Keras only the count of a schedule, and only PyTorch's hold epsilon,
-weight decay and, from :class:`adagrad.torch.Adagrad`, clipping: what a state does not hold is not compared, so pass the
-same values yourself.
+arrays hold no learning rate; Keras's do, unless it is a schedule. Of a schedule, those of optax and Keras hold only the
+count. Only PyTorch's hold epsilon, weight decay and, from :class:`adagrad.torch.Adagrad`, clipping. What a state does
+not hold is not compared, so pass the same values yourself.
 
 =========  =========================================================  =============================
 framework  form                                                       functions

@@ -113,7 +113,7 @@ def _parts(opt_state: Any) -> tuple[Any, list[Any]]:
             found.append(part)
         elif name == "ScaleByScheduleState":
             counts.append(part.count)
-        elif getattr(part, "_fields", None) != ():
+        elif not _is_empty(part):
             hint = ": convert its inner_state" if hasattr(part, "inner_state") else ""
             if hasattr(part, "hyperparams"):
                 hint += ", and pass the schedules of its hyperparams to the optimizer"
@@ -121,6 +121,14 @@ def _parts(opt_state: Any) -> tuple[Any, list[Any]]:
     if len(found) != 1:
         raise ValueError(f"opt_state: contains {len(found)} ScaleByRssState: must be one")
     return found[0], counts
+
+
+def _is_empty(part: Any) -> bool:
+    """Whether a part of an optax state holds nothing, as that of a transformation without state, masked or not."""
+    if isinstance(part, (tuple, list)) and not hasattr(part, "_fields"):
+        return all(map(_is_empty, part))
+    fields = getattr(part, "_fields", None)
+    return fields == () or (fields == ("inner_state",) and _is_empty(part.inner_state))
 
 
 # JAX's order: dicts by key; None has no leaves.

@@ -111,7 +111,7 @@ def to_torch(
         The indices of each parameter group, in the order of its parameters; by default one group of all.
     ours : bool, default False
         Whether the dict is for :class:`adagrad.torch.Adagrad`, which has all options of ``AdaGrad``. Otherwise options
-        that ``torch.optim.Adagrad`` lacks, and would ignore, are refused.
+        that ``torch.optim.Adagrad`` lacks are refused if they would change the results.
 
     Raises
     ------
