@@ -438,7 +438,7 @@ def full_state_dicts(folder: Path) -> None:
 
 
 def plain_state_into_shards(folder: Path) -> None:
-    """A state dict of one process loads into shards; one of other placements moves to the parameter's."""
+    """A state dict of one process loads into shards."""
     alone = Model()
     one = Adagrad(alone.parameters(), lr=0.1, row_wise=True)
     exact_step(dict(alone.named_parameters()), one, 0)
@@ -451,6 +451,66 @@ def plain_state_into_shards(folder: Path) -> None:
     for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
         is_placed(optimizer.state[p]["sum"], p, name)
         same(p, q, name)
+
+
+def states_of_other_placements(folder: Path) -> None:
+    """They move to the parameter's; what cannot is refused, and nothing changes."""
+    mesh = mesh_of(dist.get_world_size())
+    value = torch.randn((7, 6), generator=torch.Generator().manual_seed(1))
+
+    def made(*given: Any, **options: Any) -> tuple[nn.Parameter, Adagrad]:
+        p = nn.Parameter(distribute_tensor(value, mesh, [*given]) if given else value.clone())
+        return p, Adagrad([p], lr=0.1, **options)
+
+    def refused(p: nn.Parameter, optimizer: Adagrad, saved: dict[str, Any], match: str) -> None:
+        before, history = copy.deepcopy(optimizer.state_dict()["param_groups"]), full(optimizer.state[p]["sum"]).clone()
+        with pytest.raises(ValueError, match=match):
+            optimizer.load_state_dict(saved)
+        assert optimizer.state_dict()["param_groups"] == before
+        same(optimizer.state[p]["sum"], history, match)
+
+    p, optimizer = made(Shard(1))
+    exact_step({"p": p}, optimizer, 0)
+    for wanted in (Shard(0), Replicate(), Shard(1)):
+        q, other = made(wanted)
+        with torch.no_grad():
+            q.copy_(p.detach().redistribute(mesh, [wanted]))
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        is_placed(other.state[q]["sum"], q, str(wanted))
+        same(other.state[q]["sum"], optimizer.state[p]["sum"], str(wanted))
+        exact_step({"q": q}, other, 1)
+    plain, alone = made()
+    refused(plain, alone, optimizer.state_dict(), "sum: a DTensor: must be an ordinary tensor, like the parameter")
+    _, by_row = made(row_wise=True)
+    refused(p, optimizer, by_row.state_dict(), r"row_wise=True: placements .*: must have whole rows on a device")
+
+
+def shapes_and_kinds_of_dtensors(folder: Path) -> None:
+    """What is wrong as a whole is refused by every process, though its own part may fit."""
+    world = dist.get_world_size()
+    mesh, other = mesh_of(world), init_device_mesh("cpu", (1, world), mesh_dim_names=("a", "b"))
+    p, q = nn.Parameter(distribute_tensor(torch.ones(7, 2), mesh, [Shard(0)])), nn.Parameter(torch.ones(7, 2))
+    optimizer = Adagrad([p, q])
+    right = optimizer.state[p]["sum"]
+
+    def refused(error: type[Exception], match: str) -> None:
+        with pytest.raises(error, match=match):
+            optimizer.step()
+        assert full(p).eq(1).all()
+        assert q.eq(1).all()
+
+    p.grad, q.grad = distribute_tensor(torch.ones(7, 2), mesh, [Shard(0)]), torch.ones(7, 2)
+    optimizer.state[p]["sum"] = distribute_tensor(torch.zeros(8, 2), mesh, [Shard(0)])
+    refused(ValueError, r"history in states\[0\]: shape \(8, 2\): must be \(7, 2\)")
+    optimizer.state[p]["sum"] = right
+    optimizer.state[q]["sum"] = right
+    refused(TypeError, r"history in states\[1\]: must be an ordinary tensor, not a DTensor, like the weight")
+    optimizer.state[q]["sum"] = torch.zeros(7, 2)
+    p.grad = distribute_tensor(torch.ones(7, 2), other, [Replicate(), Shard(0)])
+    refused(ValueError, r"grads\[0\]: on DeviceMesh.*: must be on DeviceMesh.*, like the weight")
+    p.grad = distribute_tensor(torch.ones(7, 2), mesh, [Shard(1)])
+    optimizer.step()
+    assert full(p).lt(1).all()
 
 
 def row_wise_of_flat_parameters(folder: Path) -> None:
@@ -518,7 +578,7 @@ CHECKS: dict[str, list[Callable[[Path], None]]] = {
     "two": [
         ddp_dense, ddp_sparse, fsdp, fsdp_low_precision, tensor_parallel, placements, mixed_with_plain, save,
         full_state_dicts, zero_redundancy, plain_state_into_shards, row_wise_placements, sharded_grad_scaler,
-        row_wise_of_flat_parameters,
+        row_wise_of_flat_parameters, states_of_other_placements, shapes_and_kinds_of_dtensors,
     ],
     "four": [load_of_two, fsdp, hsdp, fsdp_and_tensor_parallel, save],
 }  # fmt: skip

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numba
 import pytest
 
 import adagrad
@@ -234,6 +233,41 @@ def test_a_folder_of_another_user_is_not_used(tmp_path: Path, no_variables: pyte
     disk_cache.cache_folder.cache_clear()
     no_variables.setattr(os, "getuid", lambda: 54321)
     assert disk_cache.cache_folder() is None
+
+
+@posix
+@pytest.mark.parametrize(("group", "name", "members", "is_private"), [
+    (1002, "ann", [], True), (1002, "ann", ["ann"], True), (1002, "ann", ["bob"], False), (1002, "staff", [], False),
+    (1002, None, [], False), (1001, "staff", ["bob"], True), (0, "root", [], True),
+])  # fmt: skip
+def test_what_a_private_group_is(
+    group: int, name: str | None, members: list[str], is_private: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grp, pwd = pytest.importorskip("grp"), pytest.importorskip("pwd")
+
+    def found(number: int) -> Any:
+        if name is None:
+            raise KeyError(number)
+        return grp.struct_group((name, "x", number, members))
+
+    monkeypatch.setattr(os, "getuid", lambda: 1001)
+    monkeypatch.setattr(grp, "getgrgid", found)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: pwd.struct_passwd(("ann", "x", 1001, 1002, "", "/", "")))
+    assert disk_cache._has_no_others(group) == is_private
+
+
+@posix
+def test_our_own_folders_are_private_whatever_the_umask(tmp_path: Path, no_variables: pytest.MonkeyPatch) -> None:
+    no_variables.setenv("XDG_CACHE_HOME", str(tmp_path))
+    no_variables.setattr(sys, "platform", "linux")
+    before = os.umask(0o002)
+    try:
+        folder = disk_cache.cache_folder()
+    finally:
+        os.umask(before)
+    assert folder is not None
+    assert [each.stat().st_mode & 0o777 for each in (folder, folder.parent)] == [0o700, 0o700]
+    assert folder.parent == tmp_path.resolve() / "adagrad"
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
@@ -622,7 +656,6 @@ def test_without_memory_for_the_sums_nothing_else_changes_either() -> None:
 
 
 @linux
-@pytest.mark.skipif(numba.version_info.short < (0, 68), reason="this Numba keeps arrays of functions that raise")
 def test_what_finds_no_memory_leaves_none_behind() -> None:
     code = """
         import re, resource, sys
@@ -759,7 +792,9 @@ def test_a_launch_that_a_signal_ended_before_it_began_does_not_hold_the_layer(cl
     assert not numba_jit._held
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="how to flush is not known here")
+@pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64", "aarch64", "arm64"), reason="how to flush is not known here"
+)
 def test_subnormal_numbers_do_not_depend_on_threads_or_on_what_the_caller_flushes() -> None:
     code = """
         import ctypes, platform
@@ -776,7 +811,8 @@ def test_subnormal_numbers_do_not_depend_on_threads_or_on_what_the_caller_flushe
             return int((w.view(np.int32) == 0).sum())
         found = [zeros(4)]
         # What sets the floating-point mode of the thread.
-        is_arm, void, word, text = platform.machine() == "aarch64", ir.VoidType(), ir.IntType(64), ir.IntType(8)
+        is_arm = platform.machine() in ("aarch64", "arm64")
+        void, word, text = ir.VoidType(), ir.IntType(64), ir.IntType(8)
         module = ir.Module()
         function = ir.Function(module, ir.FunctionType(void, [word]), "set_mode")
         builder = ir.IRBuilder(function.append_basic_block())

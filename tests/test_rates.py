@@ -175,3 +175,11 @@ def test_a_step_may_use_keys_of_its_own_in_a_mixed_list(mult: dict[Any, float]) 
         assert updater.optimizer._index_update_count.keys() >= {"1/a", "1/b"}
         results.append([w.tolist() for w in weights])
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("value", [np.array(0.3, np.float32), np.float32(0.3), np.float16(0.3)], ids=repr)
+def test_scalars_of_numpy_in_a_schedule_are_converted(value: Any) -> None:
+    schedule = CosineScheduler(9)
+    schedule.base_lr = value
+    assert type(schedule.base_lr) is float
+    assert schedule(5) == CosineScheduler(9, base_lr=float(value))(5)

@@ -612,3 +612,10 @@ def test_parameters_without_gradients_get_no_state(multi_precision: bool) -> Non
     assert set(optimizer.state) == set(params[1:])
     assert (params[1] < 1).all()
     assert_same_bits(params[1].detach(), params[2].detach())
+
+
+def test_a_hook_that_returns_nothing_useful_is_refused() -> None:
+    optimizer = Adagrad([nn.Parameter(torch.ones(2))])
+    optimizer.register_load_state_dict_pre_hook(lambda *_: {})
+    with pytest.raises(ValueError, match="must have 'state' and 'param_groups'"):
+        optimizer.load_state_dict(optimizer.state_dict())

@@ -40,6 +40,7 @@ def save(path: str | os.PathLike[str], data: bytes) -> None:
     except BaseException:
         with contextlib.suppress(OSError):
             os.chmod(temporary, 0o600)  # Windows removes no file that is read-only
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
     with contextlib.suppress(OSError):  # makes the rename durable; Windows cannot open folders

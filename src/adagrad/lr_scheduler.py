@@ -55,8 +55,9 @@ class LRScheduler:
         self._warmup_final_lr: float | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Schedules are computed in double, whatever dtype of NumPy a number came in.
-        super().__setattr__(name, float(value) if isinstance(value, np.floating) else value)
+        # Schedules are computed in double, whatever scalar of NumPy a number came in.
+        is_scalar = isinstance(value, np.floating) or (isinstance(value, np.ndarray) and value.ndim == 0)
+        super().__setattr__(name, float(value) if is_scalar else value)
 
     def __call__(self, num_update: int) -> float:
         """Return the learning rate at update ``num_update``, the largest number of updates of any weight."""

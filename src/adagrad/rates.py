@@ -300,14 +300,7 @@ def _own_multiplier(index: Index, parameter: Any, attribute: str) -> float:
     except AttributeError:
         shown = checks.describe(parameter)
         raise TypeError(f"param_dict[{index!r}]={shown}: must have lr_mult and wd_mult") from None
-    if checks.is_rate(value):
-        return value
-    name = f"{attribute} of param_dict[{index!r}]"
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}={checks.describe(value)}: must be a number") from None
-    return checks.non_negative(name, number)
+    return value if checks.is_rate(value) else checks.non_negative(f"{attribute} of param_dict[{index!r}]", value)
 
 
 def check_indices(indices: Iterable[Any], name: str = "index") -> None:

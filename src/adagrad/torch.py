@@ -86,8 +86,9 @@ class Adagrad(Optimizer):
     multi_precision : bool, default False
         Whether to keep a float32 copy of float16 and bfloat16 parameters, ``master`` in the state, to which the rule is
         applied; the parameter is its rounding. If something else changed the parameter in place, the next step makes a
-        new copy. PyTorch does not count changes through ``p.data``, of a DTensor's local part or by another process:
-        delete ``master`` from the state after those.
+        new copy. PyTorch does not count changes through ``p.data``, NumPy or DLPack, by in-place collectives, of a
+        DTensor's local part, of a DTensor by ``torch._foreach_*`` or by another process: delete ``master`` from the
+        state after those.
     dialect : str, default "torch"
         The framework to follow, one of :data:`~adagrad.dialects.DIALECTS`. Its defaults apply to every argument not
         passed.
@@ -304,7 +305,8 @@ class Adagrad(Optimizer):
         def in_order(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             self._optimizer_load_state_dict_pre_hooks = hooks  # hooks may remove themselves, or load
             for hook in list(hooks.values()):
-                given = hook(self, given) or given
+                changed = hook(self, given)
+                given = given if changed is None else changed
             return as_saved(given)  # last, to see the dict as the hooks left it
 
         self._optimizer_load_state_dict_pre_hooks = OrderedDict({0: in_order})

@@ -202,6 +202,11 @@ def _fitted(where: str, p: Tensor, name: str, value: Any, group: dict[str, Any])
         return tensor.to(p.device)
     if tensor.layout != torch.strided:
         raise ValueError(f"{where}: {name}: layout {tensor.layout}: must be a dense (strided) tensor")
+    if is_dtensor(tensor) and not is_dtensor(p):
+        raise ValueError(f"{where}: {name}: a DTensor: must be an ordinary tensor, like the parameter")
+    if group["row_wise"] and is_dtensor(p) and not has_whole_rows(p):
+        placements = p.placements  # type: ignore[attr-defined]
+        raise ValueError(f"{where}: row_wise=True: placements {placements}: must have whole rows on a device")
     if tensor.is_complex() != p.is_complex():
         raise ValueError(f"{where}: {name}: {tensor.dtype}: must be {WIDE.get(p.dtype, p.dtype)}, for {p.dtype}")
     shape = history_shape(tuple(p.shape), row_wise=group["row_wise"] and name == "sum")
@@ -209,8 +214,7 @@ def _fitted(where: str, p: Tensor, name: str, value: Any, group: dict[str, Any])
         why = f"of the row-wise history of {tuple(p.shape)}" if group["row_wise"] else "the parameter's"
         raise ValueError(f"{where}: {name}: shape {tuple(tensor.shape)}: must be {shape}, {why}")
     tensor = tensor.to(device=p.device, dtype=WIDE.get(p.dtype, p.dtype))
-    # A tensor that one process saved has all rows: each process takes its own.
-    return spread(tensor, p) if is_dtensor(p) and not is_dtensor(tensor) else tensor
+    return spread(tensor, p) if is_dtensor(p) else tensor
 
 
 def _is_count(value: Any) -> bool:

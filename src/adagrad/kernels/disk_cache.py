@@ -122,7 +122,8 @@ def cache_folder() -> Path | None:
         root = Path(chosen) if chosen else _user_cache() / "adagrad"
         path = root.absolute() / f"kernels-{_source_hash()}"
         with suppress(OSError):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # a mode says nothing about parents
+            path.mkdir(mode=0o700, exist_ok=True)
         path = path.resolve()  # what is checked must be what is used: a link could be redirected in between
         return path if path.is_dir() and _private(path) else None
     except (OSError, RuntimeError):
@@ -137,15 +138,30 @@ def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
+def _has_no_others(group: int) -> bool:
+    """Whether a group is root's or this user's private one, which by convention has the user's name or number.
+
+    A group such as "users" or "staff" has all users.
+    """
+    import grp
+    import pwd
+
+    if group in (0, os.getuid()):
+        return True
+    try:
+        named = grp.getgrgid(group)
+        return named.gr_name == pwd.getpwuid(os.getuid()).pw_name and set(named.gr_mem) <= {named.gr_name}
+    except KeyError:  # a container may know neither
+        return False
+
+
 def _private(path: Path) -> bool:
     """Whether only this user, its private group or root can replace files in ``path``, or a folder above it."""
     if not hasattr(os, "getuid"):
         return True
-    # By convention, a user's private group has the user's number; the group "users" or "staff" has all users.
-    groups = {0, os.getuid()} if os.getgid() == os.getuid() else {0}
 
     def can_change(status: os.stat_result) -> bool:
-        by_group = status.st_mode & stat.S_IWGRP and status.st_gid not in groups
+        by_group = status.st_mode & stat.S_IWGRP and not _has_no_others(status.st_gid)
         return bool(by_group or status.st_mode & stat.S_IWOTH)
 
     here, above = path.stat(), [folder.stat() for folder in path.parents]

@@ -42,8 +42,23 @@ def from_local(part: Tensor, like: Any, shape: tuple[int, ...]) -> Tensor:
     return made
 
 
-def spread(tensor: Tensor, like: Any) -> Tensor:
-    """A DTensor placed as ``like``, from a tensor that every process holds in full; nothing is communicated."""
+def spread(tensor: Any, like: Any) -> Tensor:
+    """A DTensor placed as ``like``, from one of other placements, or from a tensor that every process holds in full.
+
+    In the latter case, nothing is communicated: each process takes its own part.
+    """
+    mesh, placements = like.device_mesh, like.placements
+    if is_dtensor(tensor):
+        same = (tensor.device_mesh, tensor.placements) == (mesh, placements)
+        return tensor if same else moved(tensor, mesh, placements)
     distribute = sys.modules["torch.distributed.tensor"].distribute_tensor
-    made: Tensor = distribute(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    made: Tensor = distribute(tensor, mesh, placements, src_data_rank=None)
     return made
+
+
+def moved(tensor: Any, mesh: Any, placements: Any) -> Tensor:
+    """A DTensor redistributed; ValueError if it is on another mesh, which PyTorch cannot move it from."""
+    try:
+        return tensor.redistribute(mesh, placements)  # type: ignore[no-any-return]
+    except NotImplementedError:
+        raise ValueError(f"on {tensor.device_mesh}: must be on {mesh}, like the weight") from None

@@ -186,7 +186,13 @@ def _incref_code(typing: Any, array: Any) -> Any:
 
 def _decref_code(typing: Any, owner: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        context.nrt.decref(builder, numba.types.MemInfoPointer(numba.types.voidptr), builder.inttoptr(args[0], _BYTES))
+        # Nor would Numba's own here: before 0.66, it is removed from functions that allocate nothing.
+        owner, word = builder.inttoptr(args[0], _BYTES), ir.IntType(64)
+        before = builder.atomic_rmw("sub", builder.bitcast(owner, word.as_pointer()), word(1), "acq_rel")
+        with builder.if_then(builder.icmp_unsigned("==", before, word(1)), likely=True):
+            kind = ir.FunctionType(ir.VoidType(), [_BYTES])
+            release = cgutils.get_or_insert_function(builder.module, kind, "NRT_MemInfo_call_dtor")
+            builder.call(release, [owner])
         return context.get_dummy_value()
 
     return numba.types.void(numba.types.int64), generate

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from adagrad.kernels.dtensor import has_whole_rows, is_dtensor, local
+from adagrad.kernels.dtensor import has_whole_rows, is_dtensor, local, moved
 from adagrad.kernels.tensor_checks import check_rows
 from adagrad.row_sparse import RowSparse
+from adagrad.rule import history_shape
 
 Operands = tuple[Any, Any, Any, Any]
 """Weight, gradient, history and master copy or None."""
@@ -115,9 +116,15 @@ def mark_changed(tensors: list[Tensor]) -> None:
 
 def _local(at: str, weight: Any, grad: Any, history: Any, master: Any, *, row_wise: bool) -> Operands:
     """The local parts. A gradient that is placed differently, such as a pending sum, is redistributed first."""
-    for name, tensor in (("grads", grad), ("history in states", history), ("master copy in states", master)):
-        if tensor is not None and not (is_dtensor(weight) and is_dtensor(tensor)):
-            raise TypeError(f"{name}{at}: must be a DTensor like the weight, or neither of them")
+    others = ("grads", grad), ("history in states", history), ("master copy in states", master)
+    for name, tensor in others:
+        if tensor is not None and is_dtensor(tensor) != is_dtensor(weight):
+            kind = "a DTensor" if is_dtensor(weight) else "an ordinary tensor, not a DTensor,"
+            raise TypeError(f"{name}{at}: must be {kind} like the weight")
+    for name, tensor in others:  # as a whole: each process sees only its part
+        shape = history_shape(tuple(weight.shape), row_wise=row_wise and tensor is history)
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}{at}: shape {tuple(tensor.shape)}: must be {shape}")
     mesh, placements = weight.device_mesh, weight.placements
     if any(p.is_partial() for p in placements):
         raise ValueError(f"weights{at}: placements {placements}: must be replicated or sharded")
@@ -127,5 +134,8 @@ def _local(at: str, weight: Any, grad: Any, history: Any, master: Any, *, row_wi
     if row_wise and not has_whole_rows(weight):
         raise ValueError(f"weights{at}: placements {placements}: row-wise history needs whole rows")
     if (grad.device_mesh, grad.placements) != (mesh, placements):
-        grad = grad.redistribute(mesh, placements)
+        try:
+            grad = moved(grad, mesh, placements)
+        except ValueError as error:
+            raise ValueError(f"grads{at}: {error}") from None
     return tuple(None if t is None else local(t) for t in (weight, grad, history, master))  # type: ignore[return-value]
