@@ -214,7 +214,10 @@ def _fitted(where: str, p: Tensor, name: str, value: Any, group: dict[str, Any])
         why = f"of the row-wise history of {tuple(p.shape)}" if group["row_wise"] else "the parameter's"
         raise ValueError(f"{where}: {name}: shape {tuple(tensor.shape)}: must be {shape}, {why}")
     tensor = tensor.to(device=p.device, dtype=WIDE.get(p.dtype, p.dtype))
-    return spread(tensor, p) if is_dtensor(p) else tensor
+    try:
+        return spread(tensor, p) if is_dtensor(p) else tensor
+    except ValueError as error:
+        raise ValueError(f"{where}: {name}: {error}") from None
 
 
 def _is_count(value: Any) -> bool:

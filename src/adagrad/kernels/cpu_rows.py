@@ -62,9 +62,9 @@ PARALLEL_MIN = 131_072
 """Work, see :func:`work_of`, below which starting the threads costs more than they save."""
 
 AHEAD, SUMS_AHEAD = 8, 32
-"""How many rows ahead to prefetch, or occurrences that are only added up; fewer if they are over AHEAD_BYTES."""
+"""How many rows ahead to prefetch, or occurrences that are only added up; fewer if they are over ROWS_AHEAD_BYTES."""
 
-AHEAD_BYTES = 2048
+ROWS_AHEAD_BYTES = 2048
 
 ELEMENTS_AHEAD = 32
 """The same, in rows, for rows of one element."""
@@ -97,7 +97,7 @@ def _four(facts: Any, at: int) -> Any:
 @jit(helper=True)
 def _ahead(most: int, length: int, token: Any) -> Any:
     """How many rows ahead to prefetch; ``most`` for short rows."""
-    return min(max(AHEAD_BYTES // max(length * token.itemsize, 1), 1), most)
+    return min(max(ROWS_AHEAD_BYTES // max(length * token.itemsize, 1), 1), most)
 
 
 @jit(helper=True)

@@ -186,7 +186,7 @@ def _incref_code(typing: Any, array: Any) -> Any:
 
 def _decref_code(typing: Any, owner: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        # Nor would Numba's own here: before 0.66, it is removed from functions that allocate nothing.
+        # Numba's own function would not do, either: before 0.66, it is removed from functions that allocate nothing.
         owner, word = builder.inttoptr(args[0], _BYTES), ir.IntType(64)
         before = builder.atomic_rmw("sub", builder.bitcast(owner, word.as_pointer()), word(1), "acq_rel")
         with builder.if_then(builder.icmp_unsigned("==", before, word(1)), likely=True):
