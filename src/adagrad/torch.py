@@ -271,21 +271,24 @@ class Adagrad(Optimizer):
             update(parts, grad_scale, found_inf)
 
     def _states(self) -> list[list[dict[str, Any]]]:
-        """Return the states of each group's parameters; those that lack one and have a gradient get a new one."""
+        """Return the states of each group's parameters."""
         groups = self.param_groups
         params = groups[0]["params"] if len(groups) == 1 else [p for group in groups for p in group["params"]]
         # The states are usually in the parameters' order. Looking them up costs more: tensors are hashed in Python.
         states = list(self.state.values())
         if len(params) != len(states) or not all(map(operator.is_, self.state, params)) or not all(states):
-            for group in groups:
-                for p in group["params"]:
-                    if p.grad is not None and not self.state.get(p):
-                        self.state[p] = new_state(p, group)
-            states = [self.state.get(p, {}) for p in params]
+            states = [self._state_of(p, group) for group in groups for p in group["params"]]
         if len(groups) == 1:
             return [states]
         rest = iter(states)
         return [list(itertools.islice(rest, len(group["params"]))) for group in groups]
+
+    def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """Return the state of a parameter, a new one if it has a gradient but no state."""
+        state: dict[str, Any] = self.state.get(p, {})
+        if not state and p.grad is not None:
+            state = self.state[p] = new_state(p, group)
+        return state
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 

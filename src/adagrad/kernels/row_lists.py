@@ -164,7 +164,7 @@ def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: 
             if type(grad) is not RowSparse:
                 values.append(grad)
                 indices.append(grad)
-            elif grad.shape == getattr(weight, "shape", None):
+            elif grad.shape == getattr(weight, "shape", None) and getattr(grad.indices, "ndim", 0) == 1:
                 values.append(grad.values)
                 indices.append(grad.indices)
             else:

@@ -78,9 +78,9 @@ def describe_rows(weight: int, values: int, history: int, master: int, indices: 
         elif (k != MASTER or has_master) and not describe(things[k], layout, out, info[k]):
             return -1
     w, v, ids = info[WEIGHT], info[GRAD], info[IDS]
-    # Ids have one dimension or, in a sparse tensor, two, and vary along the last.
+    # Ids have one dimension, or, as in a sparse tensor, two, and vary along the last.
     last = ids[RANK] - 1
-    if ids[KIND] != w[KIND] or ids[DEVICE] != w[DEVICE] or ids[FORMAT] < INT32 or last != (1 if body else 0):
+    if ids[KIND] != w[KIND] or ids[DEVICE] != w[DEVICE] or ids[FORMAT] < INT32 or last < 0 or last > ids[KIND]:
         return -1
     entries = read_word(ids[SIZES], 8 * last)
     if entries > MOST or ids[COUNT] != entries or (entries > 1 and read_word(ids[STRIDES], 8 * last) != ids[UNIT]):
@@ -166,13 +166,15 @@ def _launch(at: str, parts: Any, facts: np.ndarray, ids: np.ndarray, form: Forma
 
 
 def _values_and_indices(weight: Any, grad: Any) -> tuple[Any, Any] | None:
-    """Those of a RowSparse or a sparse COO tensor of the weight's shape; None for another shape.
+    """Those of a RowSparse or a sparse COO tensor of the weight's shape; None for another shape, also of the indices.
 
     :func:`describe_rows` refuses other than one sparse dimension: values then lack the weight's number of dimensions.
     """
     if grad.shape != getattr(weight, "shape", None):
         return None
-    return (grad.values, grad.indices) if isinstance(grad, RowSparse) else (grad._values(), grad._indices())
+    if not isinstance(grad, RowSparse):
+        return grad._values(), grad._indices()
+    return (grad.values, grad.indices) if getattr(grad.indices, "ndim", 0) == 1 else None
 
 
 def inspect_rows(
