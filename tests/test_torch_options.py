@@ -156,6 +156,19 @@ def test_an_option_that_equals_the_last_one_is_checked_for_its_type() -> None:
         optimizer.step()
 
 
+def refused_at_a_step(name: str, value: Any, error: type[Exception], match: str, *, has_state: bool = True) -> None:
+    """Set an option of the group: the next step raises, and changes nothing."""
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = Adagrad([p])
+    if not has_state:
+        optimizer.state.clear()
+    optimizer.param_groups[0][name] = value
+    p.grad = torch.ones(2)
+    with pytest.raises(error, match=match):
+        optimizer.step()
+    assert (p == 1).all()
+
+
 OPTIONS = ["eps", "weight_decay", "lr_decay", "initial_accumulator_value"]
 
 
@@ -165,14 +178,8 @@ def test_options_that_are_tensors_must_be_one_real_number(name: str, value: torc
     p = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match=rf"\b{name}\b"):
         Adagrad([p], **{name: value})
-    if name == "initial_accumulator_value":
-        return
-    optimizer = Adagrad([p])
-    optimizer.param_groups[0][name] = value
-    p.grad = torch.ones(2)
-    with pytest.raises(ValueError, match=rf"{name}: torch\..*: must be one real number"):
-        optimizer.step()
-    assert (p == 1).all()
+    if name != "initial_accumulator_value":
+        refused_at_a_step(name, value, ValueError, rf"{name}: torch\..*: must be one real number")
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -205,21 +212,9 @@ def test_a_weight_decay_that_a_schedule_brought_just_below_zero() -> None:
      for value in (1, "no", None)],
 )  # fmt: skip
 def test_what_must_be_true_or_false_is_checked_at_a_step(name: str, value: Any) -> None:
-    p = torch.nn.Parameter(torch.ones(2))
-    optimizer = Adagrad([p])
-    optimizer.param_groups[0][name] = value
-    p.grad = torch.ones(2)
-    with pytest.raises(TypeError, match=f"{name}={value!r}: must be True or False"):
-        optimizer.step()
-    assert (p == 1).all()
+    refused_at_a_step(name, value, TypeError, f"{name}={value!r}: must be True or False")
 
 
 def test_an_initial_value_that_was_set_is_checked_when_a_state_is_made() -> None:
-    p = torch.nn.Parameter(torch.ones(2))
-    optimizer = Adagrad([p])
-    optimizer.state.clear()
-    optimizer.param_groups[0]["initial_accumulator_value"] = -1.0
-    p.grad = torch.ones(2)
-    with pytest.raises(ValueError, match=r"initial_accumulator_value=-1.0: must be >= 0"):
-        optimizer.step()
-    assert (p == 1).all()
+    message = r"initial_accumulator_value=-1.0: must be >= 0"
+    refused_at_a_step("initial_accumulator_value", -1.0, ValueError, message, has_state=False)

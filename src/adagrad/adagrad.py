@@ -256,13 +256,7 @@ class AdaGrad(Optimizer):
     def _check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
         check_indices(indices)
-        if self._has_own_rates():  # code of users is not asked: it may have state
-            lrs, wds = [0.0], [0.0]
-        elif self._has_our_schedule():
-            lrs, wds, _ = self._resolve(indices)
-        else:
-            lrs = [self._multiplier(index, "lr_mult", self.lr_mult) for index in indices]
-            wds = [checks.non_negative(f"wd of index {index!r}", self._get_wd(index)) for index in indices]
+        lrs, wds = self._known_rates(indices)
         self._check_known(weights, grads, states, lrs, wds, fused=self.use_fused_step)
         if type(self).update_multi_precision is AdaGrad.update_multi_precision and not self._takes_pairs():
             check_low_precision(self._with_master(weights), weights, grads, states)

@@ -198,12 +198,19 @@ class Rates:
                 name = "lr" if self.lr_scheduler is None else f"lr_scheduler({reached})"
                 base = checks.non_negative(name, self._lr_at(reached))
             lrs.append(base * self._multiplier(index, "lr_mult", self.lr_mult))
-        wds = self._get_wds(indices)
-        for name, rates in (("lr", lrs), ("wd", wds)):
-            if not all(map(checks.is_rate, rates)):
-                for index, rate in zip(indices, rates, strict=True):
-                    checks.non_negative(f"{name} of index {index!r}", rate)
-        return lrs, wds, new
+        return _checked("lr", indices, lrs), _checked("wd", indices, self._get_wds(indices)), new
+
+    def _known_rates(self, indices: Sequence[Index]) -> tuple[list[float], list[float]]:
+        """Do :meth:`_resolve` for checks in advance, without asking code of users, which may have state.
+
+        Rates that it determines are 0; those that only its schedule enters are the multipliers.
+        """
+        if self._has_own_rates():
+            return [0.0], [0.0]
+        if self._has_our_schedule():
+            return self._resolve(indices)[:2]
+        lrs = [self._multiplier(index, "lr_mult", self.lr_mult) for index in indices]
+        return lrs, _checked("wd", indices, self._get_wds(indices))
 
     def _has_own_rates(self) -> bool:
         """Whether a subclass overrides learning rates, weight decays or counts."""
@@ -278,6 +285,14 @@ class _Counts(dict[Index, int]):
 
 _overridable = operator.attrgetter("learning_rate", "_get_lr", "_get_lrs", "_get_wd", "_get_wds", "_update_count")
 _OURS = _overridable(Rates)
+
+
+def _checked(name: str, indices: Sequence[Index], rates: list[float]) -> list[float]:
+    """Return the rates; ValueError for the first that is not finite and >= 0."""
+    if not all(map(checks.is_rate, rates)):
+        for index, rate in zip(indices, rates, strict=True):
+            checks.non_negative(f"{name} of index {index!r}", rate)
+    return rates
 
 
 def _pairs(lrs: Sequence[float], wds: Sequence[float], count: int) -> list[tuple[float, float]]:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from adagrad import checks
 from adagrad.kernels.counts import advance_counts, find_counts, read_counts
-from adagrad.kernels.dtensor import from_local, has_whole_rows, is_dtensor, local, spread
+from adagrad.kernels.dtensor import from_local, has_whole_rows, is_dtensor, local, moved, spread
 from adagrad.kernels.layout import current_layout
 from adagrad.kernels.tensor_checks import PLAIN_TYPES
 from adagrad.rule import history_shape
@@ -214,10 +214,10 @@ def _fitted(where: str, p: Tensor, name: str, value: Any, group: dict[str, Any])
         why = f"of the row-wise history of {tuple(p.shape)}" if group["row_wise"] else "the parameter's"
         raise ValueError(f"{where}: {name}: shape {tuple(tensor.shape)}: must be {shape}, {why}")
     tensor = tensor.to(device=p.device, dtype=WIDE.get(p.dtype, p.dtype))
-    try:
-        return spread(tensor, p) if is_dtensor(p) else tensor
-    except ValueError as error:
-        raise ValueError(f"{where}: {name}: {error}") from None
+    if not is_dtensor(p):
+        return tensor
+    # A tensor that one process saved has all rows: each process takes its own.
+    return moved(f"{where}: {name}", tensor, p) if is_dtensor(tensor) else spread(tensor, p)
 
 
 def _is_count(value: Any) -> bool:

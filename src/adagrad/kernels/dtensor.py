@@ -42,23 +42,24 @@ def from_local(part: Tensor, like: Any, shape: tuple[int, ...]) -> Tensor:
     return made
 
 
-def spread(tensor: Any, like: Any) -> Tensor:
-    """A DTensor placed as ``like``, from one of other placements, or from a tensor that every process holds in full.
-
-    In the latter case, nothing is communicated: each process takes its own part.
-    """
-    mesh, placements = like.device_mesh, like.placements
-    if is_dtensor(tensor):
-        same = (tensor.device_mesh, tensor.placements) == (mesh, placements)
-        return tensor if same else moved(tensor, mesh, placements)
+def spread(tensor: Tensor, like: Any) -> Tensor:
+    """A DTensor placed as ``like``, from a tensor that every process holds in full; nothing is communicated."""
     distribute = sys.modules["torch.distributed.tensor"].distribute_tensor
-    made: Tensor = distribute(tensor, mesh, placements, src_data_rank=None)
+    made: Tensor = distribute(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return made
 
 
-def moved(tensor: Any, mesh: Any, placements: Any) -> Tensor:
-    """A DTensor redistributed; ValueError if it is on another mesh, which PyTorch cannot move it from."""
+def is_placed_as(tensor: Any, like: Any) -> bool:
+    """Whether two DTensors have the same mesh and placements."""
+    return (tensor.device_mesh, tensor.placements) == (like.device_mesh, like.placements)
+
+
+def moved(name: str, tensor: Any, like: Any) -> Tensor:
+    """A DTensor placed as ``like``; ValueError, beginning with ``name``, if PyTorch cannot move it from its mesh."""
+    if is_placed_as(tensor, like):
+        return tensor  # type: ignore[no-any-return]
+    mesh = like.device_mesh
     try:
-        return tensor.redistribute(mesh, placements)  # type: ignore[no-any-return]
+        return tensor.redistribute(mesh, like.placements)  # type: ignore[no-any-return]
     except NotImplementedError:
-        raise ValueError(f"on {tensor.device_mesh}: must be on {mesh}, like the weight") from None
+        raise ValueError(f"{name}: on {tensor.device_mesh}: must be on {mesh}, like the weight") from None

@@ -22,6 +22,8 @@ from numba import types
 from numba.core.datamodel import models
 from numba.extending import intrinsic, overload, register_model
 
+from adagrad.kernels.numba_jit import IS_ARM
+
 TOKENS: dict[str, Any] = {
     "float32": np.empty(0, np.float32),
     "float64": np.empty(0, np.float64),
@@ -196,7 +198,7 @@ def _native_half() -> bool:
     """Whether Numba compiles for the host CPU, and this converts float16 by an instruction."""
     if numba.config.CPU_NAME or numba.config.CPU_FEATURES:
         return False
-    if llvm.get_process_triple().split("-")[0] in ("aarch64", "arm64"):
+    if IS_ARM:
         return True
     return bool(llvm.get_host_cpu_features().get("f16c", False))
 

@@ -98,6 +98,9 @@ def _call_code(typing: Any, work: Any, arguments: Any, k: Any, count: Any) -> An
 
 _PROCESSOR = llvm.get_process_triple().split("-")[0]
 
+IS_ARM = _PROCESSOR in ("aarch64", "arm64")
+"""Whether this process runs on a 64-bit ARM processor."""
+
 
 def _stop_flushing(builder: Any) -> Callable[[], object]:
     """Turn off what flushes subnormal numbers to zero; return what turns it on again if it was on."""
@@ -119,7 +122,7 @@ def _stop_flushing(builder: Any) -> Callable[[], object]:
 
         put(builder.and_(before, control(~0x8040 & 0xFFFFFFFF)))  # FTZ and DAZ of MXCSR
         return lambda: put(before)
-    if _PROCESSOR in ("aarch64", "arm64"):
+    if IS_ARM:
         get, set_ = function("aarch64.get.fpcr", word), function("aarch64.set.fpcr", void, word)
         before = builder.call(get, [])
         builder.call(set_, [builder.and_(before, word(~0x1080001))])  # FZ, FZ16 and FIZ of FPCR

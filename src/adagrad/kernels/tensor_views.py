@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from adagrad.kernels.dtensor import has_whole_rows, is_dtensor, local, moved
+from adagrad.kernels.dtensor import has_whole_rows, is_dtensor, is_placed_as, local, moved
 from adagrad.kernels.tensor_checks import check_rows
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import history_shape
@@ -125,17 +125,13 @@ def _local(at: str, weight: Any, grad: Any, history: Any, master: Any, *, row_wi
         shape = history_shape(tuple(weight.shape), row_wise=row_wise and tensor is history)
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name}{at}: shape {tuple(tensor.shape)}: must be {shape}")
-    mesh, placements = weight.device_mesh, weight.placements
+    placements = weight.placements
     if any(p.is_partial() for p in placements):
         raise ValueError(f"weights{at}: placements {placements}: must be replicated or sharded")
-    for name, tensor in (("history in states", history), ("master copy in states", master)):
-        if tensor is not None and (tensor.device_mesh, tensor.placements) != (mesh, placements):
+    for name, tensor in others[1:]:
+        if tensor is not None and not is_placed_as(tensor, weight):
             raise ValueError(f"{name}{at}: placements {tensor.placements}: must be {placements}, the weight's")
     if row_wise and not has_whole_rows(weight):
         raise ValueError(f"weights{at}: placements {placements}: row-wise history needs whole rows")
-    if (grad.device_mesh, grad.placements) != (mesh, placements):
-        try:
-            grad = moved(grad, mesh, placements)
-        except ValueError as error:
-            raise ValueError(f"grads{at}: {error}") from None
+    grad = moved(f"grads{at}", grad, weight)
     return tuple(None if t is None else local(t) for t in (weight, grad, history, master))  # type: ignore[return-value]
