@@ -16,7 +16,7 @@ import pytest
 
 import oracle
 from adagrad import GroupAdaGrad, RowSparse
-from adagrad.kernels import cpu_rows, fast_path, general_path, outcomes, records, row_groups
+from adagrad.kernels import cpu_rows, fast_path, general_path, outcomes, records, row_groups, row_lists
 from adagrad.kernels.batch import Batch
 from adagrad.kernels.rows import inspect_rows
 from adagrad.rule import Rule
@@ -404,7 +404,8 @@ def test_a_long_list_of_small_gradients_is_not_small() -> None:
     for count, is_large in ((2, False), (200, True), (3, False)):
         given = [rows(rng, FLOAT32, (9, 16), some(rng, 30, 9)) for _ in range(count)]
         assert update_plain(given, [HYPERS["plain"]])
-        assert bool(outcomes.last_list("rows", False, threading.get_ident())[0]) == is_large
+        last = outcomes.remembered(row_lists._addresses, False, threading.get_ident(), 4 * count).last
+        assert bool(last[0]) == is_large
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "rows"])

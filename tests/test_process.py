@@ -742,9 +742,13 @@ class Clock:
     """What the launches are timed with, here."""
 
     now = 0.0
+    slept = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
 
     def thread_time(self) -> float:
-        return self.now
+        return self.now - self.slept
 
 
 @pytest.fixture
@@ -777,6 +781,15 @@ def test_launches_that_stall_stay_on_the_calling_thread_for_a_while(clock: Clock
     assert launch(quick, work=numba_jit.ALWAYS_PARALLEL) == 2, "much work is worth a stall, and shows there are cores"
     assert launch(quick) == 2
     assert [launch(slow), launch(quick, work=0), launch(slow), launch(quick)] == [2, 2, 2, 1], "small ones say nothing"
+
+
+def test_launches_that_sleep_have_not_stalled(clock: Clock) -> None:
+    """They wait for the GIL, or for memory that is being swapped in: with one thread, they would wait as long."""
+    for _ in range(5):
+        with numba_jit.workers(2, 100_000) as count:
+            assert count == 2
+            clock.now += 1
+            clock.slept += 1
 
 
 def test_a_launch_that_a_signal_ended_before_it_began_does_not_hold_the_layer(clock: Clock) -> None:

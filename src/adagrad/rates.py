@@ -15,6 +15,8 @@ from adagrad.lr_scheduler import LRScheduler
 Index = int | str
 """Key of a weight in an optimizer."""
 
+_KEYS = frozenset([int, str])
+
 
 class Rates:
     """The part of an optimizer that counts the updates of each weight and determines its lr and wd.
@@ -181,13 +183,17 @@ class Rates:
         if not (type(begin) is type(reached) is int and begin >= 0 <= reached):
             begin = checks.integer("begin_num_update", begin, 0)
             reached = checks.integer("num_update", reached, 0)
-        if not {int, str}.issuperset(map(type, indices)):
+        if not _KEYS.issuperset(map(type, indices)):
             check_indices(indices)
-        if self._has_own_rates() or not self._has_our_schedule():
+        if self._has_own_rates():
             return self._ask(indices)
         if self.lr_scheduler is None and not (self.param_dict or self.lr_mult or self.wd_mult):
-            lr, wd = checks.non_negative("lr", self.learning_rate), checks.non_negative("wd", self.wd)
+            lr, wd = self._lr_at(reached), self.wd
+            if not (type(lr) is type(wd) is float and 0 <= lr <= checks.MOST and 0 <= wd <= checks.MOST):
+                lr, wd = checks.non_negative("lr", lr), checks.non_negative("wd", wd)
             return [lr], [wd], {index: counts.get(index, begin) + 1 for index in indices}
+        if not self._has_our_schedule():
+            return self._ask(indices)
         new: dict[Index, int] = {}
         lrs: list[float] = []
         base = None

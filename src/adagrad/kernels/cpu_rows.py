@@ -58,6 +58,9 @@ from adagrad.rule import CHUNK, LANES
 ROW_COST = 50
 """The approximate cost of a row besides its elements, in elements."""
 
+ID_COST = 16
+"""The cost of checking an id, likewise; it is less, but a worker that has checked ids has them in its core's cache."""
+
 PARALLEL_MIN = 131_072
 """Work, see :func:`work_of`, below which starting the threads costs more than they save."""
 

@@ -6,7 +6,7 @@ It inspects, checks and updates the list and advances its step counts, or leaves
 from __future__ import annotations
 
 import functools
-import threading
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,15 @@ from adagrad.kernels.counts import advance_counts, find_counts
 from adagrad.kernels.cpu_dense import GIVEN, kernel, put_arguments
 from adagrad.kernels.layout import current_layout
 from adagrad.kernels.numba_jit import acquire_gil, jit, release_gil, run, worker_count
-from adagrad.kernels.outcomes import DONE, NOT_PLAIN, NOT_SMALL, attempt, last_list
+from adagrad.kernels.outcomes import DONE, NOT_PLAIN, NOT_SMALL, attempt, remembered
 from adagrad.kernels.records import COLUMNS, SIZE
-from adagrad.kernels.spans import disjoint, guess
+from adagrad.kernels.spans import disjoint
 from adagrad.kernels.table import CODES_PER_DEVICE, fill, formats
 from adagrad.rule import Rule
 
 
 @jit(holds_gil=True)
-def _update(weights: int, grads: int, histories: int, masters: int, steps: int, n: int, layout: Any, row_wise: bool,
+def _update(weights: int, grads: int, histories: int, masters: int, steps: int, n: int, layout: Any, row_wise: int,
             rates: Any, scalars: Any, known: Any, last: Any, order: Any, small: int, count: int) -> Any:  # fmt: skip
     """What was done, or the code whose worker must be compiled first; see :func:`adagrad.kernels.outcomes.attempt`.
 
@@ -34,7 +34,7 @@ def _update(weights: int, grads: int, histories: int, masters: int, steps: int, 
     table, codes, spans = np.empty((n, COLUMNS), np.int64), np.empty(n, np.int64), np.empty((2, len(order)), np.int64)
     step_at, blocks = np.empty(n if steps else 0, np.int64), np.empty((CODES_PER_DEVICE, GIVEN), np.int64)
     counts, elements = np.zeros(CODES_PER_DEVICE, np.int64), np.zeros(CODES_PER_DEVICE, np.int64)
-    _, total = fill(weights, grads, histories, masters, layout, row_wise, table, codes, spans)
+    _, total = fill(weights, grads, histories, masters, layout, row_wise != 0, table, codes, spans)
     for i in range(n):
         if codes[i] < 0 or codes[i] >= CODES_PER_DEVICE:
             return NOT_PLAIN, 0, 0, 0
@@ -91,17 +91,17 @@ def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: 
     n, layout = len(weights), current_layout()
     if layout is None:
         return False
-    row_wise, order = rule.row_wise, guess(4 * n if masters else 3 * n)
-    known, last = _addresses(row_wise), last_list("dense", row_wise, threading.get_ident())
+    known, last, told, order = remembered(_addresses, rule.row_wise, get_ident(), 4 * n if masters else 3 * n)
     given = (
         id(weights), id(grads), id(histories), id(masters) if masters else 0, id(steps) if steps else 0, n,
-        layout, row_wise, rates, rule.scalars, known, last, order, cpu_dense.PARALLEL_MIN,
+        # Numba takes longer to tell the type of a bool.
+        layout, 1 if rule.row_wise else 0, rates, rule.scalars, known, last, order, cpu_dense.PARALLEL_MIN,
     )  # fmt: skip
 
     def compile_worker(code: int) -> None:
-        known[code] = kernel(*formats(code)[1], row_wise)
+        known[code] = kernel(*formats(code)[1], rule.row_wise)
 
-    return attempt(_update, given, last, threads, compile_worker)[0] == DONE
+    return attempt(_update, given, told, threads, compile_worker)[0] == DONE
 
 
 @functools.cache

@@ -6,7 +6,6 @@ loops, which Python's check for a division by zero would prevent.
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import threading
@@ -236,12 +235,14 @@ def worker_count(work: Any, small: int, count: int) -> Any:
 # ------------------------------------------------------------------------------------------------------------ threads
 
 STALL_SECONDS, SECONDS_PER_ELEMENT = 2e-3, 5e-9
-"""CPU seconds of the calling thread, fixed and per element: a launch that takes longer has waited for a thread without
-a core. The caller spins while it waits. Time that it sleeps, for the GIL or for memory, does not count.
+"""Seconds, fixed and per element: a launch that takes longer has waited for a thread without a core, spinning.
+
+It may have slept instead, for the GIL or for memory. The launch after a long one is therefore timed by the calling
+thread's CPU time; others are not, because reading it is a system call.
 """
 
 _CLOCK_IS_FINE = sys.platform != "win32"
-"""Whether a thread's CPU seconds are counted finely enough to see stalls; on Windows, in ticks of 16 ms."""
+"""Whether a thread's CPU time is counted finely enough to see stalls; on Windows, in ticks of 16 ms."""
 
 BACKOFF_LAUNCHES = 100
 """Launches that stay on the calling thread after two stalls in a row."""
@@ -274,7 +275,7 @@ class workers:  # in lower case, because it is used like a function
     waits for the scheduler, milliseconds for microseconds of work. The results do not depend on it.
     """
 
-    __slots__ = ("_count", "_held", "_started", "_wanted", "work")
+    __slots__ = ("_clock", "_count", "_held", "_started", "_wanted", "work")
 
     work: int
     """The elements of the launch, as known at first; may be set within the ``with`` block when known better."""
@@ -295,7 +296,8 @@ class workers:  # in lower case, because it is used like a function
         try:
             if self._held.setdefault("thread", me) == me:
                 self._count = self._wanted
-                self._started = time.thread_time()
+                self._clock = time.thread_time if _stalls else time.perf_counter
+                self._started = self._clock()
             return self._count
         except BaseException:  # of a signal handler, before the block of the with statement has begun
             if self._held.get("thread") == me:
@@ -308,19 +310,19 @@ class workers:  # in lower case, because it is used like a function
             self._held.pop("thread", None)
             # Without work, nothing was worth several threads, and nothing could stall.
             if self.work and _CLOCK_IS_FINE:
-                stalled = time.thread_time() - self._started > STALL_SECONDS + SECONDS_PER_ELEMENT * self.work
+                stalled = self._clock() - self._started > STALL_SECONDS + SECONDS_PER_ELEMENT * self.work
                 _stalls = _stalls + 1 if stalled else 0
                 _backoff = BACKOFF_LAUNCHES if _stalls > 1 else 0
 
 
 def max_workers() -> int:
     """The number of threads that Numba may use: ``NUMBA_NUM_THREADS``, ``numba.set_num_threads``, or all cores."""
-    get = _get_num_threads()
-    return int(get())
+    global _num_threads
+    if _num_threads is None:
+        numba.get_num_threads()  # loads the function
+        _num_threads = getattr(numba.np.ufunc.parallel, "_get_num_threads", numba.get_num_threads)
+    return int(_num_threads())
 
 
-@functools.cache
-def _get_num_threads() -> Callable[[], int]:
-    """The C function that ``numba.get_num_threads`` calls after taking a lock between processes, which is slow."""
-    numba.get_num_threads()  # loads the function
-    return cast("Callable[[], int]", getattr(numba.np.ufunc.parallel, "_get_num_threads", numba.get_num_threads))
+_num_threads: Callable[[], int] | None = None
+"""The C function that ``numba.get_num_threads`` calls after taking a lock between processes, which is slow."""

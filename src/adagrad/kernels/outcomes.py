@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,31 +25,47 @@ NO_MEMORY = -1
 # A number >= 0: nothing was done, because the worker of that number has not been compiled yet.
 
 
+class Remembered(NamedTuple):
+    """What is remembered from one list of a kind, of one thread and length, to the next."""
+
+    known: np.ndarray
+    """The addresses of the compiled workers, which all threads share."""
+    last: np.ndarray
+    """Two words: the work of the last list, if that was much, else 0; how many are done."""
+    told: memoryview
+    """The same memory, because reading a number from an array takes Python longer."""
+    order: np.ndarray
+    """The order of its spans, a guess for :func:`adagrad.kernels.spans.disjoint`."""
+
+
 @functools.lru_cache(maxsize=64)
-def last_list(kind: str, row_wise: bool, thread: int) -> np.ndarray:
-    """Two words about a thread's lists of one kind, for :func:`attempt`: the work of the last one, if that was much,
-    else 0; how many are done."""
-    return np.zeros(2, np.int64)
+def remembered(addresses: Callable[[bool], np.ndarray], row_wise: bool, thread: int, spans: int) -> Remembered:
+    """The same, of lists with so many spans of memory; ``addresses(row_wise)`` are those of their workers.
+
+    All of it is in one place, because a step that finds the caches cold pays for each that it looks at.
+    """
+    last = np.zeros(2, np.int64)
+    return Remembered(addresses(row_wise), last, last.data, np.arange(spans))
 
 
-def attempt(function: Callable[..., Any], given: tuple[Any, ...], last: Any, threads: int | None,
+def attempt(function: Callable[..., Any], given: tuple[Any, ...], told: memoryview, threads: int | None,
             compile_worker: Callable[[int], None]) -> tuple[int, int, int, int]:  # fmt: skip
     """Call ``function(*given, count)``, compiling workers and adding threads as it asks; returns its final outcome.
 
-    ``last`` is from :func:`last_list`. ``count`` is 0 for a trial on the calling thread, made if the last list was
-    small. The function sets ``last[0]`` to the work if it is much, else 0, and adds 1 to ``last[1]`` when it has done
+    ``told`` is that of :class:`Remembered`. ``count`` is 0 for a trial on the calling thread, made if the last list was
+    small. The function sets ``told[0]`` to the work if it is much, else 0, and adds 1 to ``told[1]`` when it has done
     all: an interrupt that comes after that is marked as late.
     """
-    is_trial, done_before = not last[0], last[1]
+    is_trial, done_before = not told[0], told[1]
     try:
         while True:
             if is_trial:
                 found = function(*given, 0)
             else:
-                held = workers(threads or max_workers(), int(last[0]))
+                held = workers(threads or max_workers(), told[0])
                 with held as count:
                     found = function(*given, count)
-                    held.work = int(last[0])
+                    held.work = told[0]
             if found[0] >= 0:
                 compile_worker(found[0])
             elif found[0] == NOT_SMALL:
@@ -57,6 +73,6 @@ def attempt(function: Callable[..., Any], given: tuple[Any, ...], last: Any, thr
             else:
                 return found  # type: ignore[no-any-return]
     except BaseException as interrupt:
-        if last[1] != done_before:
+        if told[1] != done_before:
             mark_late(interrupt)
         raise

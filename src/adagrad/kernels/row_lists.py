@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Sequence
+from threading import get_ident
 from typing import Any
 
 import numpy as np
 
 from adagrad.kernels import cpu_rows
 from adagrad.kernels.counts import advance_counts, find_counts
-from adagrad.kernels.cpu_rows import carry_out, kernel, room, work_of
+from adagrad.kernels.cpu_rows import ID_COST, carry_out, kernel, room, work_of
 from adagrad.kernels.cpu_rule import rate_table
 from adagrad.kernels.layout import NONE, current_layout, list_item
 from adagrad.kernels.mixed_lists import (
@@ -25,7 +25,7 @@ from adagrad.kernels.mixed_lists import (
     update_dense_part,
 )
 from adagrad.kernels.numba_jit import acquire_gil, jit, release_gil, uncounted, worker_count
-from adagrad.kernels.outcomes import DONE, NO_MEMORY, NOT_PLAIN, NOT_SMALL, OUT_OF_RANGE, attempt, last_list
+from adagrad.kernels.outcomes import DONE, NO_MEMORY, NOT_PLAIN, NOT_SMALL, OUT_OF_RANGE, attempt, remembered
 from adagrad.kernels.records import (
     BASE,
     ENDS,
@@ -44,7 +44,7 @@ from adagrad.kernels.records import (
 from adagrad.kernels.row_groups import FINDINGS, INT32_ROWS, check_ids, checking
 from adagrad.kernels.row_sums import grouping
 from adagrad.kernels.rows import describe_rows
-from adagrad.kernels.spans import disjoint, guess
+from adagrad.kernels.spans import disjoint
 from adagrad.kernels.sparse_layout import hold_parts, release_parts, sparse_body
 from adagrad.kernels.table import CODES_PER_DEVICE, formats
 from adagrad.kernels.validate import refuse_row
@@ -59,16 +59,18 @@ CHECK, GROUP, UPDATE = range(3)
 
 
 @jit(holds_gil=True)
-def _update(weights: int, values: int, histories: int, masters: int, steps: int, indices: int, layout: Any,
-            row_wise: bool, facts: Any, rates: Any, scalars: Any, known: Any, last: Any, order: Any, dense: Any,
-            small: int, count: int) -> Any:  # fmt: skip
+def _update(weights: int, values: int, histories: int, masters: int, steps: int, indices: int, n: int, layout: Any,
+            row_wise: int, rates: Any, scalars: Any, known: Any, last: Any, order: Any, dense: Any, small: int,
+            count: int) -> Any:  # fmt: skip
     """What was done, or the number of the workers to compile first; the update concerned; position and value of a row
-    id outside its weight. See :func:`adagrad.kernels.outcomes.attempt`.
+    id outside its weight, or the number of ids that memory did not suffice for. See
+    :func:`adagrad.kernels.outcomes.attempt`.
 
     Lists are given by ``id``, ``masters`` and ``steps`` as 0 for none. ``last[0]`` becomes the work if it is much, else
     0. ``dense`` is the dense part of a mixed list, see :mod:`adagrad.kernels.mixed_lists`.
     """
-    n, entries, facts, layout, dense = len(facts), 0, uncounted(facts), uncounted(layout), uncounted(dense)
+    own_facts = np.empty((n, FACTS), np.int64)
+    entries, facts, layout, dense = 0, uncounted(own_facts), uncounted(layout), uncounted(dense)
     work, numbers, spans = 0, np.empty(n, np.int64), np.empty((2, len(order)), np.int64)
     step_at = np.empty(n + dense[WEIGHTS] if steps else 0, np.int64)
     # Spans of what rows write to, of all that the dense part writes to and reads, of what rows read.
@@ -77,7 +79,7 @@ def _update(weights: int, values: int, histories: int, masters: int, steps: int,
     for i in range(n):
         master = list_item(masters, i) if masters else layout[NONE]
         code = describe_rows(list_item(weights, i), list_item(values, i), list_item(histories, i), master,
-                             list_item(indices, i), layout, row_wise, facts[i])  # fmt: skip
+                             list_item(indices, i), layout, row_wise != 0, facts[i])  # fmt: skip
         if code < 0 or code >= CODES_PER_DEVICE:
             return NOT_PLAIN, i, 0, 0
         numbers[i] = 2 * code + (1 if facts[i, HEIGHT] > INT32_ROWS else 0)
@@ -116,7 +118,7 @@ def _update(weights: int, values: int, histories: int, masters: int, steps: int,
     if done == DONE:
         advance_counts(step_at)
         last[1] += 1
-    ids[:0] = 0  # used by address above: this keeps it alive until here
+    ids[:0], own_facts[:0] = 0, 0  # used by address above: this keeps them alive until here
     return done, which, bad, row
 
 
@@ -125,7 +127,7 @@ def _check_ids_and_carry_out(facts: Any, numbers: Any, known: Any, ids: Any, fou
                              small: int, count: int) -> Any:  # fmt: skip
     """What was done, see :func:`_update`; all ids are copied to the address ``ids`` first."""
     for i in range(len(facts)):
-        threads = worker_count(facts[i, ENTRIES], small, count)  # checking an id is as much work as an element
+        threads = worker_count(facts[i, ENTRIES] * ID_COST, small, count)
         bad, row = check_ids(facts[i], ids, found, known[numbers[i], CHECK], threads)
         if bad >= 0:
             return OUT_OF_RANGE, i, bad, row
@@ -134,7 +136,7 @@ def _check_ids_and_carry_out(facts: Any, numbers: Any, known: Any, ids: Any, fou
         group, update = known[numbers[i], GROUP], known[numbers[i], UPDATE]
         threads = worker_count(work_of(facts[i]), small, count)
         if facts[i, ENTRIES] * facts[i, LENGTH] and not carry_out(facts[i], kept, scratch, group, update, threads):
-            return NO_MEMORY, i, np.int64(0), np.int64(0)
+            return NO_MEMORY, i, facts[i, ENTRIES], np.int64(0)
     return DONE, 0, np.int64(0), np.int64(0)
 
 
@@ -172,22 +174,22 @@ def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: 
     named = places or range(n)
     masters_id, steps_id = id(masters) if masters else 0, id(steps) if steps else 0
     lists = id(weights), id(values), id(histories), masters_id, steps_id, id(indices)
-    facts, known = np.empty((n, FACTS), np.int64), _addresses(rule.row_wise)
-    last = last_list("rows", rule.row_wise, threading.get_ident())
-    order = guess((5 if masters else 4) * n + dense.span_count)
+    spans = (5 if masters else 4) * n + dense.span_count
+    known, last, told, order = remembered(_addresses, rule.row_wise, get_ident(), spans)
     rates, small = rate_table(lrs, wds, rule), cpu_rows.PARALLEL_MIN
-    given = *lists, layout, rule.row_wise, facts, rates, rule.scalars, known, last, order, dense.words, small
+    # Numba takes longer to tell the type of a bool.
+    given = *lists, n, layout, 1 if rule.row_wise else 0, rates, rule.scalars, known, last, order, dense.words, small
 
     def compile_worker(number: int) -> None:
         code, high = divmod(number, 2)
         form, high = formats(code)[1], bool(high)
         known[number] = checking(high), grouping(high, form[2]), kernel(high, *form, rule.row_wise)
 
-    done, i, bad, row = attempt(_update, given, last, threads, compile_worker)
+    done, i, number, row = attempt(_update, given, told, threads, compile_worker)
     if done == OUT_OF_RANGE:
-        refuse_row(f"[{named[i]}]", bad, row, weights[i].shape[0])
+        refuse_row(f"[{named[i]}]", number, row, weights[i].shape[0])
     if done == NO_MEMORY:
-        raise cpu_rows.out_of_memory(f"[{named[i]}]", int(facts[i, ENTRIES]))
+        raise cpu_rows.out_of_memory(f"[{named[i]}]", number)
     return done == DONE
 
 
