@@ -58,9 +58,8 @@ def run(rule: Rule, dense: Sequence[DenseUpdate], rows: Sequence[RowUpdate] = ()
     cuda.raise_reported(HERE)  # as the dispatcher does, for all devices of a call
     elements = [cuda_dense.of_tensors(*u, rule) for u in dense]
     runs = [cuda_row_lists.of_tensors(*u, rule) for u in rows]
-    return cuda.update(
-        [cuda.Group(rule, cuda_dense.concatenate(elements), cuda_row_lists.concatenate(runs))], HERE, **options
-    )
+    group = cuda.Group(rule, cuda_dense.concatenate(elements), cuda_row_lists.concatenate(runs))
+    return cuda.prepare([group], HERE, **options)()
 
 
 @pytest.fixture(autouse=True)
@@ -432,7 +431,7 @@ for dtype, kind, wide, row_wise, has_master in cases:
     ids = torch.zeros(200, dtype=torch.int64)
     rows = cuda.cuda_row_lists.of_tensors(weight, ids, values, history, master, number, 0.1, rule)
     for some in ([rows] if dtype == kind != double else []) + [cuda.cuda_row_lists.concatenate([rows, rows])]:
-        cuda.update([cuda.Group(rule, dense, some)], number.device, grad_scale=number, found_inf=number)
+        cuda.prepare([cuda.Group(rule, dense, some)], number.device, grad_scale=number, found_inf=number)()
 
 operations = re.compile(r"\\b(?:fma|mad|add|sub|mul|div|r?sqrt|rcp|min|max)[a-z0-9.]*[.]f(?:32|64)\\b")
 names = set()
@@ -539,7 +538,7 @@ def test_each_group_has_its_own_rule() -> None:
     for rule, w in zip(rules, weights, strict=True):
         dense = cuda.cuda_dense.of_tensors(w, torch.ones(3), torch.zeros(3), None, 1.0, 0.0, rule)
         groups.append(cuda.Group(rule, dense, None))
-    cuda.update(groups, torch.device("cpu"))
+    cuda.prepare(groups, torch.device("cpu"))()
     assert [w.tolist() for w in weights] == [[-0.5] * 3, [-0.25] * 3]
 
 

@@ -29,12 +29,12 @@ class Function:
         self.asked: list[Any] = []
         self.direct: list[Any] = []
 
-    def __getitem__(self, grid: Any) -> Any:
-        def ask(*arguments: Any, **constants: Any) -> Any:
-            self.asked.append((grid, arguments, constants))
-            return Compiled(self.direct)
+    def warmup(self, *arguments: Any, grid: Any, **constants: Any) -> Any:
+        self.asked.append((grid, arguments, constants))
+        return Compiled(self.direct)
 
-        return ask
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments, **constants: self.asked.append((grid, arguments, constants))
 
 
 class Compiled:
@@ -53,7 +53,7 @@ def test_triton_is_asked_once_for_each_form_of_arguments(monkeypatch: pytest.Mon
     kernel.launch(3, x, 48, y)
     options = {"BLOCK": 8, "LAST": True, "num_warps": 4, "enable_fp_fusion": False}
     assert function.asked == [((3,), (x, 48, y), options)]
-    assert not function.direct
+    assert function.direct.pop() == ((3, 1, 1), (x, 48, y, True, 8))
     other = memory[32:40]
     kernel.launch(5, other, 16, x)
     # All that it was called with, then the constants in the function's order.
@@ -64,7 +64,7 @@ def test_triton_is_asked_once_for_each_form_of_arguments(monkeypatch: pytest.Mon
         kernel.launch(1, *arguments)
         kernel.launch(1, *arguments)
         assert len(function.asked) == before + 1
-    assert len(function.direct) == 7
+    assert len(function.direct) == 13
 
 
 def test_triton_is_asked_each_time_where_it_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +74,7 @@ def test_triton_is_asked_each_time_where_it_compiles_nothing(monkeypatch: pytest
     kernel.launch(1, x, 16, x)
     kernel.launch(1, x, 16, x)
     monkeypatch.setattr(cuda_launch, "_KEEPS", True)
-    monkeypatch.setattr(Function, "__getitem__", lambda self, grid: lambda *_, **__: self.asked.append(grid))
+    monkeypatch.setattr(Function, "warmup", lambda self, *_, **__: None)
     kernel.launch(1, x, 16, x)  # as in the interpreter
     kernel.launch(1, x, 16, x)
     assert len(function.asked) == 4
@@ -119,22 +119,28 @@ from adagrad.kernels import cuda, cuda_launch
 from adagrad.rule import Rule
 
 launched = []
-launch = cuda_launch.Kernel.launch
+bind = cuda_launch.Kernel.bind
 
 def observed(self, programs, *arguments):
+    known = len(self._compiled)
+    start = bind(self, programs, *arguments)
+    is_known = len(self._compiled) == known
+    return lambda: watched(start, self, programs, arguments, is_known)
+
+def watched(start, self, programs, arguments, is_known):
     given = [a for a in arguments if a is not None]
-    known, before = len(self._compiled), ctypes.c_int.in_dll(driver, "launches").value
+    before = ctypes.c_int.in_dll(driver, "launches").value
     ctypes.c_int.in_dll(driver, "arguments").value = len(given)
-    launch(self, programs, *arguments)
+    start()
     words = (ctypes.c_ulonglong * 64).in_dll(driver, "words")
     got = [word % 2**32 if type(a) is int else word for a, word in zip(given, words)]
     expected = [a if type(a) is int else a.data_ptr() for a in given]
     assert ctypes.c_int.in_dll(driver, "launches").value == before + 1
     assert ctypes.c_uint.in_dll(driver, "programs").value == programs
     assert got == expected, (got, expected)
-    launched.append((self._function.fn.__name__, len(self._compiled) == known))
+    launched.append((self._function.fn.__name__, is_known))
 
-cuda_launch.Kernel.launch = observed
+cuda_launch.Kernel.bind = observed
 
 def step(row_wise, tables, found_inf):
     weight, values, table = torch.zeros(9, 48), torch.zeros(300, 48), torch.zeros(900, 48)
@@ -142,7 +148,8 @@ def step(row_wise, tables, found_inf):
     rule, ids = Rule(row_wise=row_wise), torch.arange(300)
     dense = cuda.cuda_dense.of_tensors(weight, weight.clone(), history, None, 0.1, 0.1, rule)
     rows = [cuda.cuda_row_lists.of_tensors(table, ids, values, sums, None, 0.1, 0.1, rule)] * tables
-    cuda.update([cuda.Group(rule, dense, cuda.cuda_row_lists.concatenate(rows))], weight.device, found_inf=found_inf)
+    group = cuda.Group(rule, dense, cuda.cuda_row_lists.concatenate(rows))
+    cuda.prepare([group], weight.device, found_inf=found_inf)()
 
 for row_wise, tables, found_inf in (False, 1, None), (False, 2, None), (True, 1, torch.zeros(())):
     launched.clear()
@@ -198,8 +205,8 @@ def test_a_kernel_that_is_still_being_compiled_is_not_kept(monkeypatch: pytest.M
             return getattr(Compiled([]), name)
 
     class Slow(Function):
-        def __getitem__(self, grid: Any) -> Any:
-            return lambda *_, **__: (self.asked.append(grid), Future())[1]
+        def warmup(self, *_: Any, **__: Any) -> Any:
+            return Future()
 
     monkeypatch.setattr(cuda_launch, "_KEEPS", True)
     function, x = Slow(), torch.zeros(8)

@@ -205,13 +205,13 @@ def test_several_updates_with_dense_ones_in_one_call() -> None:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels, as they are launched."""
     names: list[str] = []
-    launch = Kernel.launch
+    bind = Kernel.bind
 
-    def record(self: Any, *arguments: Any) -> None:
+    def record(self: Any, *arguments: Any) -> Any:
         names.append(self._function.fn.__name__)
-        launch(self, *arguments)
+        return bind(self, *arguments)
 
-    monkeypatch.setattr(Kernel, "launch", record)
+    monkeypatch.setattr(Kernel, "bind", record)
     return names
 
 
@@ -488,5 +488,5 @@ def test_several_tables_of_one_form_beside_dense_updates() -> None:
     ]
     group = cuda.Group(rule, cuda.cuda_dense.concatenate(dense), cuda.cuda_row_lists.concatenate(rows))
     with np.errstate(all="ignore"):
-        cuda.update([group], torch.device("cpu"))
+        cuda.prepare([group], torch.device("cpu"))()
     assert [w.tolist() for w in weights] == [[[-lr] * 2] * 3 for lr in lrs]

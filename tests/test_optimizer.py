@@ -849,15 +849,15 @@ def test_mixed_lists_on_a_device(klass: type[AdaGrad], monkeypatch: pytest.Monke
     """Each update of the list is carried out once. Without a subclass to watch, in one launch: all or nothing there."""
     launches = []
 
-    def run(launch: Any, grad_scale: Any, found_inf: Any) -> None:
+    def prepare(launch: Any, grad_scale: Any, found_inf: Any) -> Any:
         ((dense, rows),) = launch._groups.values()
         names = [(u.tensors[0], False) for u in dense] + [(u.tensors[0][0], True) for u in rows]
-        launches.append([(int(weight[0]), is_sparse) for weight, is_sparse in names])
+        return lambda: launches.append([(int(weight[0]), is_sparse) for weight, is_sparse in names])
 
     as_operand = arrays._tensor
     monkeypatch.setattr(arrays, "_tensor", lambda *given: as_operand(*given)._replace(device="cuda:0", memory=None))
     set_layout(monkeypatch, None)
-    monkeypatch.setattr(general_path.DeviceUpdates, "run", run)
+    monkeypatch.setattr(general_path.DeviceUpdates, "prepare", prepare)
     weights = [torch.full((4,), i, dtype=torch.float32) for i in range(4)]
     grads: list[Any] = [torch.ones(4) for _ in weights]
     for i in (1, 2):

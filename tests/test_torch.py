@@ -679,6 +679,17 @@ def test_grad_scaler_with_sparse_gradients() -> None:
     assert_same_bits(first.weight, second.weight)
 
 
+def test_grad_scaler_where_no_parameter_has_a_gradient() -> None:
+    """As where several optimizers take turns: the scaler's sum of no tensors is the number 0."""
+    used, idle = parameter((3,)), parameter((3,))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(used.sum()).backward()
+    optimizer = Adagrad([idle], lr=0.1, fused=True)
+    before = idle.detach().clone()
+    scaler.step(optimizer)
+    assert_same_bits(idle, before)
+
+
 @pytest.mark.parametrize("fused", [None, False, True])
 def test_grad_scaler_unscales_as_with_pytorch(fused: bool | None) -> None:
     """Trainers ask the attribute before they clip; hooks and steps of users see unscaled gradients by default."""

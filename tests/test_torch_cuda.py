@@ -19,11 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adagrad import AdaGrad, RowSparse, torch_step
-from adagrad.kernels import fast_path, table
+from adagrad.kernels import device_updates, fast_path, general_path, table
 from adagrad.torch import Adagrad
 from support import assert_same_bits
 
 pytest.importorskip("triton")
+
+from adagrad.kernels.cuda_launch import Kernel
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -78,15 +80,15 @@ def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     from adagrad.kernels import cuda
 
     calls = []
-    real = cuda.update
+    real = cuda.prepare
 
-    def update(groups: Any, device: Any, **others: Any) -> Any:
+    def prepare(groups: Any, device: Any, **others: Any) -> Any:
         dense = sum(len(group.dense.rows) for group in groups if group.dense)
         assert all(each.tensors for group in groups for each in group[1:] if each), "alive until the launch"
         calls.append((dense, sum(len(group.rows.facts) for group in groups if group.rows), others))
         return real(groups, device, **others)
 
-    monkeypatch.setattr(cuda, "update", update)
+    monkeypatch.setattr(cuda, "prepare", prepare)
     formats = table.formats
     monkeypatch.setattr(table, "formats", lambda code: (1, formats(code)[1]))
     monkeypatch.setattr(fast_path, "update_plain", lambda *lists: False)
@@ -168,6 +170,115 @@ def test_a_row_outside_its_weight_stops_groups_of_all_rules(as_if_on_cuda: list[
     assert [optimizer.state[p]["step"].item() for p in params] == [2.0] * 3
 
 
+def embedding_and_others(**options: Any) -> tuple[Adagrad, list[nn.Parameter]]:
+    """A row-wise updated embedding, a plain weight and one whose gradient has another order of elements."""
+    conv = torch.ones(2, 3, 2, 2).to(memory_format=torch.channels_last)
+    params = [nn.Parameter(t) for t in (torch.ones(4, 2), torch.ones(3), conv)]
+    for p in params:
+        p.grad = torch.ones(p.shape)
+    return Adagrad(params, lr=0.5, **options), params
+
+
+def sparse_grad(*rows: int) -> Tensor:
+    return torch.sparse_coo_tensor([[*rows]], torch.ones(len(rows), 2), (4, 2), check_invariants=False)
+
+
+def contents(optimizer: Adagrad, params: list[nn.Parameter]) -> list[Tensor]:
+    return [t.detach().clone() for p in params for t in (p, *optimizer.state[p].values())]
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_row_outside_its_weight_stops_what_the_kernels_do_not_take(
+    fused: bool | None, as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Updates by array expressions and those on the CPU do not see the device's flag."""
+    monkeypatch.setattr(general_path, "is_on_cuda", lambda update: update.weight.array.is_contiguous())
+    optimizer, params = embedding_and_others(fused=fused)
+    before = contents(optimizer, params)
+    params[0].grad = sparse_grad(1, 9)
+    with pytest.raises(IndexError, match="row 9: must be in"):
+        optimizer.step()
+    for was, now in zip(before, contents(optimizer, params), strict=True):
+        assert_same_bits(was, now)
+    params[0].grad = sparse_grad(1)
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in params] == [1.0] * 3
+
+
+def test_a_row_outside_its_weight_stops_the_step_of_a_subclass(as_if_on_cuda: list[Any]) -> None:
+    class Own(AdaGrad):
+        def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+            super().step(indices, weights, grads, states)
+
+    optimizer = Own(0.5)
+    weights, states = [torch.ones(4, 2), torch.ones(4, 2)], [torch.zeros(4, 2), torch.zeros(4, 2)]
+    with pytest.raises(IndexError, match="row 9: must be in"):
+        optimizer.update([0, 1], weights, [torch.ones(4, 2), sparse_grad(1, 9)], states)
+    assert all(torch.equal(w, torch.ones(4, 2)) for w in weights)
+    assert not any(state.any() for state in states)
+    assert not optimizer._index_update_count
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("name", ["update_elements", "update_runs"])
+def test_a_kernel_that_cannot_be_compiled_changes_nothing(
+    name: str, error: BaseException, as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels are compiled at first use, for seconds, perhaps in the middle of training: all before the first runs."""
+    optimizer, params = embedding_and_others()
+    params[0].grad = sparse_grad(*[0] * 200, 1)  # takes two kernels: 200 occurrences are a long run
+    before, bind = contents(optimizer, params), Kernel.bind
+
+    def failing(self: Any, *arguments: Any) -> Any:
+        if self._function.fn.__name__ == name and self._constants.get("LATER", True):
+            raise error
+        return bind(self, *arguments)
+
+    monkeypatch.setattr(Kernel, "bind", failing)
+    with pytest.raises(type(error)):
+        optimizer.step()
+    for was, now in zip(before, contents(optimizer, params), strict=True):
+        assert_same_bits(was, now)
+    monkeypatch.setattr(Kernel, "bind", bind)
+    optimizer.step()
+    assert params[0].detach()[1].tolist() == [0.5, 0.5]
+    assert [optimizer.state[p]["step"].item() for p in params] == [1.0] * 3
+
+
+def test_without_triton_array_expressions_update_what_is_on_a_device(
+    as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(device_updates, "cuda", fail)
+    device_updates.has_kernels.cache_clear()
+    params = parameters()
+    optimizer = Adagrad(params)
+    set_grads(params, 0)
+    with pytest.warns(UserWarning, match=r"no CUDA kernels \(No module named 'triton'\): tensors on CUDA"):
+        optimizer.step()
+    monkeypatch.undo()
+    device_updates.has_kernels.cache_clear()
+    assert not as_if_on_cuda
+    others = parameters()
+    set_grads(others, 0)
+    expected = Adagrad(others)
+    expected.step()
+    assert_same_training(optimizer, expected)
+
+
+def test_counts_of_parameters_made_in_inference_mode_advance_on_a_device(as_if_on_cuda: list[Any]) -> None:
+    with torch.inference_mode():
+        p = nn.Parameter(torch.ones(4, 2), requires_grad=False)
+        optimizer = Adagrad([p], lr=0.5, fused=True)
+        p.grad = sparse_grad(1)
+        assert optimizer.state[p]["step"].is_inference()
+    optimizer.step()
+    assert optimizer.state[p]["step"].item() == 1
+    assert p.tolist() == [[1, 1], [0.5, 0.5], [1, 1], [1, 1]]
+
+
 class Operators(TorchDispatchMode):
     """Counts what PyTorch is asked to do."""
 
@@ -208,6 +319,9 @@ def test_learning_rates_are_divided_once_wherever_counts_are() -> None:
             for given in (lr, torch.tensor(lr, device="cpu")):
                 rates = torch_step._decayed(given, decay, counts)
                 assert [rate.device.index for rate in rates] == [0, 1, 0]
+        for number in (torch.tensor(lr), torch.tensor(lr, dtype=torch.float64)):  # a tensor, and counts on the host
+            rates = torch_step._decayed(number, decay, [float(n) for n in range(300)])
+            assert [float(rate) for rate in rates] == [float(number) / (1 + n * decay) for n in range(300)]
         mixed = torch_step._decayed(torch.tensor(lr, dtype=torch.float64), decay, [3.0, torch.tensor(4.0).double()])
         assert [float(rate) for rate in mixed] == [lr / (1 + n * decay) for n in (3, 4)]
 

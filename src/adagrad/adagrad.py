@@ -223,7 +223,7 @@ class AdaGrad(Optimizer):
                 which.append(i)
         weights, grads, states = ([values[i] for i in which] for values in (weights, grads, states))
         lrs, wds = ([rates[i] for i in which] if len(rates) > 1 else rates for rates in (lrs, wds))
-        kernels.prepare(weights, grads, states, lrs, wds, self.rule(), fused=fused, places=which)
+        kernels.prepare(weights, grads, states, lrs, wds, self.rule(), fused=fused, places=which, wait=True)
 
     def _is_known(self, weight: Any, state: Any) -> bool:
         """Whether a state looks like ours for this weight."""

@@ -260,7 +260,8 @@ class Adagrad(Optimizer):
             parts.append(Part(self.defaults, group, states, first, self._left))
             first += len(group["params"])
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        found_inf = None if found_inf is None else found_inf.reshape(())
+        if found_inf is not None:  # GradScaler sets the number 0 if no parameter here has a gradient
+            found_inf = torch.as_tensor(found_inf).reshape(())
         if found_inf is not None and not (found_inf.is_cuda and all(part.on_cuda() for part in parts)):
             if bool(found_inf):
                 return

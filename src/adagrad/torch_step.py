@@ -102,9 +102,10 @@ class Part(Batch):
             if found_inf is not None:
                 state["step"] = state["step"].to(p.device, non_blocking=True)
             together.setdefault((state["step"].device, state["step"].dtype), []).append(state["step"])
-        for (device, dtype), counts in together.items():
-            went = _went(device, found_inf, skips)
-            torch._foreach_add_(counts, went.to(dtype) if isinstance(went, Tensor) else went)
+        with torch.inference_mode():  # for parameters made in it, counts are inference tensors
+            for (device, dtype), counts in together.items():
+                went = _went(device, found_inf, skips)
+                torch._foreach_add_(counts, went.to(dtype) if isinstance(went, Tensor) else went)
 
     def keep_masters(self) -> None:
         """Store the updated master copies in the state."""
@@ -128,13 +129,18 @@ def _went(device: torch.device, found_inf: Tensor | None, skips: list[Tensor]) -
 def _decayed(lr: Any, decay: float, counts: list[Any]) -> list[Any]:
     """Return the learning rate for each number of previous steps; a tensor if that, or ``lr``, is one."""
     on_device = [count for count in counts if isinstance(count, Tensor)]
-    if not on_device:
+    if not on_device and not isinstance(lr, Tensor):
         return [lr / (1 + count * decay) for count in counts]
-    if len(on_device) < len(counts):
+    if 0 < len(on_device) < len(counts):
         return [rate for count in counts for rate in _decayed(lr, decay, [count])]
-    divisors = torch._foreach_mul(on_device, decay)
-    torch._foreach_add_(divisors, 1)
-    # Tensors by tensors: PyTorch divides a number by a tensor as reciprocal times number, which is rounded twice.
+    # In double, and tensors by tensors: PyTorch divides a number by a tensor, and on CUDA a tensor by a number, as
+    # reciprocal times number, which is rounded twice.
+    divisors: list[Tensor]
+    if on_device:
+        divisors = list(torch._foreach_mul(on_device, decay))
+        torch._foreach_add_(divisors, 1)
+    else:
+        divisors = [lr.new_full((), 1 + count * decay, dtype=torch.float64) for count in counts]
     starts: dict[torch.device, Tensor] = {}
     for divisor in divisors:
         if divisor.device not in starts:

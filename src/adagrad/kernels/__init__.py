@@ -108,13 +108,15 @@ def prepare(
     fused: bool,
     threads: int | None = None,
     places: Sequence[int] = (),
+    wait: bool = False,
 ) -> Prepared:
     """Check a list of updates, which :meth:`Prepared.run` carries out; parameters and errors as in :func:`update`.
 
-    Messages number the updates by ``places``, their positions in the caller's lists, if given.
+    Messages number the updates by ``places``, their positions in the caller's lists, if given. ``wait``: also for the
+    row ids on CUDA devices.
     """
     batch = of_states(weights, grads, states, lrs, wds, rule, places)
     if not fused:
         return expressions.prepare(batch)
-    prepared: Prepared = _general_path().prepare([batch], threads=threads)
+    prepared: Prepared = _general_path().prepare([batch], threads=threads, wait=wait)
     return prepared

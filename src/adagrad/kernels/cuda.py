@@ -1,7 +1,8 @@
 """Updates of torch tensors on one CUDA device, called by the dispatcher after all checks on the host.
 
 A call launches one kernel for each format of dense tensors, and for all row-sparse gradients of one form a check of
-their row ids, a sort and one or two kernels. It neither waits for the device nor copies anything back from it.
+their row ids, a sort and one or two kernels. It neither waits for the device nor copies anything back from it. What can
+fail on the host, such as compiling a kernel, is done before the first kernel that changes anything is launched.
 
 Kernels read their parameters from tables in device memory: the addresses of the dense tensors, those of several
 row-sparse updates, and the settings (the rule's scalars, lr and wd). A table is uploaded, from pinned memory and
@@ -19,7 +20,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -51,14 +52,14 @@ class Group(NamedTuple):
     rows: RowUpdates | None
 
 
-def update(
+def prepare(
     groups: Sequence[Group],
     device: torch.device,
     *,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-) -> Tensor | None:
-    """One AdaGrad step (Duchi, Hazan, Singer, JMLR 12, 2011) of tensors on one CUDA device, in place.
+) -> Callable[[], Tensor | None]:
+    """Prepare an AdaGrad step (Duchi, Hazan, Singer, JMLR 12, 2011) of tensors on one CUDA device, in place.
 
     Parameters
     ----------
@@ -72,37 +73,50 @@ def update(
 
     Returns
     -------
-    Tensor or None
-        If there are row ids, a number on the device that is not 0 if one of them is outside its weight.
+    callable
+        Carries it out, on the stream that is current now. If there are row ids, which the device is already checking,
+        it returns a number on the device that is not 0 if one of them is outside its weight; else None.
 
     Raises
     ------
     TypeError
         An lr on the device is neither float32 nor float64.
+    Exception
+        Whatever compiling a kernel, or a lack of memory, may raise.
     """
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with _on(device):
         tables, report, skip = _tables_of(device), _report_of(device), None
-        launches: list[Callable[..., None]] = []
+        launches: list[Callable[..., list[Callable[[], object]]]] = []
         for rule, dense, rows in groups:
             lrs, wds = dense.rates() if dense else ([], [])
             row_lrs, row_wds = rows.rates() if rows else ([], [])
             settings = tables.settings([*lrs, *row_lrs], [*wds, *row_wds], rule)
             if dense:
                 addresses, found = tables.addresses(dense)
-                launches += [partial(cuda_dense.run, launch, addresses, settings) for launch in found]
+                launches += [partial(cuda_dense.bind, launch, addresses, settings) for launch in found]
             if rows:
                 for form, which in cuda_row_lists.by_form(rows, rule).items():
-                    # Every id of the call is checked, and all memory allocated, before the first element changes.
+                    # Every id of the call is checked before the first element changes.
                     skip = torch.zeros(1, dtype=torch.int32, device=device) if skip is None else skip
                     launch = cuda_row_lists.sort_ids(rows, form, which, len(lrs), skip, report, tables.rows)
-                    launches.append(partial(cuda_row_lists.run, launch, settings))
-        for run in launches:
-            run(grad_scale, skip, found_inf)
+                    launches.append(partial(cuda_row_lists.bind, launch, settings))
+        bound = [start for launch in launches for start in launch(grad_scale, skip, found_inf)]
+    return partial(_carry_out, bound, device, skip)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _carry_out(bound: list[Callable[[], object]], device: torch.device, skip: Tensor | None) -> Tensor | None:
+    with _on(device):
+        for start in bound:
+            start()
     return skip
 
 
 def check(device: torch.device | str | int | None = None) -> None:
-    """Wait for the device, or for all devices used so far, and raise what calls of :func:`update` reported there.
+    """Wait for the device, or for all devices used so far, and raise what calls of :func:`prepare` reported there.
 
     Raises
     ------

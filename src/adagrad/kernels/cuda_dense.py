@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -288,8 +288,8 @@ def _kernel(code: int, is_aligned: int, tile: int) -> tuple[Kernel, int]:
     return Kernel(update_rows, 2, COLUMNS=columns, ROWS=rows, ONE_PASS=one_pass, **constants), rows
 
 
-def run(launch: Launch, addresses: Tensor, table: Tensor, grad_scale: Tensor | None, skip: Tensor | None,
-        found_inf: Tensor | None) -> None:  # fmt: skip
-    """Launch a kernel over the tensors that ``addresses`` names, with the settings in ``table``."""
+def bind(launch: Launch, addresses: Tensor, table: Tensor, grad_scale: Tensor | None, skip: Tensor | None,
+         found_inf: Tensor | None) -> list[Callable[[], object]]:  # fmt: skip
+    """What launches a kernel over the tensors that ``addresses`` names, with the settings in ``table``."""
     kernel, programs, firsts, records, tensors = launch
-    kernel.launch(programs, addresses, firsts, records, tensors, table, grad_scale, skip, found_inf)
+    return [kernel.bind(programs, addresses, firsts, records, tensors, table, grad_scale, skip, found_inf)]

@@ -8,6 +8,8 @@ before; compilation settings (Triton's knobs) that change later have no effect o
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,17 +39,25 @@ class Kernel:
         self._values = tuple(constants[name] for name in names if name in constants)
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
-    def launch(self, programs: int, first: Tensor, *others: Any) -> None:
-        """Launch ``programs`` programs on the current device, with the function's arguments before its constants."""
+    def bind(self, programs: int, first: Tensor, *others: Any) -> Callable[[], object]:
+        """What launches ``programs`` programs on the current device; ``first`` and ``others`` precede the constants.
+
+        The kernel is compiled and loaded now, as far as Triton lets us: that takes seconds, and may fail.
+        """
         form = first.device.index, form_of(first), *map(form_of, others)
         compiled = self._compiled.get(form)
-        if compiled is not None:
-            compiled[(programs, 1, 1)](first, *others, *self._values)
-            return
-        compiled = self._function[(programs,)](first, *others, **self._constants, **self._options)
-        # The interpreter compiles nothing, and a kernel that is still being compiled cannot be launched yet.
-        if _KEEPS and hasattr(type(compiled), "__getitem__"):
-            self._compiled[form] = compiled
+        if compiled is None and _KEEPS:
+            found = self._function.warmup(first, *others, grid=(programs,), **self._constants, **self._options)
+            # The interpreter compiles nothing, and a kernel that is still being compiled cannot be launched yet.
+            if hasattr(type(found), "__getitem__"):
+                compiled = self._compiled[form] = found
+        if compiled is None:
+            return partial(self._function[(programs,)], first, *others, **self._constants, **self._options)
+        return partial(compiled[(programs, 1, 1)], first, *others, *self._values)
+
+    def launch(self, programs: int, first: Tensor, *others: Any) -> None:
+        """Launch at once."""
+        self.bind(programs, first, *others)()
 
 
 def form_of(argument: Any) -> Any:

@@ -222,23 +222,24 @@ def _kernels(form: Form, are_aligned: bool) -> Kernels:
     return Kernels(first, tile, columns, later, later_columns)
 
 
-def run(launch: Launch, table: Tensor, grad_scale: Tensor | None, skip: Tensor | None, found_inf: Tensor | None
-        ) -> None:  # fmt: skip
-    """Launch the update of the rows, with the settings in ``table``."""
+def bind(launch: Launch, table: Tensor, grad_scale: Tensor | None, skip: Tensor | None, found_inf: Tensor | None
+         ) -> list[Callable[[], object]]:  # fmt: skip
+    """What launches the kernels that update the rows, in order, with the settings in ``table``."""
     form, first, settings, ids, order, rows, weights, records, are_aligned, sums = launch
     if not form.length or not rows:
-        return
+        return []
     count = len(ids)
     weight, _, values, history, master = first
     alone = values, sums, weight, history, master, None
     operands = alone if records is None else (None, sums, None, None, None, records)
     kernels = _kernels(form, are_aligned)
 
-    def start(kernel: Kernel, programs: int, columns: int) -> None:
+    def bound(kernel: Kernel, programs: int, columns: int) -> Callable[[], object]:
         windows = 1 if form.row_wise else -(-form.length // columns)
-        kernel.launch(programs * windows, ids, order, *operands, weights, table, settings, count, rows, form.length,
-                      grad_scale, skip, found_inf)  # fmt: skip
+        return kernel.bind(programs * windows, ids, order, *operands, weights, table, settings, count, rows,
+                           form.length, grad_scale, skip, found_inf)  # fmt: skip
 
-    start(kernels.first, -(-count // kernels.tile), kernels.columns)
-    if chunks(count):
-        start(kernels.later, chunks(count), kernels.later_columns)
+    first_of_all = bound(kernels.first, -(-count // kernels.tile), kernels.columns)
+    if not chunks(count):
+        return [first_of_all]
+    return [first_of_all, bound(kernels.later, chunks(count), kernels.later_columns)]

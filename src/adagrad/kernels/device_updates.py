@@ -1,10 +1,12 @@
-"""What a call does on a CUDA device, collected from its batches: one :func:`adagrad.kernels.cuda.update`."""
+"""What a call does on a CUDA device, collected from its batches: one :func:`adagrad.kernels.cuda.prepare`."""
 
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
+from adagrad import checks
 from adagrad.kernels.validate import Update
 from adagrad.rule import Rule, is_torch
 
@@ -17,10 +19,24 @@ def cuda() -> Any:
     return cuda
 
 
+@functools.cache
+def has_kernels() -> bool:
+    """Whether there are CUDA kernels: they need Triton. Else array expressions update what is on a CUDA device."""
+    try:
+        cuda()
+    except ImportError as error:
+        slower = "tensors on CUDA devices are updated by array expressions, which is slower"
+        warnings.warn(f"no CUDA kernels ({error}): {slower}", UserWarning, stacklevel=checks.caller())
+        return False
+    return True
+
+
 def is_on_cuda(u: Update) -> bool:
     """Whether the CUDA kernels take an update: on CUDA, and all of it contiguous."""
+    if not u.weight.device.startswith("cuda"):
+        return False
     operands = (u.weight, u.grad, u.history, u.master)
-    return u.weight.device.startswith("cuda") and all(o is None or o.array.is_contiguous() for o in operands)
+    return all(o is None or o.array.is_contiguous() for o in operands) and has_kernels()
 
 
 class DeviceUpdates:
@@ -56,11 +72,15 @@ class DeviceUpdates:
         lrs = [lr.to(self.device, non_blocking=True) if is_torch(lr) else lr for lr in updates.lrs]
         return updates._replace(lrs=lrs)
 
-    def run(self, grad_scale: Any, found_inf: Any) -> Any:
+    def have_row_ids(self) -> bool:
+        return any(rows for _, rows in self._groups.values())
+
+    def prepare(self, grad_scale: Any, found_inf: Any) -> Any:
+        """Return what :func:`adagrad.kernels.cuda.prepare` returns."""
         scale, found = (t if t is None else t.to(self.device, non_blocking=True) for t in (grad_scale, found_inf))
         kernels = cuda()
         groups = [
             kernels.Group(rule, kernels.cuda_dense.concatenate(dense), kernels.cuda_row_lists.concatenate(rows))
             for rule, (dense, rows) in self._groups.items()
         ]
-        return kernels.update(groups, self.device, grad_scale=scale, found_inf=found)
+        return kernels.prepare(groups, self.device, grad_scale=scale, found_inf=found)

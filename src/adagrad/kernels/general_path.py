@@ -17,7 +17,7 @@ from adagrad.arrays import bounds
 from adagrad.kernels import cpu_dense, general_cpu, rows, table
 from adagrad.kernels.batch import Batch, Job, Prepared
 from adagrad.kernels.cpu_rule import rate_table
-from adagrad.kernels.device_updates import DeviceUpdates, cuda, is_on_cuda
+from adagrad.kernels.device_updates import DeviceUpdates, cuda, has_kernels, is_on_cuda
 from adagrad.kernels.expressions import by_expression
 from adagrad.kernels.layout import accept
 from adagrad.kernels.spans import are_disjoint, concatenate
@@ -31,8 +31,9 @@ def prepare(
     threads: int | None = None,
     grad_scale: Any = None,
     found_inf: Any = None,
+    wait: bool = False,
 ) -> Prepared:
-    """Check batches of updates, row ids on the CPU included.
+    """Check batches of updates, row ids on the CPU included; compile what they need.
 
     Parameters
     ----------
@@ -43,6 +44,8 @@ def prepare(
         One number each. Every gradient is divided by ``grad_scale`` first (outside the CUDA kernels, ``rescale_grad``
         is divided instead, which is the same for powers of two). If ``found_inf`` is not 0, nothing changes. Both are
         waited for unless the CUDA kernels take every weight.
+    wait : bool
+        Whether to wait for CUDA devices to check their row ids, because more depends on the result than these updates.
 
     Returns
     -------
@@ -54,7 +57,7 @@ def prepare(
     ------
     TypeError, ValueError, IndexError
         Names the argument, its value and the rule it broke. A row id outside a weight on a CUDA device is reported by
-        a later call instead.
+        a later call instead, if the CUDA kernels take every weight and need not ``wait``.
     """
     calls = [_CheckedBatch(batch) for batch in batches if batch.weights]
     _refuse_shared(calls)
@@ -68,7 +71,11 @@ def prepare(
         call.add_to(plan, scale, threads)
     for device in plan.launches:
         cuda().raise_reported(device)
-    launches = [functools.partial(launch.run, grad_scale, found_inf) for launch in plan.launches.values()]
+    launches = [launch.prepare(grad_scale, found_inf) for launch in plan.launches.values()]
+    if wait or plan.wrapped or plan.jobs:
+        for device, launch in plan.launches.items():
+            if launch.have_row_ids():  # a bad one stops the kernels, but nothing else
+                cuda().check(device)
     return Prepared([*plan.wrapped, *launches, *plan.jobs], [call.batch for call in calls])
 
 
@@ -114,8 +121,22 @@ class _CheckedBatch:
                 rest = np.flatnonzero(found.codes < 0).tolist()
                 sparse = [i for i in rest if is_row_sparse(batch.grads[i])]
                 rest = sorted({*rest}.difference(sparse).union(self._describe_rows(sparse)))
+        if self._is_any_on_cuda() and not has_kernels():
+            rest = [*rest, *self._take_from_cuda()]
         for i in rest:
             self._validate(i)
+
+    def _is_any_on_cuda(self) -> bool:
+        return any(table.formats(code)[0] > 0 for code in {*self.rows.codes, *(code for code, _ in self.groups)})
+
+    def _take_from_cuda(self) -> list[int]:
+        """Remove the plain updates on CUDA devices; returns their positions."""
+        taken = [i for code, which in self.groups if table.formats(code)[0] > 0 for i in which]
+        self.groups = [(code, which) for code, which in self.groups if table.formats(code)[0] == 0]
+        on_cpu = [k for k, code in enumerate(self.rows.codes) if table.formats(code)[0] == 0]
+        taken += [i for k, i in enumerate(self.sparse) if k not in on_cpu]
+        self.rows, self.sparse = self.rows.some(on_cpu), [self.sparse[k] for k in on_cpu]
+        return taken
 
     def _describe_rows(self, which: list[int]) -> list[int]:
         """Inspect the row-sparse updates ``which``; returns those that are not plain."""
