@@ -486,7 +486,7 @@ def test_codes_and_formats_say_the_same(weight: str) -> None:
     for grad in {weight, "float32"} if is_low else {weight}:
         for has_master in {False, is_low}:
             code = table.code_of_formats(weight, grad, has_master=has_master)
-            assert table.formats(code) == (0, (weight, grad, computing, "float32" if has_master else None))
+            assert table.decode(code) == (0, (weight, grad, computing, "float32" if has_master else None))
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["dense", "row-sparse"])

@@ -404,7 +404,7 @@ def test_a_long_list_of_small_gradients_is_not_small() -> None:
     for count, is_large in ((2, False), (200, True), (3, False)):
         given = [rows(rng, FLOAT32, (9, 16), some(rng, 30, 9)) for _ in range(count)]
         assert update_plain(given, [HYPERS["plain"]])
-        last = outcomes.remembered(row_lists._addresses, False, threading.get_ident(), 4 * count).last
+        last = outcomes.remembered(row_lists._addresses, False, threading.get_ident(), 4 * count).notes
         assert bool(last[0]) == is_large
 
 
@@ -699,8 +699,8 @@ def test_row_ids_are_copied_and_checked(dtype: Any) -> None:
         assert rows.dtype == (np.int32 if height <= 2**31 else np.int64)
         assert rows.tolist() == ids
         assert not np.shares_memory(rows, given)
-        assert facts[records.ROWS] == rows.ctypes.data
-        return bool(facts[records.ARE_DISTINCT])
+        assert facts[records.CHECKED_IDS] == rows.ctypes.data
+        return bool(facts[records.ARE_INCREASING])
 
     assert check_ids([0, 1, 2, 4])
     assert check_ids([])
@@ -733,7 +733,7 @@ def test_workers_check_the_row_ids_together(dtype: Any, height: int, count: int)
         bad, row = row_groups.check_ids(facts, rows.ctypes.data, room, check, count)
         if bad < 0:
             assert rows.tolist() == ids
-        return bad, row, bool(facts[records.ARE_DISTINCT])
+        return bad, row, bool(facts[records.ARE_INCREASING])
 
     for ids in ([], [0], [8, 8], list(range(9)), [0, 1, 2, 3, 4, 5, 6, 7, 7], [*range(9), *range(9)], [8, 7, 6, 5]):
         assert found(ids) == (-1, 0, ids == sorted(set(ids)))

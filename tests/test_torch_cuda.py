@@ -89,8 +89,8 @@ def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return real(groups, device, **others)
 
     monkeypatch.setattr(cuda, "prepare", prepare)
-    formats = table.formats
-    monkeypatch.setattr(table, "formats", lambda code: (1, formats(code)[1]))
+    decode = table.decode
+    monkeypatch.setattr(table, "decode", lambda code: (1, decode(code)[1]))
     monkeypatch.setattr(fast_path, "update_plain", lambda *lists: False)
     with np.errstate(all="ignore"):
         yield calls

@@ -155,7 +155,7 @@ def test_gradient_of_another_layout() -> None:
         optimizer.step()
     assert optimizer.state[p]["step"] == 0
     with pytest.raises(TypeError, match=re.escape("grads[7]: layout torch.sparse_csr: must be strided or sparse_coo")):
-        tensor_views.plain("[7]", p, torch.eye(4).to_sparse_csr(), torch.zeros(4, 4), None, row_wise=False)
+        tensor_views.ordinary("[7]", p, torch.eye(4).to_sparse_csr(), torch.zeros(4, 4), None, row_wise=False)
 
 
 @pytest.mark.parametrize(

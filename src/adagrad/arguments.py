@@ -51,7 +51,7 @@ def check_low_precision(which: list[int], weights: list[Any], grads: list[Any], 
             raise ValueError(f"{master.name}: shape {master.shape}: must be {weight.shape}")
         refuse_unwritable(weight)
         refuse_unwritable(master)
-        grad = kernels.gradient(f"[{i}]", grads[i], weight)
+        grad = kernels.check_gradient(f"[{i}]", grads[i], weight)
         written += [weight, master]
         read.append(grad)
     refuse_shared_memory(written, read)

@@ -40,7 +40,7 @@ class Operand(NamedTuple):
         return tuple(self.array.shape)
 
     @property
-    def is_plain(self) -> bool:
+    def is_addressable(self) -> bool:
         """Whether a kernel can address it: C-contiguous, aligned, in native byte order."""
         memory = self.memory
         return memory is not None and memory.flags.c_contiguous and memory.flags.aligned and bool(memory.dtype.isnative)

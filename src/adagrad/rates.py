@@ -58,7 +58,7 @@ class Rates:
 
         self.num_update = self.begin_num_update
         self._index_update_count: dict[Index, int] = {}
-        self._resolved: dict[Index, tuple[float, float]] = {}
+        self._resolved: dict[Index, tuple[float, float]] = {}  # fixed within :meth:`_counted`
         self.lr_mult: dict[Index, float] = {}
         self.wd_mult: dict[Index, float] = {}
         self.set_lr_mult({})
@@ -130,7 +130,7 @@ class Rates:
     def _multiplier(self, index: Index, attribute: str, multipliers: Mapping[Index, float]) -> float:
         """Return the multiplier in MXNet's order: ``param_dict``, then by index, then by name."""
         if index in self.param_dict:
-            return _own_multiplier(index, self.param_dict[index], attribute)
+            return _parameters_multiplier(index, self.param_dict[index], attribute)
         key = index if index in multipliers else self.idx2name.get(index, index)
         value = multipliers.get(key, 1.0)
         return value if checks.is_rate(value) else checks.non_negative(f"{attribute}[{key!r}]", value)
@@ -147,10 +147,10 @@ class Rates:
         return self._get_wds([index])[0]
 
     def _get_lrs(self, indices: Sequence[Index]) -> list[float]:
-        known = self._resolved
-        return [known[index][0] if index in known else self._own_lr(index) for index in indices]
+        fixed = self._resolved
+        return [fixed[index][0] if index in fixed else self._current_lr(index) for index in indices]
 
-    def _own_lr(self, index: Index) -> float:
+    def _current_lr(self, index: Index) -> float:
         name = "lr" if self.lr_scheduler is None else f"lr_scheduler({self.num_update})"
         return checks.non_negative(name, self.learning_rate) * self._multiplier(index, "lr_mult", self.lr_mult)
 
@@ -185,7 +185,7 @@ class Rates:
             reached = checks.integer("num_update", reached, 0)
         if not _KEYS.issuperset(map(type, indices)):
             check_indices(indices)
-        if self._has_own_rates():
+        if self._overrides_rates():
             return self._ask(indices)
         if self.lr_scheduler is None and not (self.param_dict or self.lr_mult or self.wd_mult):
             lr, wd = self._lr_at(reached), self.wd
@@ -207,18 +207,18 @@ class Rates:
         return _checked("lr", indices, lrs), _checked("wd", indices, self._get_wds(indices)), new
 
     def _known_rates(self, indices: Sequence[Index]) -> tuple[list[float], list[float]]:
-        """Do :meth:`_resolve` for checks in advance, without asking code of users, which may have state.
+        """Return lr and wd for checks in advance. Code of users may have state, so it is not asked here.
 
-        Rates that it determines are 0; those that only its schedule enters are the multipliers.
+        Where a subclass determines the rates, they are 0; where only the schedule is a user's, lr is the multiplier.
         """
-        if self._has_own_rates():
+        if self._overrides_rates():
             return [0.0], [0.0]
         if self._has_our_schedule():
             return self._resolve(indices)[:2]
         lrs = [self._multiplier(index, "lr_mult", self.lr_mult) for index in indices]
         return lrs, _checked("wd", indices, self._get_wds(indices))
 
-    def _has_own_rates(self) -> bool:
+    def _overrides_rates(self) -> bool:
         """Whether a subclass overrides learning rates, weight decays or counts."""
         return bool(_overridable(type(self)) != _OURS)
 
@@ -284,7 +284,7 @@ class Rates:
 
 
 class _Counts(dict[Index, int]):
-    """New counts that a subclass may have had its own way with, and the ``num_update`` that it reached."""
+    """New counts and ``num_update`` as a subclass's ``_update_count`` left them: one need not follow from the other."""
 
     reached = 0
 
@@ -315,7 +315,7 @@ def _from_text(name: str, value: Any) -> float:
     return checks.non_negative(name, number)
 
 
-def _own_multiplier(index: Index, parameter: Any, attribute: str) -> float:
+def _parameters_multiplier(index: Index, parameter: Any, attribute: str) -> float:
     try:
         value = getattr(parameter, attribute)
     except AttributeError:

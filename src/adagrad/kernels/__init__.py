@@ -16,10 +16,10 @@ import numpy as np
 from adagrad.kernels import expressions
 from adagrad.kernels.batch import Prepared, of_states
 from adagrad.kernels.interrupts import came_late, mark_late, uninterrupted
-from adagrad.kernels.validate import any_row_sparse, gradient, is_row_sparse
+from adagrad.kernels.validate import any_row_sparse, check_gradient, is_row_sparse
 from adagrad.rule import Array, Rule, is_torch
 
-__all__ = ["any_row_sparse", "came_late", "gradient", "is_row_sparse", "prepare", "update"]
+__all__ = ["any_row_sparse", "came_late", "check_gradient", "is_row_sparse", "prepare", "update"]
 
 
 _ARRAYS = {np.ndarray, np.memmap}

@@ -27,7 +27,7 @@ from adagrad.rule import LANES
 LINE = 64
 """Bytes of a cache line."""
 
-_bit, _word, _long = ir.IntType(1), ir.IntType(32), ir.IntType(64)
+_bit, _int32, _int64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
 
 
 class Block(types.Type):  # type: ignore[misc]
@@ -61,8 +61,8 @@ def _splat(builder: Any, value: Any) -> Any:
     if isinstance(value.type, ir.VectorType):
         return value
     nothing = ir.VectorType(value.type, LANES)(ir.Undefined)
-    first = builder.insert_element(nothing, value, _word(0))
-    return builder.shuffle_vector(first, nothing, ir.VectorType(_word, LANES)([0] * LANES))
+    first = builder.insert_element(nothing, value, _int32(0))
+    return builder.shuffle_vector(first, nothing, ir.VectorType(_int32, LANES)([0] * LANES))
 
 
 def _define(symbol: Any, instruction: str) -> None:
@@ -138,12 +138,12 @@ def _sum_by_halves_code(typing: Any, block: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         lanes, half = args[0], LANES // 2
         while half > 0:
-            order = ir.VectorType(_word, half)
+            order = ir.VectorType(_int32, half)
             left, right = (
                 builder.shuffle_vector(lanes, lanes, order(list(range(first, first + half)))) for first in (0, half)
             )
             lanes, half = builder.fadd(left, right), half // 2
-        return builder.extract_element(lanes, _word(0))
+        return builder.extract_element(lanes, _int32(0))
 
     return block.dtype(block), generate
 
@@ -167,7 +167,7 @@ def _vector_at(builder: Any, elements: Any, i: Any) -> Any:
 
 def _mask(builder: Any, count: Any) -> Any:
     """One bit per lane, set in the first ``count``."""
-    numbers = ir.VectorType(_long, LANES)(list(range(LANES)))
+    numbers = ir.VectorType(_int64, LANES)(list(range(LANES)))
     return builder.icmp_signed("<", numbers, _splat(builder, count))
 
 
@@ -181,9 +181,9 @@ def _load_block_code(typing: Any, elements: Any, i: Any, count: Any) -> Any:
         if is_whole:
             bits = builder.load(place, align=align)
         else:
-            form = ir.FunctionType(kind, [place.type, _word, ir.VectorType(_bit, LANES), kind])
+            form = ir.FunctionType(kind, [place.type, _int32, ir.VectorType(_bit, LANES), kind])
             masked_load = _intrinsic(builder, f"llvm.masked.load.{_name(kind)}.p0", form)
-            bits = builder.call(masked_load, [place, _word(align), _mask(builder, args[2]), kind(None)])
+            bits = builder.call(masked_load, [place, _int32(align), _mask(builder, args[2]), kind(None)])
         set_alias_scope(builder.module, bits, elements.role)
         return widen(context, builder, elements.dtype, bits)
 
@@ -200,9 +200,9 @@ def _store_block_code(typing: Any, elements: Any, i: Any, block: Any, count: Any
         if is_whole:
             written = builder.store(bits, place, align=align)
         else:
-            form = ir.FunctionType(ir.VoidType(), [kind, place.type, _word, ir.VectorType(_bit, LANES)])
+            form = ir.FunctionType(ir.VoidType(), [kind, place.type, _int32, ir.VectorType(_bit, LANES)])
             masked_store = _intrinsic(builder, f"llvm.masked.store.{_name(kind)}.p0", form)
-            written = builder.call(masked_store, [bits, place, _word(align), _mask(builder, args[3])])
+            written = builder.call(masked_store, [bits, place, _int32(align), _mask(builder, args[3])])
         set_alias_scope(builder.module, written, elements.role)
         return context.get_dummy_value()
 
@@ -220,13 +220,13 @@ def _prefetch_code(typing: Any, elements: Any, i: Any) -> Any:
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, _word, _word, _word])
+        kind = ir.FunctionType(ir.VoidType(), [byte, _int32, _int32, _int32])
         prefetch = _intrinsic(builder, "llvm.prefetch.p0", kind)
         place = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
         for offset in range(0, LANES * context.get_abi_sizeof(args[0].type.pointee), LINE):
             # Not for writing what is only read: workers would take shared cache lines from each other.
-            to_write = _word(int(elements.role != "grad"))
-            builder.call(prefetch, [builder.gep(place, [_long(offset)]), to_write, _word(3), _word(1)])
+            to_write = _int32(int(elements.role != "grad"))
+            builder.call(prefetch, [builder.gep(place, [_int64(offset)]), to_write, _int32(3), _int32(1)])
         return context.get_dummy_value()
 
     return types.void(elements, types.intp), generate

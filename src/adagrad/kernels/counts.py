@@ -8,7 +8,7 @@ import numpy as np
 
 from adagrad.kernels.formats import load, pointer, store
 from adagrad.kernels.layout import COUNT, DEVICE, FLOAT32, FLOAT64, FORMAT, INFO, KIND, START, describe, list_item
-from adagrad.kernels.numba_jit import jit, uncounted
+from adagrad.kernels.numba_jit import jit, keep_alive, uncounted
 
 _single, _double = np.empty(0, np.float32), np.empty(0, np.float64)
 
@@ -28,7 +28,8 @@ def find_counts(counts: int, layout: Any, addresses: Any) -> bool:
         if info[FORMAT] != FLOAT32 and info[FORMAT] != FLOAT64:
             return False
         addresses[i] = info[START] if info[FORMAT] == FLOAT32 else -info[START]
-    own_out[:0], own_info[:0] = 0, 0  # used by address above: this keeps them alive
+    keep_alive(own_out)
+    keep_alive(own_info)
     return True
 
 

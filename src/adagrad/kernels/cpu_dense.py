@@ -20,7 +20,7 @@ from adagrad.kernels.blocks import broadcast, constant, keep_first, load_block, 
 from adagrad.kernels.cpu_rule import constants, effective_gradient, new_weight
 from adagrad.kernels.formats import TOKENS, load, master_or, pointer, store
 from adagrad.kernels.numba_jit import jit, max_workers, pointer_to, run, worker, workers
-from adagrad.kernels.records import COLUMNS, GRAD, HISTORY, MASTER, ROW, SIZE, WEIGHT
+from adagrad.kernels.records import COLUMNS, GRAD, HISTORY, MASTER, ROW_LENGTH, SIZE, WEIGHT
 from adagrad.rule import LANES, Rule
 
 TABLE_AT, TABLE_ROWS, RATES_AT, RATES_ROWS, SCALARS_AT, TOTAL, GIVEN = range(7)
@@ -44,7 +44,7 @@ def table_row(
 
 
 @jit(helper=True)
-def elements(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, fixed: Any, coming: Any) -> None:
+def update_elements(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, fixed: Any, coming: Any) -> None:
     """Update the elements from ``start`` to ``stop``, each with its own history value.
 
     ``fixed`` are :func:`constants`; the operands ``coming``, needed soon, are prefetched likewise, block by block.
@@ -88,7 +88,7 @@ def prefetch_operands(coming: Any, i: int) -> None:
 
 
 @jit(helper=True)
-def one_row(w: Any, g: Any, h: Any, m: Any, start: int, length: int, r: int, fixed: Any, coming: Any) -> None:
+def update_row(w: Any, g: Any, h: Any, m: Any, start: int, length: int, r: int, fixed: Any, coming: Any) -> None:
     """Update the ``length`` elements from ``start`` on, which share the history value ``h[r]``; ``coming`` as above."""
     source, stop = master_or(w, m), start + length
     lanes = add_squares(broadcast(constant(h, 0)), source, g, start, stop, fixed, coming)
@@ -150,7 +150,7 @@ def _share(
     """Update the elements ``first`` to ``last`` of all weights laid end to end, both moved to a :func:`_border`."""
     begin = 0
     for i in range(table.shape[0]):
-        size, length = table[i, SIZE], table[i, ROW]
+        size, length = table[i, SIZE], table[i, ROW_LENGTH]
         if begin >= last:
             break
         unit = length if length else ALIGN
@@ -162,10 +162,10 @@ def _share(
         soon_w, soon_g, soon_h, soon_m = _operands(table[i], AHEAD_BYTES, tw, tg, th, tm)
         fixed = constants(scalars, rates[i if len(rates) > 1 else 0], th)
         if row_wise is None:
-            elements(w, g, h, m, start, stop, fixed, (soon_w, soon_g, soon_h, soon_m))
+            update_elements(w, g, h, m, start, stop, fixed, (soon_w, soon_g, soon_h, soon_m))
         else:
             for r in range(start // length, stop // length):
-                one_row(w, g, h, m, r * length, length, r, fixed, (soon_w, soon_g, None, soon_m))
+                update_row(w, g, h, m, r * length, length, r, fixed, (soon_w, soon_g, None, soon_m))
 
 
 @jit(helper=True)
@@ -194,7 +194,7 @@ def row_part_kernel(weight: str, grad: str, history: str, master: str | None, de
 
     At the address ``HISTORY`` lie LANES lanes, the row's history value and room for the new one. A first pass adds the
     part's squared gradients to the lanes, the first one to lane 0; a second one, ``descending``, takes their mean over
-    the ``ROW`` elements of the row for the new value, and updates the weights.
+    the ``ROW_LENGTH`` elements of the row for the new value, and updates the weights.
     """
     tw, tg, th, tm = TOKENS[weight], TOKENS[grad], TOKENS[history], None if master is None else TOKENS[master]
     second = descending or None  # as above
@@ -209,7 +209,7 @@ def row_part_kernel(weight: str, grad: str, history: str, master: str | None, de
         if second is None:
             store_block(shared, 0, add_squares(lanes, master_or(w, m), g, 0, size, fixed, None), None)
         else:
-            history = load(shared, LANES) + sum_by_halves(lanes) / constant(shared, table[0, ROW])
+            history = load(shared, LANES) + sum_by_halves(lanes) / constant(shared, table[0, ROW_LENGTH])
             store(shared, LANES + 1, history)
             update_weights_of_row(w, g, m, 0, size, history, fixed)
 

@@ -14,13 +14,14 @@ import numba
 import numpy as np
 
 from adagrad.kernels.blocks import load_block, prefetch, store_block
-from adagrad.kernels.cpu_dense import elements, one_row, prefetch_operands, update_block
+from adagrad.kernels.cpu_dense import prefetch_operands, update_block, update_elements, update_row
 from adagrad.kernels.cpu_rule import constants
 from adagrad.kernels.formats import TOKENS, load, pointer, store
 from adagrad.kernels.numba_jit import decref, jit, max_workers, pointer_to, run, worker, workers
 from adagrad.kernels.records import (
-    ARE_DISTINCT,
+    ARE_INCREASING,
     BASE,
+    CHECKED_IDS,
     ENTRIES,
     FACTS,
     GRAD,
@@ -29,7 +30,6 @@ from adagrad.kernels.records import (
     LENGTH,
     MASTER,
     RATES,
-    ROWS,
     SCALARS,
     SCRATCH,
     STRIDE,
@@ -64,16 +64,14 @@ ID_COST = 16
 PARALLEL_MIN = 131_072
 """Work, see :func:`work_of`, below which starting the threads costs more than they save."""
 
-AHEAD, SUMS_AHEAD = 8, 32
-"""How many rows ahead to prefetch, or occurrences that are only added up; fewer if they are over ROWS_AHEAD_BYTES."""
+AHEAD, SUMS_AHEAD, ELEMENTS_AHEAD = 8, 32, 32
+"""How many rows ahead to prefetch: rows that are updated, those that are only added up, rows of one element."""
 
 ROWS_AHEAD_BYTES = 2048
-
-ELEMENTS_AHEAD = 32
-"""The same, in rows, for rows of one element."""
+"""Long rows are prefetched fewer ahead: as many as are no more bytes than this, but at least one."""
 
 BATCH = 1024
-"""Rows updated at a time; where no row occurs twice, their positions are first written to scratch memory."""
+"""Rows updated at a time; where ids increase, and so are not grouped, positions are first written to scratch memory."""
 
 TILE = 256
 """Rows of one element that are packed and computed together, a multiple of LANES."""
@@ -112,15 +110,15 @@ def _operands(base: Any, stride: Any, row: Any, tw: Any, th: Any, tm: Any) -> An
 
 
 @jit(helper=True)
-def _update_row(at: Any, g: Any, coming: Any, coming_g: Any, length: int, fixed: Any, row_wise: Any) -> None:
+def _update_and_prefetch(at: Any, g: Any, coming: Any, coming_g: Any, length: int, fixed: Any, row_wise: Any) -> None:
     """Update the row whose operands are ``at``, and prefetch those of a later row."""
     w, h, m = at
     next_w, next_h, next_m = coming
     if row_wise is None:
-        elements(w, g, h, m, 0, length, fixed, (next_w, coming_g, next_h, next_m))
+        update_elements(w, g, h, m, 0, length, fixed, (next_w, coming_g, next_h, next_m))
     else:
         prefetch(next_h, 0)
-        one_row(w, g, h, m, 0, length, 0, fixed, (next_w, coming_g, None, next_m))
+        update_row(w, g, h, m, 0, length, 0, fixed, (next_w, coming_g, None, next_m))
 
 
 @jit(helper=True)
@@ -161,7 +159,7 @@ def _update_once(rows: Any, positions: Any, base: Any, stride: Any, tw: Any, tv:
         at = _operands(base, stride, np.int64(rows[j]), tw, th, tm)
         coming = _operands(base, stride, np.int64(rows[then]), tw, th, tm)
         g, coming_g = _values(base, stride, positions[j], tv), _values(base, stride, positions[then], tv)
-        _update_row(at, g, coming, coming_g, length, fixed, row_wise)
+        _update_and_prefetch(at, g, coming, coming_g, length, fixed, row_wise)
 
 
 @jit(helper=True)
@@ -171,8 +169,8 @@ def _copy(to: Any, i: int, elements: Any, j: int) -> None:
 
 
 @jit(helper=True)
-def _update_elements(rows: Any, positions: Any, base: Any, stride: Any, tw: Any, tv: Any, th: Any, tm: Any, fixed: Any,
-                     tile: Any) -> None:  # fmt: skip
+def _update_short_rows(rows: Any, positions: Any, base: Any, stride: Any, tw: Any, tv: Any, th: Any, tm: Any,
+                       fixed: Any, tile: Any) -> None:  # fmt: skip
     """:func:`_update_once` for rows of one element, packed into blocks: one alone would take as long as a whole block.
 
     For such rows, row-wise and element-wise history are the same.
@@ -230,7 +228,7 @@ def _update_from_sums(rows: Any, counts: Any, memory: Any, missing: Any, second:
                 _add(g, chunk, length, None, None)
         at = _operands(base, stride, np.int64(rows[i]), tw, th, tm)
         coming = _operands(base, stride, np.int64(rows[then]), tw, th, tm)
-        _update_row(at, g, coming, sum_at(memory, then, length, th), length, fixed, row_wise)
+        _update_and_prefetch(at, g, coming, sum_at(memory, then, length, th), length, fixed, row_wise)
 
 
 @functools.cache
@@ -242,30 +240,31 @@ def kernel(needs_int64: bool, weight: str, values: str, history: str, master: st
 
     def update(arguments: Any, k: Any, count: Any) -> None:
         facts = numba.carray(pointer_to(arguments), FACTS, np.int64)
-        n, length, distinct = facts[ENTRIES], facts[LENGTH], facts[ARE_DISTINCT]
-        ids, base, stride = numba.carray(pointer_to(facts[ROWS]), n, dtype), _four(facts, BASE), _four(facts, STRIDE)
+        n, length, increasing = facts[ENTRIES], facts[LENGTH], facts[ARE_INCREASING]
+        ids = numba.carray(pointer_to(facts[CHECKED_IDS]), n, dtype)
+        base, stride = _four(facts, BASE), _four(facts, STRIDE)
         rates = numba.carray(pointer_to(facts[RATES]), 3, np.float64)
         scalars = numba.carray(pointer_to(facts[SCALARS]), 4, np.float64)
         fixed = constants(scalars, rates, th)
         ahead = _ahead(AHEAD, length, tw)
         kept = numba.carray(pointer_to(facts[GROUPS]), (count, GROUPED, 3), np.int64)[k]
         scratch = numba.carray(pointer_to(facts[SCRATCH]), (count, SCRATCH_WORDS), np.int64)[k]
-        numbers = numba.carray(pointer_to(scratch.ctypes.data), BATCH, np.int32)
+        own_positions = numba.carray(pointer_to(scratch.ctypes.data), BATCH, np.int32)
         tile = scratch[BATCH // 2 :].ctypes.data
-        # Workers divide distinct rows by position, others by owner.
+        # Workers divide ids that increase by position, others by owner.
         first, last = n * k // count, n * (k + 1) // count
-        rows = ids[first:last] if distinct else grouped(kept, SINGLE, dtype)
+        rows = ids[first:last] if increasing else grouped(kept, SINGLE, dtype)
         positions = grouped(kept, POSITIONS, np.int32)
         for start in range(0, len(rows), BATCH):
             stop = min(start + BATCH, len(rows))
-            if distinct:
+            if increasing:
                 for i in range(start, stop):
-                    numbers[i - start] = first + i
-                here = numbers[: stop - start]
+                    own_positions[i - start] = first + i
+                here = own_positions[: stop - start]
             else:
                 here = positions[start:stop]
             if length == 1:
-                _update_elements(rows[start:stop], here, base, stride, tw, tv, th, tm, fixed, tile)
+                _update_short_rows(rows[start:stop], here, base, stride, tw, tv, th, tm, fixed, tile)
             else:
                 _update_once(rows[start:stop], here, base, stride, tw, tv, th, tm, length, fixed, by_row, ahead)
         memory = kept[SUMS, ADDRESS]
@@ -288,7 +287,7 @@ def carry_out(facts: Any, kept: Any, scratch: Any, group: int, update: int, coun
     kept[:] = 0
     facts[GROUPS], facts[SCRATCH] = kept.ctypes.data, scratch.ctypes.data
     are_grouped = True
-    if not facts[ARE_DISTINCT]:
+    if not facts[ARE_INCREASING]:
         run(group, facts, count)
         for k in range(count):
             are_grouped &= kept[k, SUMS, OWNER] != 0
@@ -313,7 +312,7 @@ def out_of_memory(at: str, entries: int) -> MemoryError:
 
 def launch(at: str, facts: Any, rows: Any, formats: Any, row_wise: bool, rates: Any, scalars: Any, threads: int | None
            ) -> None:  # fmt: skip
-    """Carry out the update that ``facts`` describes; ``rows`` are its checked row ids, the array at ``facts[ROWS]``.
+    """Carry out the update that ``facts`` describes; ``rows`` is the array at ``facts[CHECKED_IDS]``.
 
     ``formats`` are those of weight, values, history and master copy (None for none); ``rates`` those of one weight. At
     most ``threads`` threads, or by default as many as Numba may use.
@@ -325,9 +324,9 @@ def launch(at: str, facts: Any, rows: Any, formats: Any, row_wise: bool, rates: 
     """
     work = int(work_of(facts))
     threads = 1 if work < PARALLEL_MIN else threads or max_workers()
-    high = rows.itemsize == 8
-    group = 0 if facts[ARE_DISTINCT] else grouping(high, formats[2])
-    update = kernel(high, *formats, row_wise)
+    needs_int64 = rows.itemsize == 8
+    group = 0 if facts[ARE_INCREASING] else grouping(needs_int64, formats[2])
+    update = kernel(needs_int64, *formats, row_wise)
     facts[RATES], facts[SCALARS] = rates.ctypes.data, scalars.ctypes.data
     with workers(threads, work) as count:
         kept, scratch = room(count)

@@ -14,7 +14,6 @@ for the table of settings and for the arithmetic.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adagrad.arrays import tensor_format
+from adagrad.arrays import row_length, tensor_format
 from adagrad.kernels.cuda_launch import Kernel
 from adagrad.kernels.cuda_rule import (
     LANES,
@@ -39,8 +38,8 @@ from adagrad.kernels.cuda_rule import (
     widen,
     write_weight,
 )
-from adagrad.kernels.records import ROW, SIZE
-from adagrad.kernels.table import code_of_formats, formats
+from adagrad.kernels.records import ROW_LENGTH, SIZE
+from adagrad.kernels.table import code_of_formats, decode
 
 if TYPE_CHECKING:
     from adagrad.rule import Rule
@@ -197,7 +196,7 @@ class DenseUpdates(NamedTuple):
     rows: np.ndarray
     """(n, COLUMNS) words, as :mod:`adagrad.kernels.records` has it: addresses, elements, a row's length or 0."""
     codes: np.ndarray
-    """(n,) integers, which :func:`adagrad.kernels.table.formats` decodes."""
+    """(n,) integers, which :func:`adagrad.kernels.table.decode` decodes."""
     lrs: list[float | Tensor]
     """Numbers, or 0-d float32 or float64 tensors on the device: one for each, or one for all."""
     wds: list[float]
@@ -237,7 +236,7 @@ def of_tensors(weight: Tensor, grad: Tensor, history: Tensor, master: Tensor | N
     """An update of contiguous tensors of any class, checked by :func:`adagrad.kernels.validate.validate`."""
     tensors = weight, grad, history, master
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    length = math.prod(weight.shape[1:]) if rule.row_wise else 0
+    length = row_length(weight.shape) if rule.row_wise else 0
     code = code_of_formats(tensor_format(weight), tensor_format(grad), has_master=master is not None)
     rows = np.array([[*addresses, weight.numel(), length]], np.int64)
     return DenseUpdates(rows, np.array([code], np.int64), [lr], [wd], [*tensors])
@@ -248,7 +247,8 @@ def plan(updates: DenseUpdates) -> tuple[np.ndarray, list[Launch]]:
 
     It depends on ``rows``, ``codes`` and ``share_rates`` alone.
     """
-    addresses, sizes, lengths = updates.rows[:, :SIZE], updates.rows[:, SIZE], np.maximum(updates.rows[:, ROW], 1)
+    rows = updates.rows
+    addresses, sizes, lengths = rows[:, :SIZE], rows[:, SIZE], np.maximum(rows[:, ROW_LENGTH], 1)
     is_aligned = (addresses % 16 == 0).all(axis=1) & ((lengths == 1) | (lengths % 16 == 0))
     # In rows of one element the mean of squares is the square: the same as with a history of the weight's shape.
     tiles = np.where(lengths == 1, 0, 1 + np.searchsorted(_WIDTHS, lengths))
@@ -275,7 +275,7 @@ _WIDTHS = [columns for columns, _ in ROW_TILES]
 @functools.lru_cache(maxsize=256)
 def _kernel(code: int, is_aligned: int, tile: int) -> tuple[Kernel, int]:
     """The kernel for a format, and the elements or rows per program."""
-    _, (weight, grad, computing, master) = formats(code)
+    _, (weight, grad, computing, master) = decode(code)
     constants: dict[str, Any] = {
         "WEIGHT": TRITON_DTYPE[weight], "GRAD": TRITON_DTYPE[grad], "COMPUTE": TRITON_DTYPE[computing],
         "HAS_MASTER": master is not None, "ALIGNED": bool(is_aligned),

@@ -14,14 +14,13 @@ Kernels read what they must know of each weight from a table of 64-bit words in 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from adagrad.arrays import tensor_format
+from adagrad.arrays import row_length, tensor_format
 from adagrad.kernels import cuda_rows
 from adagrad.kernels.cuda_dense import RECORD, each
 from adagrad.kernels.cuda_launch import Kernel
@@ -41,7 +40,7 @@ from adagrad.kernels.records import (
     STRIDE,
     WEIGHT,
 )
-from adagrad.kernels.table import CODES_PER_DEVICE, code_of_formats, formats
+from adagrad.kernels.table import CODES_PER_DEVICE, code_of_formats, decode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +60,7 @@ class RowUpdates(NamedTuple):
     facts: np.ndarray
     """(n, FACTS) words, see :mod:`adagrad.kernels.records`."""
     codes: list[int]
-    """One for each, which :func:`adagrad.kernels.table.formats` decodes."""
+    """One for each, which :func:`adagrad.kernels.table.decode` decodes."""
     lrs: list[float | Tensor]
     """Numbers, or 0-d float32 or float64 tensors on the device: one for each, or one for all."""
     wds: list[float]
@@ -89,7 +88,7 @@ def concatenate(updates: Sequence[RowUpdates]) -> RowUpdates | None:
 def of_tensors(weight: Tensor, indices: Tensor, values: Tensor, history: Tensor, master: Tensor | None,
                lr: float | Tensor, wd: float, rule: Rule) -> RowUpdates:  # fmt: skip
     """An update of contiguous tensors of any class."""
-    length = math.prod(weight.shape[1:])
+    length = row_length(weight.shape)
     facts = np.zeros((1, FACTS), np.int64)
     facts[0, ENTRIES], facts[0, LENGTH], facts[0, HEIGHT] = indices.numel(), length, weight.shape[0]
     facts[0, ARE_LONG] = indices.dtype == torch.int64
@@ -205,7 +204,7 @@ class Kernels(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _kernels(form: Form, are_aligned: bool) -> Kernels:
-    _, (weight, values, history, master) = formats(form.code)
+    _, (weight, values, history, master) = decode(form.code)
     columns = min(1 << (form.length - 1).bit_length(), 128)
     if form.row_wise:
         columns = max(columns, LANES.value)

@@ -15,23 +15,23 @@ from adagrad.kernels import cpu_dense
 from adagrad.kernels.counts import advance_counts, find_counts
 from adagrad.kernels.cpu_dense import GIVEN, kernel, put_arguments
 from adagrad.kernels.layout import current_layout
-from adagrad.kernels.numba_jit import acquire_gil, jit, release_gil, run, worker_count
-from adagrad.kernels.outcomes import DONE, NOT_PLAIN, NOT_SMALL, attempt, remembered
+from adagrad.kernels.numba_jit import acquire_gil, jit, keep_alive, release_gil, run, worker_count
+from adagrad.kernels.outcomes import DONE, LAST_WORK, LISTS_DONE, NOT_PLAIN, NOT_SMALL, attempt, remembered
 from adagrad.kernels.records import COLUMNS, SIZE
 from adagrad.kernels.spans import disjoint
-from adagrad.kernels.table import CODES_PER_DEVICE, fill, formats
+from adagrad.kernels.table import CODES_PER_DEVICE, decode, fill
 from adagrad.rule import Rule
 
 
 @jit(holds_gil=True)
 def _update(weights: int, grads: int, histories: int, masters: int, steps: int, n: int, layout: Any, row_wise: int,
-            rates: Any, scalars: Any, known: Any, last: Any, order: Any, small: int, count: int) -> Any:  # fmt: skip
+            rates: Any, scalars: Any, known: Any, notes: Any, guess: Any, parallel_min: int, count: int
+            ) -> Any:  # fmt: skip
     """What was done, or the code whose worker must be compiled first; see :func:`adagrad.kernels.outcomes.attempt`.
 
-    Lists are given by ``id``, ``masters`` and ``steps`` as 0 for none. ``last[0]`` becomes the number of elements if
-    there are many, else 0.
+    Lists are given by ``id``, ``masters`` and ``steps`` as 0 for none; the work of a list is its number of elements.
     """
-    table, codes, spans = np.empty((n, COLUMNS), np.int64), np.empty(n, np.int64), np.empty((2, len(order)), np.int64)
+    table, codes, spans = np.empty((n, COLUMNS), np.int64), np.empty(n, np.int64), np.empty((2, len(guess)), np.int64)
     step_at, blocks = np.empty(n if steps else 0, np.int64), np.empty((CODES_PER_DEVICE, GIVEN), np.int64)
     counts, elements = np.zeros(CODES_PER_DEVICE, np.int64), np.zeros(CODES_PER_DEVICE, np.int64)
     _, total = fill(weights, grads, histories, masters, layout, row_wise != 0, table, codes, spans)
@@ -40,10 +40,10 @@ def _update(weights: int, grads: int, histories: int, masters: int, steps: int, 
             return NOT_PLAIN, 0, 0, 0
         counts[codes[i]] += 1
         elements[codes[i]] += table[i, SIZE]
-    last[0] = total if total >= small else 0
-    if count == 0 and total >= small:
+    notes[LAST_WORK] = total if total >= parallel_min else 0
+    if count == 0 and total >= parallel_min:
         return NOT_SMALL, 0, 0, 0
-    if not disjoint(spans[0], spans[1], len(order) - n, order) or (steps and not find_counts(steps, layout, step_at)):
+    if not disjoint(spans[0], spans[1], len(guess) - n, guess) or (steps and not find_counts(steps, layout, step_at)):
         return NOT_PLAIN, 0, 0, 0
     for code in range(CODES_PER_DEVICE):
         if counts[code] and known[code] == 0:
@@ -55,13 +55,15 @@ def _update(weights: int, grads: int, histories: int, masters: int, steps: int, 
     for code in range(CODES_PER_DEVICE):
         if counts[code]:
             put_arguments(blocks[code], rows, first, counts[code], rows_rates, scalars, elements[code])
-            run(known[code], blocks[code], worker_count(elements[code], small, count))
+            run(known[code], blocks[code], worker_count(elements[code], parallel_min, count))
             first += counts[code]
     if count > 0:
         acquire_gil(state)
     advance_counts(step_at)
-    last[1] += 1
-    rows[:0], rows_rates[:0], blocks[:0] = 0, 0, 0  # used by address above: this keeps them alive until here
+    notes[LISTS_DONE] += 1
+    keep_alive(rows)
+    keep_alive(rows_rates)
+    keep_alive(blocks)
     return DONE, 0, 0, 0
 
 
@@ -91,17 +93,17 @@ def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: 
     n, layout = len(weights), current_layout()
     if layout is None:
         return False
-    known, last, told, order = remembered(_addresses, rule.row_wise, get_ident(), 4 * n if masters else 3 * n)
+    known, notes, read_notes, guess = remembered(_addresses, rule.row_wise, get_ident(), 4 * n if masters else 3 * n)
     given = (
         id(weights), id(grads), id(histories), id(masters) if masters else 0, id(steps) if steps else 0, n,
         # Numba takes longer to tell the type of a bool.
-        layout, 1 if rule.row_wise else 0, rates, rule.scalars, known, last, order, cpu_dense.PARALLEL_MIN,
+        layout, 1 if rule.row_wise else 0, rates, rule.scalars, known, notes, guess, cpu_dense.PARALLEL_MIN,
     )  # fmt: skip
 
     def compile_worker(code: int) -> None:
-        known[code] = kernel(*formats(code)[1], rule.row_wise)
+        known[code] = kernel(*decode(code)[1], rule.row_wise)
 
-    return attempt(_update, given, told, threads, compile_worker)[0] == DONE
+    return attempt(_update, given, read_notes, threads, compile_worker)[0] == DONE
 
 
 @functools.cache

@@ -141,7 +141,7 @@ def _master_or(weight: Any, master: Any) -> Any:
 
 # ------------------------------------------------------------------------------------ float16 and bfloat16 as LLVM code
 
-_word, _short, _half, _float = ir.IntType(32), ir.IntType(16), ir.HalfType(), ir.FloatType()
+_int32, _int16, _half, _float = ir.IntType(32), ir.IntType(16), ir.HalfType(), ir.FloatType()
 
 
 def _as(kind: Any, like: Any) -> Any:
@@ -151,23 +151,23 @@ def _as(kind: Any, like: Any) -> Any:
 
 def _constant(value: int, like: Any) -> Any:
     """A 32-bit integer, or a vector of it as long as ``like``."""
-    kind = _as(_word, like)
+    kind = _as(_int32, like)
     return kind([value] * kind.count) if isinstance(kind, ir.VectorType) else kind(value)
 
 
 def _bfloat_to_float(context: Any, builder: Any, bits: Any) -> Any:
-    wide = builder.shl(builder.zext(bits, _as(_word, bits)), _constant(16, bits))
+    wide = builder.shl(builder.zext(bits, _as(_int32, bits)), _constant(16, bits))
     return builder.bitcast(wide, _as(_float, bits))
 
 
 def _float_to_bfloat(context: Any, builder: Any, value: Any) -> Any:
-    bits = builder.bitcast(value, _as(_word, value))
+    bits = builder.bitcast(value, _as(_int32, value))
     odd = builder.and_(builder.lshr(bits, _constant(16, value)), _constant(1, value))
     rounded = builder.add(builder.add(bits, _constant(0x7FFF, value)), odd)
     quiet = builder.or_(bits, _constant(0x400000, value))
     is_nan = builder.fcmp_unordered("uno", value, value)
     high = builder.lshr(builder.select(is_nan, quiet, rounded), _constant(16, value))
-    return builder.trunc(high, _as(_short, value))
+    return builder.trunc(high, _as(_int16, value))
 
 
 def _half_to_float(context: Any, builder: Any, bits: Any) -> Any:
@@ -179,9 +179,9 @@ def _half_to_float(context: Any, builder: Any, bits: Any) -> Any:
 
 def _float_to_half(context: Any, builder: Any, value: Any) -> Any:
     if NATIVE_HALF:
-        return builder.bitcast(builder.fptrunc(value, _as(_half, value)), _as(_short, value))
+        return builder.bitcast(builder.fptrunc(value, _as(_half, value)), _as(_int16, value))
     one = functools.partial(context.compile_internal, builder, float_to_half_by_integers, types.uint16(types.float32))
-    return _each(builder, value, _short, one)
+    return _each(builder, value, _int16, one)
 
 
 def _each(builder: Any, values: Any, kind: Any, convert: Any) -> Any:
@@ -190,7 +190,7 @@ def _each(builder: Any, values: Any, kind: Any, convert: Any) -> Any:
         return convert([values])
     result = _as(kind, values)(ir.Undefined)
     for i in range(values.type.count):
-        result = builder.insert_element(result, convert([builder.extract_element(values, _word(i))]), _word(i))
+        result = builder.insert_element(result, convert([builder.extract_element(values, _int32(i))]), _int32(i))
     return result
 
 
@@ -211,7 +211,7 @@ def _bits_code(typing: Any, value: Any) -> Any:
     result = types.uint32 if value == types.float32 else types.float32
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], _word if result == types.uint32 else _float)
+        return builder.bitcast(args[0], _int32 if result == types.uint32 else _float)
 
     return result(value), generate
 

@@ -13,7 +13,7 @@ from adagrad.kernels import cpu_dense, cpu_rows, strided
 from adagrad.kernels.batch import Job
 from adagrad.kernels.cpu_rule import rate_table
 from adagrad.kernels.expressions import by_expression
-from adagrad.kernels.records import ARE_LONG, BASE, ENTRIES, FACTS, HEIGHT, IDS, LENGTH, ROWS, STRIDE
+from adagrad.kernels.records import ARE_LONG, BASE, CHECKED_IDS, ENTRIES, FACTS, HEIGHT, IDS, LENGTH, STRIDE
 from adagrad.kernels.row_groups import MOST, checked_rows
 from adagrad.kernels.table import Formats
 from adagrad.kernels.validate import Update, host_indices
@@ -26,7 +26,7 @@ def formats(u: Update) -> Formats:
 
 def fits_table(u: Update) -> bool:
     """Whether a dense update can be a row of an address table as it is."""
-    return all(o is None or o.is_plain for o in (u.weight, u.grad, u.history, u.master))
+    return all(o is None or o.is_addressable for o in (u.weight, u.grad, u.history, u.master))
 
 
 def by_table(
@@ -43,7 +43,7 @@ def by_table(
     return run
 
 
-def one_by_one(at: str, u: Update, lr: Any, wd: float, rule: Rule, threads: int | None) -> Job | None:
+def one_job(at: str, u: Update, lr: Any, wd: float, rule: Rule, threads: int | None) -> Job | None:
     """The job that carries out an update, None if there is nothing to do; IndexError for a row id out of range."""
     if u.indices is not None:
         return _rows(at, u, lr, wd, rule, threads)
@@ -72,16 +72,16 @@ def _rows(at: str, u: Update, lr: float, wd: float, rule: Rule, threads: int | N
     def run() -> None:
         weight, grad, history, master = _memories(u)
         written, rows, is_gathered = (weight, history, master), ids, False
-        if not all(m is None or _rows_are_plain(m) for m in written):
+        if not all(m is None or _rows_are_addressable(m) for m in written):
             # The rows present are gathered into buffers: row r of a buffer is the r-th of them.
             present, inverse = np.unique(ids, return_inverse=True)
             rows, is_gathered = inverse.astype(ids.dtype, copy=False), True
-            weight, history = _plain_rows(weight[present]), _plain_rows(history[present])
-            master = None if master is None else _plain_rows(master[present])
-            facts[ROWS] = rows.ctypes.data
-        if not _rows_are_plain(grad) and is_torch(u.grad.array):  # PyTorch transposes faster than NumPy
+            weight, history = _addressable_rows(weight[present]), _addressable_rows(history[present])
+            master = None if master is None else _addressable_rows(master[present])
+            facts[CHECKED_IDS] = rows.ctypes.data
+        if not _rows_are_addressable(grad) and is_torch(u.grad.array):  # PyTorch transposes faster than NumPy
             grad = cast("np.ndarray", operand(u.grad.name, u.grad.array.contiguous()).memory)
-        memories = weight, _plain_rows(grad), history, master
+        memories = weight, _addressable_rows(grad), history, master
         for k, m in enumerate(memories):
             facts[BASE + k], facts[STRIDE + k] = (0, 0) if m is None else (m.ctypes.data, m.strides[0])
         rates = rate_table([lr], [wd], rule)[0]
@@ -99,13 +99,13 @@ def _memories(u: Update) -> strided.Memories:
     return cast(strided.Memories, tuple(None if o is None else o.memory for o in operands))
 
 
-def _plain_rows(memory: np.ndarray) -> np.ndarray:
-    """``memory``, or a copy if its rows are not plain."""
-    if _rows_are_plain(memory):
+def _addressable_rows(memory: np.ndarray) -> np.ndarray:
+    """``memory``, or a copy if its rows are not addressable."""
+    if _rows_are_addressable(memory):
         return memory
     return np.require(memory, memory.dtype.newbyteorder("="), ["C", "A"])
 
 
-def _rows_are_plain(memory: np.ndarray) -> bool:
-    """Whether each row is contiguous, aligned and native; rows may lie any distance apart."""
+def _rows_are_addressable(memory: np.ndarray) -> bool:
+    """Whether a kernel can address each row: contiguous, aligned, native; rows may lie any distance apart."""
     return bool(memory.dtype.isnative) and memory.flags.aligned and memory[:1].flags.c_contiguous

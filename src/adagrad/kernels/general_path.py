@@ -59,24 +59,24 @@ def prepare(
         Names the argument, its value and the rule it broke. A row id outside a weight on a CUDA device is reported by
         a later call instead, if the CUDA kernels take every weight and need not ``wait``.
     """
-    calls = [_CheckedBatch(batch) for batch in batches if batch.weights]
-    _refuse_shared(calls)
+    checked = [_CheckedBatch(batch) for batch in batches if batch.weights]
+    _refuse_shared(checked)
     scale = 1.0
-    if not all(call.all_on_cuda() for call in calls):
+    if not all(each.all_on_cuda() for each in checked):
         if found_inf is not None and bool(found_inf):
             return Prepared([])
         scale = 1.0 if grad_scale is None else float(grad_scale)
     plan = _Plan()
-    for call in calls:
-        call.add_to(plan, scale, threads)
-    for device in plan.launches:
+    for each in checked:
+        each.add_to(plan, scale, threads)
+    for device in plan.on_devices:
         cuda().raise_reported(device)
-    launches = [launch.prepare(grad_scale, found_inf) for launch in plan.launches.values()]
+    on_devices = [updates.prepare(grad_scale, found_inf) for updates in plan.on_devices.values()]
     if wait or plan.wrapped or plan.jobs:
-        for device, launch in plan.launches.items():
-            if launch.have_row_ids():  # a bad one stops the kernels, but nothing else
+        for device, updates in plan.on_devices.items():
+            if updates.have_row_ids():  # a bad one stops the kernels, but nothing else
                 cuda().check(device)
-    return Prepared([*plan.wrapped, *launches, *plan.jobs], [call.batch for call in calls])
+    return Prepared([*plan.wrapped, *on_devices, *plan.jobs], [each.batch for each in checked])
 
 
 def check(batches: Sequence[Batch]) -> None:
@@ -90,12 +90,11 @@ class _Plan:
     def __init__(self) -> None:
         self.wrapped: list[Job] = []
         """What a user's class may refuse in a way that no check foresees: run first, before anything else changes."""
-        self.launches: dict[Any, DeviceUpdates] = {}
-        """By device."""
+        self.on_devices: dict[Any, DeviceUpdates] = {}
         self.jobs: list[Job] = []
 
-    def launch_on(self, device: Any) -> DeviceUpdates:
-        return self.launches.setdefault(device, DeviceUpdates(device))
+    def updates_on(self, device: Any) -> DeviceUpdates:
+        return self.on_devices.setdefault(device, DeviceUpdates(device))
 
 
 class _CheckedBatch:
@@ -115,25 +114,25 @@ class _CheckedBatch:
             rest = self._describe_rows([*rest])
         else:
             found = table.build_table(batch.weights, batch.grads, batch.histories, batch.masters, batch.rule.row_wise)
-            self.table = found
-            self.groups, rest = found.groups(), ()
+            self.table, self.groups, rest = found, found.groups(), ()
             if found.common < 0:
-                rest = np.flatnonzero(found.codes < 0).tolist()
-                sparse = [i for i in rest if is_row_sparse(batch.grads[i])]
-                rest = sorted({*rest}.difference(sparse).union(self._describe_rows(sparse)))
+                left = np.flatnonzero(found.codes < 0).tolist()
+                sparse = [i for i in left if is_row_sparse(batch.grads[i])]
+                not_plain = self._describe_rows(sparse)
+                rest = sorted({*left} - {*sparse} | {*not_plain})
         if self._is_any_on_cuda() and not has_kernels():
             rest = [*rest, *self._take_from_cuda()]
         for i in rest:
             self._validate(i)
 
     def _is_any_on_cuda(self) -> bool:
-        return any(table.formats(code)[0] > 0 for code in {*self.rows.codes, *(code for code, _ in self.groups)})
+        return any(table.decode(code)[0] > 0 for code in {*self.rows.codes, *(code for code, _ in self.groups)})
 
     def _take_from_cuda(self) -> list[int]:
         """Remove the plain updates on CUDA devices; returns their positions."""
-        taken = [i for code, which in self.groups if table.formats(code)[0] > 0 for i in which]
-        self.groups = [(code, which) for code, which in self.groups if table.formats(code)[0] == 0]
-        on_cpu = [k for k, code in enumerate(self.rows.codes) if table.formats(code)[0] == 0]
+        taken = [i for code, which in self.groups if table.decode(code)[0] > 0 for i in which]
+        self.groups = [(code, which) for code, which in self.groups if table.decode(code)[0] == 0]
+        on_cpu = [k for k, code in enumerate(self.rows.codes) if table.decode(code)[0] == 0]
         taken += [i for k, i in enumerate(self.sparse) if k not in on_cpu]
         self.rows, self.sparse = self.rows.some(on_cpu), [self.sparse[k] for k in on_cpu]
         return taken
@@ -163,7 +162,7 @@ class _CheckedBatch:
     def all_on_cuda(self) -> bool:
         """Whether the CUDA kernels update every weight."""
         codes = {code for code, _ in self.groups}.union(self.rows.codes)
-        on_cuda = all(table.formats(code)[0] > 0 for code in codes)
+        on_cuda = all(table.decode(code)[0] > 0 for code in codes)
         return on_cuda and not self.wrapped and all(map(is_on_cuda, self.others.values()))
 
     def add_to(self, plan: _Plan, scale: float, threads: int | None) -> None:
@@ -178,37 +177,37 @@ class _CheckedBatch:
 
     def _add_table(self, plan: _Plan, scaled: Rule, threads: int | None) -> None:
         for code, which in self.groups:
-            number, formats = table.formats(code)
-            if number == 0:
-                plan.jobs.append(self._launch(which, formats, scaled, threads))
+            place, formats = table.decode(code)
+            if place == 0:
+                plan.jobs.append(self._dense_job(which, formats, scaled, threads))
             else:
                 device = self.batch.weights[which[0]].device
-                plan.launch_on(device).add_dense(self.batch.rule, self._dense_on_cuda(which))
+                plan.updates_on(device).add_dense(self.batch.rule, self._dense_on_cuda(which))
 
     def _add_rows(self, plan: _Plan, scaled: Rule, threads: int | None) -> None:
         on_device: dict[int, list[int]] = {}
         for k, code in enumerate(self.rows.codes):
-            number, _ = table.formats(code)
-            if number:
-                on_device.setdefault(number, []).append(k)
+            place, _ = table.decode(code)
+            if place:
+                on_device.setdefault(place, []).append(k)
             else:
                 rates = rate_table(*self.batch.some_rates([self.sparse[k]]), scaled)[0]
-                plan.jobs.append(self.rows.plan(k, self.batch.at(self.sparse[k]), rates, scaled, threads))
+                plan.jobs.append(self.rows.job(k, self.batch.at(self.sparse[k]), rates, scaled, threads))
         for members in on_device.values():
             device = self.batch.weights[self.sparse[members[0]]].device
-            plan.launch_on(device).add_rows(self.batch.rule, self._rows_on_cuda(members))
+            plan.updates_on(device).add_rows(self.batch.rule, self._rows_on_cuda(members))
 
     def _add_others(self, plan: _Plan, scaled: Rule, threads: int | None) -> None:
         dense: dict[table.Formats, list[int]] = {}
         for i, u in self.others.items():
             at, rates = self.batch.at(i), self.batch.rates(i)
             if is_on_cuda(u):
-                plan.launch_on(u.weight.array.device).add(u, *rates, self.batch.rule)
+                plan.updates_on(u.weight.array.device).add(u, *rates, self.batch.rule)
             elif u.weight.device != "cpu":
                 plan.jobs.append(by_expression(at, u, *rates, scaled))
             elif u.indices is None and general_cpu.fits_table(u):
                 dense.setdefault(general_cpu.formats(u), []).append(i)
-            elif (job := general_cpu.one_by_one(at, u, *rates, scaled, threads)) is not None:
+            elif (job := general_cpu.one_job(at, u, *rates, scaled, threads)) is not None:
                 plan.jobs.append(job)
         for which in dense.values():
             updates = [self.others[i] for i in which]
@@ -227,7 +226,7 @@ class _CheckedBatch:
             tensors.append((weight, indices, values, history, master))
         return cuda().cuda_row_lists.RowUpdates(found.facts, found.codes, *self.batch.some_rates(which), tensors)
 
-    def _launch(self, which: Sequence[int], formats: table.Formats, rule: Rule, threads: int | None) -> Job:
+    def _dense_job(self, which: Sequence[int], formats: table.Formats, rule: Rule, threads: int | None) -> Job:
         found: Any = self.table
         addresses, _, total = found.part(which)
         rates = rate_table(*self.batch.some_rates(which), rule)
@@ -246,28 +245,29 @@ def _accept_classes(given: Sequence[Any]) -> None:
             accept(kind)
 
 
-def _refuse_shared(calls: list[_CheckedBatch]) -> None:
+def _refuse_shared(checked: list[_CheckedBatch]) -> None:
     """ValueError where what a call writes to shares a byte with anything else in it."""
-    if not calls or are_disjoint(*_spans(calls)):
+    if not checked or are_disjoint(*_spans(checked)):
         return
     # Their bounds overlap. Their bytes may still be disjoint; if not, the message tells which overlap.
     found: list[Update] = []
-    for call in calls:
-        for i in range(len(call.batch.weights)):
-            update = call.others.get(i) or validate(call.batch.at(i), *call.batch.arrays(i), call.batch.rule)
+    for each in checked:
+        batch = each.batch
+        for i in range(len(batch.weights)):
+            update = each.others.get(i) or validate(batch.at(i), *batch.arrays(i), batch.rule)
             found += [update] if isinstance(update, Update) else []
     refuse_shared(found)
 
 
-def _spans(calls: list[_CheckedBatch]) -> tuple[np.ndarray, int]:
-    """Starts and ends (2, n) of all memory of the calls, and how many of these spans, the first, are written to."""
+def _spans(checked: list[_CheckedBatch]) -> tuple[np.ndarray, int]:
+    """Starts and ends (2, n) of all memory of the batches, and how many of these spans, the first, are written to."""
     pieces: list[tuple[np.ndarray, int]] = []
-    for call in calls:
-        if call.table is not None:
-            pieces.append((call.table.spans, call.table.written))
-        if call.sparse:
-            pieces.append(call.rows.spans)
-        for u in call.others.values():
+    for each in checked:
+        if each.table is not None:
+            pieces.append((each.table.spans, each.table.written))
+        if each.sparse:
+            pieces.append(each.rows.spans)
+        for u in each.others.values():
             operands = operands_of(u)
             written, read = ([bounds(o.memory) for o in some if o.memory is not None] for some in operands)
             pieces.append((np.array([*written, *read], np.int64).reshape(-1, 2).T, len(written)))

@@ -16,7 +16,7 @@ import numpy as np
 from adagrad.kernels import cpu_dense
 from adagrad.kernels.cpu_dense import GIVEN, arguments, kernel
 from adagrad.kernels.numba_jit import jit, pointer_to, run, worker_count
-from adagrad.kernels.table import CODES_PER_DEVICE, build_table, formats
+from adagrad.kernels.table import CODES_PER_DEVICE, build_table, decode
 from adagrad.rule import Rule
 
 LAUNCHES, WEIGHTS, ELEMENTS, THRESHOLD, WRITTEN = range(5)
@@ -55,7 +55,7 @@ def dense_part(weights: list[Any], grads: list[Any], histories: list[Any], maste
         rows, _, elements = found.part(which)
         some = rates if len(groups) == 1 or len(rates) == 1 else rates[which]
         block = arguments(rows, some, rule.scalars, elements)
-        launches += [kernel(*formats(code)[1], rule.row_wise), block.ctypes.data, elements]
+        launches += [kernel(*decode(code)[1], rule.row_wise), block.ctypes.data, elements]
         pointed_at += [block, rows, some]
     about = [len(groups), n, found.total, cpu_dense.PARALLEL_MIN, found.written]
     words = np.concatenate([about + launches, found.spans.ravel()])

@@ -153,6 +153,12 @@ def uncounted(words: Any) -> Any:
     return numba.carray(pointer_to(words.ctypes.data), words.shape, np.int64)
 
 
+@jit(helper=True)
+def keep_alive(array: Any) -> None:
+    """Keep an array that is used by address until here: otherwise Numba frees it after its last use by name."""
+    array[:0] = 0
+
+
 def _release_gil_code(typing: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.ptrtoint(context.get_python_api(builder).save_thread(), ir.IntType(64))
@@ -227,9 +233,9 @@ def run(work: int, arguments: Any, count: int) -> None:
 
 
 @jit(helper=True)
-def worker_count(work: Any, small: int, count: int) -> Any:
-    """How many workers so much work is worth: ``count``, but one if ``work`` is less than ``small``."""
-    return count if work >= small and count > 1 else 1
+def worker_count(work: Any, parallel_min: int, count: int) -> Any:
+    """How many workers so much work is worth: ``count``, but one if ``work`` is less than ``parallel_min``."""
+    return count if work >= parallel_min and count > 1 else 1
 
 
 # ------------------------------------------------------------------------------------------------------------ threads

@@ -11,18 +11,23 @@ import numpy as np
 from adagrad.kernels.interrupts import mark_late
 from adagrad.kernels.numba_jit import max_workers, workers
 
+# A compiled call returns four integers. The first is one of these outcomes, or a number >= 0: nothing was done, because
+# the worker of that number has not been compiled yet. The second is the position of the update concerned, the others
+# are what the outcome adds, or 0.
 DONE = -5
 """The whole list is updated."""
 NOT_SMALL = -4
-"""Nothing was done: the list, tried on the calling thread alone, is worth several."""
+"""Nothing was done: this was a trial on the calling thread, but the list is worth several threads."""
 NOT_PLAIN = -3
 """Nothing was done: the list is left to the general path."""
 OUT_OF_RANGE = -2
-"""Nothing was done: a row id is outside its weight."""
+"""Nothing was done: a row id is outside its weight. Adds its position and its value."""
 NO_MEMORY = -1
-"""Only a part may be done: no memory was left for sums."""
+"""Only the row-sparse updates before this one were done: no memory was left for its sums. Adds its number of ids."""
 
-# A number >= 0: nothing was done, because the worker of that number has not been compiled yet.
+
+LAST_WORK, LISTS_DONE = range(2)
+"""What a compiled call notes: the work of the list, 0 if one thread is enough for it; one more list that is done."""
 
 
 class Remembered(NamedTuple):
@@ -30,12 +35,12 @@ class Remembered(NamedTuple):
 
     known: np.ndarray
     """The addresses of the compiled workers, which all threads share."""
-    last: np.ndarray
-    """Two words: the work of the last list, if that was much, else 0; how many are done."""
-    told: memoryview
-    """The same memory, because reading a number from an array takes Python longer."""
-    order: np.ndarray
-    """The order of its spans, a guess for :func:`adagrad.kernels.spans.disjoint`."""
+    notes: np.ndarray
+    """Words of the compiled calls, see LAST_WORK."""
+    read_notes: memoryview
+    """The same memory for Python, which takes longer to read a number from an array."""
+    guess: np.ndarray
+    """The order of its spans, for :func:`adagrad.kernels.spans.disjoint`."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -44,28 +49,27 @@ def remembered(addresses: Callable[[bool], np.ndarray], row_wise: bool, thread: 
 
     All of it is in one place, because a step that finds the caches cold pays for each that it looks at.
     """
-    last = np.zeros(2, np.int64)
-    return Remembered(addresses(row_wise), last, last.data, np.arange(spans))
+    notes = np.zeros(2, np.int64)
+    return Remembered(addresses(row_wise), notes, notes.data, np.arange(spans))
 
 
-def attempt(function: Callable[..., Any], given: tuple[Any, ...], told: memoryview, threads: int | None,
+def attempt(function: Callable[..., Any], given: tuple[Any, ...], notes: memoryview, threads: int | None,
             compile_worker: Callable[[int], None]) -> tuple[int, int, int, int]:  # fmt: skip
     """Call ``function(*given, count)``, compiling workers and adding threads as it asks; returns its final outcome.
 
-    ``told`` is that of :class:`Remembered`. ``count`` is 0 for a trial on the calling thread, made if the last list was
-    small. The function sets ``told[0]`` to the work if it is much, else 0, and adds 1 to ``told[1]`` when it has done
-    all: an interrupt that comes after that is marked as late.
+    ``notes`` are :attr:`Remembered.read_notes`, which the function writes. ``count`` is 0 for a trial on the calling
+    thread, made if one was enough for the last list. An interrupt that comes after the list is done is marked as late.
     """
-    is_trial, done_before = not told[0], told[1]
+    is_trial, done_before = not notes[LAST_WORK], notes[LISTS_DONE]
     try:
         while True:
             if is_trial:
                 found = function(*given, 0)
             else:
-                held = workers(threads or max_workers(), told[0])
+                held = workers(threads or max_workers(), notes[LAST_WORK])
                 with held as count:
                     found = function(*given, count)
-                    held.work = told[0]
+                    held.work = notes[LAST_WORK]
             if found[0] >= 0:
                 compile_worker(found[0])
             elif found[0] == NOT_SMALL:
@@ -73,6 +77,6 @@ def attempt(function: Callable[..., Any], given: tuple[Any, ...], told: memoryvi
             else:
                 return found  # type: ignore[no-any-return]
     except BaseException as interrupt:
-        if told[1] != done_before:
+        if notes[LISTS_DONE] != done_before:
             mark_late(interrupt)
         raise

@@ -10,7 +10,7 @@ WEIGHT, GRAD, HISTORY, MASTER = range(4)
 
 # A dense update is a row of the address table: the addresses of its operands (0 for no master copy), the number of
 # elements and, if the history is row-wise, the elements of a row, else 0.
-SIZE, ROW, COLUMNS = range(4, 7)
+SIZE, ROW_LENGTH, COLUMNS = range(4, 7)
 
 # A row-sparse update has a fifth operand, its row ids. Its words: the number of ids, the elements of a row, the number
 # of rows of the weight, whether the ids have 64 bits; the addresses where each operand begins and ends; the bytes from
@@ -20,4 +20,4 @@ SIZE, ROW, COLUMNS = range(4, 7)
 IDS = 4
 ENTRIES, LENGTH, HEIGHT, ARE_LONG = range(4)
 BASE, ENDS, STRIDE = 4, 9, 14
-ROWS, ARE_DISTINCT, RATES, SCALARS, FOUND, GROUPS, SCRATCH, FACTS = range(18, 26)
+CHECKED_IDS, ARE_INCREASING, RATES, SCALARS, FOUND, GROUPS, SCRATCH, FACTS = range(18, 26)

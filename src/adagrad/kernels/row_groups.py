@@ -18,7 +18,7 @@ import numpy as np
 from adagrad.kernels.blocks import prefetch
 from adagrad.kernels.formats import pointer
 from adagrad.kernels.numba_jit import jit, pointer_to, run, worker
-from adagrad.kernels.records import ARE_DISTINCT, ARE_LONG, BASE, ENTRIES, FACTS, FOUND, HEIGHT, IDS, ROWS
+from adagrad.kernels.records import ARE_INCREASING, ARE_LONG, BASE, CHECKED_IDS, ENTRIES, FACTS, FOUND, HEIGHT, IDS
 from adagrad.kernels.validate import refuse_row
 
 BUCKETS = 1024
@@ -50,7 +50,7 @@ _AHEAD = 16
 # the last id, and whether they strictly increase.
 BAD, BAD_ID, FIRST, LAST, INCREASE, FINDINGS = range(6)
 
-_words = np.empty(0, np.int32)
+_INT32S = np.empty(0, np.int32)
 
 _NONE = np.uint32(2**32 - 1)
 
@@ -81,6 +81,7 @@ def _copy(indices: Any, rows: Any, start: int, stop: int, height: int, found: An
             if row < 0 or row >= height:
                 found[BAD], found[BAD_ID] = i, row
                 return
+        # Another thread has changed the id meanwhile: all are copied and checked again.
 
 
 @functools.cache
@@ -91,7 +92,7 @@ def checking(needs_int64: bool) -> int:
     def check(arguments: Any, k: Any, count: Any) -> None:
         facts = numba.carray(pointer_to(arguments), FACTS, np.int64)
         address, n, height = facts[BASE + IDS], facts[ENTRIES], facts[HEIGHT]
-        rows = numba.carray(pointer_to(facts[ROWS]), n, dtype)
+        rows = numba.carray(pointer_to(facts[CHECKED_IDS]), n, dtype)
         found = numba.carray(pointer_to(facts[FOUND]), (count, FINDINGS), np.int64)[k]
         start, stop = n * k // count, n * (k + 1) // count
         if facts[ARE_LONG]:
@@ -107,9 +108,9 @@ def check_ids(facts: Any, rows: int, found: Any, check: int, count: int) -> Any:
     """Copy the ids to the address ``rows``; return position and value of one outside the weight, or -1 and 0.
 
     ``found`` has room for what ``count`` workers find, FINDINGS words each; ``check`` is from :func:`checking`. Sets
-    ROWS, FOUND and ARE_DISTINCT in ``facts``.
+    CHECKED_IDS, FOUND and ARE_INCREASING in ``facts``.
     """
-    facts[ROWS], facts[FOUND] = rows, found.ctypes.data
+    facts[CHECKED_IDS], facts[FOUND] = rows, found.ctypes.data
     run(check, facts, count)
     increase, before = True, np.int64(-1)
     for k in range(count):
@@ -118,7 +119,7 @@ def check_ids(facts: Any, rows: int, found: Any, check: int, count: int) -> Any:
         if found[k, FIRST] <= found[k, LAST] or found[k, INCREASE] == 0:
             increase &= (found[k, INCREASE] != 0) & (found[k, FIRST] > before)
             before = found[k, LAST]
-    facts[ARE_DISTINCT] = increase
+    facts[ARE_INCREASING] = increase
     return np.int64(-1), np.int64(0)
 
 
@@ -132,9 +133,9 @@ def checked_rows(at: str, facts: Any) -> Any:
     IndexError
         An id is outside the weight; ``at`` is the index of the gradient, for the message.
     """
-    high = bool(facts[HEIGHT] > INT32_ROWS)
-    rows = np.empty(facts[ENTRIES], np.int64 if high else np.int32)
-    bad, row = check_ids(facts, rows.ctypes.data, np.empty((1, FINDINGS), np.int64), checking(high), 1)
+    needs_int64 = bool(facts[HEIGHT] > INT32_ROWS)
+    rows = np.empty(facts[ENTRIES], np.int64 if needs_int64 else np.int32)
+    bad, row = check_ids(facts, rows.ctypes.data, np.empty((1, FINDINGS), np.int64), checking(needs_int64), 1)
     if bad >= 0:
         refuse_row(at, bad, row, int(facts[HEIGHT]))
     return rows
@@ -216,7 +217,7 @@ def _number(ids: Any, m: int) -> Any:
         bits += 1
     numbers, rows, counts = np.empty(m + 1, np.uint32), np.empty(m + 1, ids.dtype), np.empty(m + 1, np.int32)
     table = np.full(1 << bits, _NONE, np.uint32)
-    places, seed = pointer(np.int64(table.ctypes.data), _words, "sum"), np.uint64(table.ctypes.data)
+    places, seed = pointer(np.int64(table.ctypes.data), _INT32S, "sum"), np.uint64(table.ctypes.data)
     shift, mask, n = np.uint64(64 - bits), np.uint64((1 << bits) - 1), np.uint64(0)
     for i in range(m):
         j = np.uint64(i)

@@ -1,4 +1,4 @@
-"""Lists of row-sparse updates of plain arrays on the CPU, and of both kinds, by one call of compiled code."""
+"""Lists of row-sparse updates of plain arrays on the CPU, alone or with dense ones, by one call of compiled code."""
 
 from __future__ import annotations
 
@@ -24,8 +24,18 @@ from adagrad.kernels.mixed_lists import (
     put_spans,
     update_dense_part,
 )
-from adagrad.kernels.numba_jit import acquire_gil, jit, release_gil, uncounted, worker_count
-from adagrad.kernels.outcomes import DONE, NO_MEMORY, NOT_PLAIN, NOT_SMALL, OUT_OF_RANGE, attempt, remembered
+from adagrad.kernels.numba_jit import acquire_gil, jit, keep_alive, release_gil, uncounted, worker_count
+from adagrad.kernels.outcomes import (
+    DONE,
+    LAST_WORK,
+    LISTS_DONE,
+    NO_MEMORY,
+    NOT_PLAIN,
+    NOT_SMALL,
+    OUT_OF_RANGE,
+    attempt,
+    remembered,
+)
 from adagrad.kernels.records import (
     BASE,
     ENDS,
@@ -46,7 +56,7 @@ from adagrad.kernels.row_sums import grouping
 from adagrad.kernels.rows import describe_rows
 from adagrad.kernels.spans import disjoint
 from adagrad.kernels.sparse_layout import hold_parts, release_parts, sparse_body
-from adagrad.kernels.table import CODES_PER_DEVICE, formats
+from adagrad.kernels.table import CODES_PER_DEVICE, decode
 from adagrad.kernels.validate import refuse_row
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Rule
@@ -60,18 +70,16 @@ CHECK, GROUP, UPDATE = range(3)
 
 @jit(holds_gil=True)
 def _update(weights: int, values: int, histories: int, masters: int, steps: int, indices: int, n: int, layout: Any,
-            row_wise: int, rates: Any, scalars: Any, known: Any, last: Any, order: Any, dense: Any, small: int,
+            row_wise: int, rates: Any, scalars: Any, known: Any, notes: Any, guess: Any, dense: Any, parallel_min: int,
             count: int) -> Any:  # fmt: skip
-    """What was done, or the number of the workers to compile first; the update concerned; position and value of a row
-    id outside its weight, or the number of ids that memory did not suffice for. See
-    :func:`adagrad.kernels.outcomes.attempt`.
+    """The outcome, see :mod:`adagrad.kernels.outcomes`; a number >= 0 is that of the workers in :func:`_addresses`.
 
-    Lists are given by ``id``, ``masters`` and ``steps`` as 0 for none. ``last[0]`` becomes the work if it is much, else
-    0. ``dense`` is the dense part of a mixed list, see :mod:`adagrad.kernels.mixed_lists`.
+    Lists are given by ``id``, ``masters`` and ``steps`` as 0 for none. ``dense`` is the dense part of a mixed list, see
+    :mod:`adagrad.kernels.mixed_lists`.
     """
     own_facts = np.empty((n, FACTS), np.int64)
     entries, facts, layout, dense = 0, uncounted(own_facts), uncounted(layout), uncounted(dense)
-    work, numbers, spans = 0, np.empty(n, np.int64), np.empty((2, len(order)), np.int64)
+    work, numbers, spans = 0, np.empty(n, np.int64), np.empty((2, len(guess)), np.int64)
     step_at = np.empty(n + dense[WEIGHTS] if steps else 0, np.int64)
     # Spans of what rows write to, of all that the dense part writes to and reads, of what rows read.
     written = (3 if masters else 2) * n
@@ -90,11 +98,11 @@ def _update(weights: int, values: int, histories: int, masters: int, steps: int,
             what = _SPANS_WITH_MASTERS[k] if masters else _SPANS[k]
             at = k * n + i if k * n < written else k * n + i + theirs
             spans[0, at], spans[1, at] = facts[i, BASE + what], facts[i, ENDS + what]
-    is_small = work < small and not is_large(dense)
-    last[0] = 0 if is_small else work + dense[ELEMENTS]
+    is_small = work < parallel_min and not is_large(dense)
+    notes[LAST_WORK] = 0 if is_small else work + dense[ELEMENTS]
     if count == 0 and not is_small:
         return NOT_SMALL, 0, 0, 0
-    if not disjoint(spans[0], spans[1], written_in_all, order) or (steps and not find_counts(steps, layout, step_at)):
+    if not disjoint(spans[0], spans[1], written_in_all, guess) or (steps and not find_counts(steps, layout, step_at)):
         return NOT_PLAIN, 0, 0, 0
     for i in range(n):
         if known[numbers[i], UPDATE] == 0:
@@ -108,7 +116,7 @@ def _update(weights: int, values: int, histories: int, masters: int, steps: int,
         state = release_gil()
     # From here on nothing may raise: an exception would find no GIL. A worker without memory sets a flag instead.
     done, which, bad, row = _check_ids_and_carry_out(
-        facts, numbers, known, np.int64(ids.ctypes.data), found, kept, scratch, small, count
+        facts, numbers, known, np.int64(ids.ctypes.data), found, kept, scratch, parallel_min, count
     )
     if done == DONE:
         update_dense_part(dense, count)
@@ -117,24 +125,25 @@ def _update(weights: int, values: int, histories: int, masters: int, steps: int,
         release_parts(handles.reshape(-1), layout)
     if done == DONE:
         advance_counts(step_at)
-        last[1] += 1
-    ids[:0], own_facts[:0] = 0, 0  # used by address above: this keeps them alive until here
+        notes[LISTS_DONE] += 1
+    keep_alive(ids)
+    keep_alive(own_facts)
     return done, which, bad, row
 
 
 @jit()
 def _check_ids_and_carry_out(facts: Any, numbers: Any, known: Any, ids: Any, found: Any, kept: Any, scratch: Any,
-                             small: int, count: int) -> Any:  # fmt: skip
+                             parallel_min: int, count: int) -> Any:  # fmt: skip
     """What was done, see :func:`_update`; all ids are copied to the address ``ids`` first."""
     for i in range(len(facts)):
-        threads = worker_count(facts[i, ENTRIES] * ID_COST, small, count)
+        threads = worker_count(facts[i, ENTRIES] * ID_COST, parallel_min, count)
         bad, row = check_ids(facts[i], ids, found, known[numbers[i], CHECK], threads)
         if bad >= 0:
             return OUT_OF_RANGE, i, bad, row
         ids += 8 * facts[i, ENTRIES]
     for i in range(len(facts)):
         group, update = known[numbers[i], GROUP], known[numbers[i], UPDATE]
-        threads = worker_count(work_of(facts[i]), small, count)
+        threads = worker_count(work_of(facts[i]), parallel_min, count)
         if facts[i, ENTRIES] * facts[i, LENGTH] and not carry_out(facts[i], kept, scratch, group, update, threads):
             return NO_MEMORY, i, facts[i, ENTRIES], np.int64(0)
     return DONE, 0, np.int64(0), np.int64(0)
@@ -175,17 +184,19 @@ def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: 
     masters_id, steps_id = id(masters) if masters else 0, id(steps) if steps else 0
     lists = id(weights), id(values), id(histories), masters_id, steps_id, id(indices)
     spans = (5 if masters else 4) * n + dense.span_count
-    known, last, told, order = remembered(_addresses, rule.row_wise, get_ident(), spans)
-    rates, small = rate_table(lrs, wds, rule), cpu_rows.PARALLEL_MIN
-    # Numba takes longer to tell the type of a bool.
-    given = *lists, n, layout, 1 if rule.row_wise else 0, rates, rule.scalars, known, last, order, dense.words, small
+    known, notes, read_notes, guess = remembered(_addresses, rule.row_wise, get_ident(), spans)
+    given = (
+        # Numba takes longer to tell the type of a bool.
+        *lists, n, layout, 1 if rule.row_wise else 0, rate_table(lrs, wds, rule), rule.scalars, known, notes, guess,
+        dense.words, cpu_rows.PARALLEL_MIN,
+    )  # fmt: skip
 
     def compile_worker(number: int) -> None:
-        code, high = divmod(number, 2)
-        form, high = formats(code)[1], bool(high)
-        known[number] = checking(high), grouping(high, form[2]), kernel(high, *form, rule.row_wise)
+        code, needs_int64 = divmod(number, 2)
+        form, needs_int64 = decode(code)[1], bool(needs_int64)
+        known[number] = checking(needs_int64), grouping(needs_int64, form[2]), kernel(needs_int64, *form, rule.row_wise)
 
-    done, i, number, row = attempt(_update, given, told, threads, compile_worker)
+    done, i, number, row = attempt(_update, given, read_notes, threads, compile_worker)
     if done == OUT_OF_RANGE:
         refuse_row(f"[{named[i]}]", number, row, weights[i].shape[0])
     if done == NO_MEMORY:

@@ -15,7 +15,7 @@ import numpy as np
 from adagrad.kernels.blocks import broadcast, store_block
 from adagrad.kernels.formats import TOKENS, pointer
 from adagrad.kernels.numba_jit import incref, jit, pointer_to, worker
-from adagrad.kernels.records import ENTRIES, FACTS, GROUPS, LENGTH, ROWS
+from adagrad.kernels.records import CHECKED_IDS, ENTRIES, FACTS, GROUPS, LENGTH
 from adagrad.kernels.row_groups import group
 from adagrad.rule import CHUNK, LANES
 
@@ -77,7 +77,7 @@ def grouping(needs_int64: bool, history: str) -> int:
 
     def group_ids(arguments: Any, k: Any, count: Any) -> None:
         facts = numba.carray(pointer_to(arguments), FACTS, np.int64)
-        ids = numba.carray(pointer_to(facts[ROWS]), facts[ENTRIES], dtype)
+        ids = numba.carray(pointer_to(facts[CHECKED_IDS]), facts[ENTRIES], dtype)
         kept = numba.carray(pointer_to(facts[GROUPS]), (count, GROUPED, 3), np.int64)[k]
         # The caller releases what is handed over, even if no memory is left for the next.
         single, positions, added, to, summed, counts = group(ids, k, count)

@@ -36,7 +36,7 @@ from adagrad.kernels.layout import (
     list_item,
     read_word,
 )
-from adagrad.kernels.numba_jit import jit, uncounted
+from adagrad.kernels.numba_jit import jit, keep_alive, uncounted
 from adagrad.kernels.records import (
     ARE_LONG,
     BASE,
@@ -54,7 +54,7 @@ from adagrad.kernels.records import (
 )
 from adagrad.kernels.row_groups import MOST, checked_rows
 from adagrad.kernels.sparse_layout import describe_part, sparse_body
-from adagrad.kernels.table import Formats, code_of, formats
+from adagrad.kernels.table import Formats, code_of, decode
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Rule
 
@@ -108,7 +108,8 @@ def describe_rows(weight: int, values: int, history: int, master: int, indices: 
                 if not info[k, CONTIGUOUS]:
                     return -1
     code = code_of(info, has_master, row_wise)
-    own_out[:0], own_info[:0] = 0, 0  # they are used by address above: this keeps them alive
+    keep_alive(own_out)
+    keep_alive(own_info)
     return code
 
 
@@ -132,7 +133,7 @@ class Rows(NamedTuple):
     facts: np.ndarray
     """(n, FACTS) words, see :mod:`adagrad.kernels.records`."""
     codes: list[int]
-    """One for each, which :func:`adagrad.kernels.table.formats` decodes; -1 if it is left to the general path."""
+    """One for each, which :func:`adagrad.kernels.table.decode` decodes; -1 if it is left to the general path."""
     parts: list[Any]
     """(values, indices) of each, None if not of the weight's shape; int32 or int64 indices of one or two dimensions."""
 
@@ -147,9 +148,9 @@ class Rows(NamedTuple):
             return self
         return Rows(self.facts[which], [self.codes[k] for k in which], [self.parts[k] for k in which])
 
-    def plan(self, k: int, at: str, rates: np.ndarray, rule: Rule, threads: int | None) -> Callable[[], None]:
+    def job(self, k: int, at: str, rates: np.ndarray, rule: Rule, threads: int | None) -> Callable[[], None]:
         """The job that carries out the ``k``-th update on the CPU; IndexError for a row id outside the weight."""
-        facts, form = self.facts[k], formats(self.codes[k])[1]
+        facts, form = self.facts[k], decode(self.codes[k])[1]
         ids = checked_rows(at, facts)
         cpu_rows.kernel(ids.itemsize == 8, *form, rule.row_wise)  # compiled now, before anything changes
         return functools.partial(_launch, at, self.parts[k], facts, ids, form, rates, rule, threads)

@@ -28,26 +28,26 @@ def _sort(starts: Any, order: Any) -> None:
 
 
 @jit()
-def disjoint(starts: Any, ends: Any, written: int, order: Any) -> bool:
+def disjoint(starts: Any, ends: Any, written: int, guess: Any) -> bool:
     """See :func:`are_disjoint`. Empty spans share nothing.
 
-    ``order`` is a guess at the order of the spans, the one found last time. If the starts strictly increase along it,
-    it is their order, whatever other threads did to it; else the spans are sorted and the guess is updated.
+    ``guess`` is the order of the spans that was found last time. If the starts strictly increase along it, it is their
+    order, whatever other threads did to it; else the spans are sorted and the guess is updated.
     """
     n = len(starts)
-    guess, before = np.empty(n, np.int64), np.int64(-1)
+    order, before = np.empty(n, np.int64), np.int64(-1)
     for k in range(n):
-        i = order[k]
+        i = guess[k]
         if i < 0 or i >= n or starts[i] <= before:
-            _sort(starts, guess)
+            _sort(starts, order)
             for j in range(n):
-                order[j] = guess[j]
+                guess[j] = order[j]
             break
-        guess[k] = i
+        order[k] = i
         before = starts[i]
     end_of_written, end_of_any = np.int64(-1), np.int64(-1)
     for k in range(n):
-        i = guess[k]
+        i = order[k]
         if starts[i] == ends[i]:
             continue
         if starts[i] < (end_of_any if i < written else end_of_written):
@@ -60,7 +60,7 @@ def disjoint(starts: Any, ends: Any, written: int, order: Any) -> bool:
 
 def are_disjoint(spans: np.ndarray, written: int) -> bool:
     """Whether the first ``written`` of ``spans``, (2, n) starts and ends, share no byte with any other span."""
-    return bool(disjoint(spans[0], spans[1], written, guess(spans.shape[1])))
+    return bool(disjoint(spans[0], spans[1], written, _guess(spans.shape[1])))
 
 
 def concatenate(pieces: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, int]:
@@ -72,6 +72,6 @@ def concatenate(pieces: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, int]:
 
 
 @functools.lru_cache(maxsize=64)
-def guess(spans: int) -> np.ndarray:
+def _guess(spans: int) -> np.ndarray:
     """A guess at the order of so many spans, which :func:`disjoint` updates."""
     return np.arange(spans)

@@ -5,7 +5,6 @@ What a kernel can address as it is passes through uncopied; the rest goes throug
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -93,7 +92,7 @@ def _pieces(operands: Any, written: list[bool], order: Any) -> Iterator[list[np.
 def row_blocks(weight: Any, grad: Any, history: Any, master: Any | None) -> Iterator[list[np.ndarray]]:
     """The same, by blocks of whole rows, which must fit a buffer; they are copied there and back if need be."""
     operands = [each for each in (weight, grad, history, master) if each is not None]
-    rows = max(TILE // max(math.prod(weight.shape[1:]), 1), 1)
+    rows = max(TILE // max(row_length(weight.shape), 1), 1)
     for start in range(0, len(weight), rows):
         views = [o[start : start + rows] for o in operands]
         pieces = [np.ascontiguousarray(view, view.dtype.newbyteorder("=")) for view in views]

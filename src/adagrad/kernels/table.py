@@ -35,8 +35,8 @@ from adagrad.kernels.layout import (
     list_item,
     read_word,
 )
-from adagrad.kernels.numba_jit import jit, uncounted
-from adagrad.kernels.records import COLUMNS, GRAD, HISTORY, MASTER, ROW, SIZE, WEIGHT
+from adagrad.kernels.numba_jit import jit, keep_alive, uncounted
+from adagrad.kernels.records import COLUMNS, GRAD, HISTORY, MASTER, ROW_LENGTH, SIZE, WEIGHT
 
 Formats: TypeAlias = "tuple[str, str, str, str | None]"
 """The element formats of weight, gradient, history and master copy (None for none)."""
@@ -115,7 +115,7 @@ def code_of(info: Any, has_master: bool, row_wise: bool) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def formats(code: int) -> tuple[int, Formats]:
+def decode(code: int) -> tuple[int, Formats]:
     """A code, decoded: the device (0 for the CPU, 1 + index of a CUDA device) and the formats."""
     device, digits = divmod(code, CODES_PER_DEVICE)
     weight = ELEMENT_FORMATS[digits % WITH_MASTER]
@@ -165,16 +165,18 @@ def fill(weights: int, grads: int, histories: int, masters: int, layout: Any, ro
         total += count
         table[i, SIZE] = count
         if row_wise and count:
-            table[i, ROW] = count // read_word(info[WEIGHT, SIZES], 0)
+            table[i, ROW_LENGTH] = count // read_word(info[WEIGHT, SIZES], 0)
         for k in range(4):
             if k != MASTER or has_master:
                 start, size = info[k, START], info[k, COUNT] * item_size(info[k, FORMAT])
-                at = i + n * (columns - 1 if k == GRAD else k // 2 if k < MASTER else 2)
+                at = i + n * (0, columns - 1, 1, 2)[k]
                 table[i, k], spans[0, at], spans[1, at] = start, start, start + size
     same = codes[0]
     for i in range(n):
         same = same if codes[i] == same else -1
-    own_out[:0], own_info[:0], own_things[:0] = 0, 0, 0  # they are used by address above: this keeps them alive
+    keep_alive(own_out)
+    keep_alive(own_info)
+    keep_alive(own_things)
     return same, total
 
 
@@ -184,7 +186,7 @@ class Table(NamedTuple):
     rows: np.ndarray
     """(n, COLUMNS), as :mod:`adagrad.kernels.records` has it."""
     codes: np.ndarray
-    """Which rows go together, see :func:`formats`; -1 for those that are left to the general path."""
+    """Which rows go together, see :func:`decode`; -1 for those that are left to the general path."""
     common: int
     """The code of all rows, or -1."""
     total: int

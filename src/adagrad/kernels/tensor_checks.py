@@ -56,7 +56,10 @@ def check_wrapped(at: str, weight: Tensor, grad: Any, history: Tensor, master: T
             raise TypeError(f"{name}{at}: dtype {tensor.dtype}: must be {computing}, for a weight of {weight.dtype}")
     values = grad.values if isinstance(grad, RowSparse) else grad
     if values.dtype not in (weight.dtype, computing):
-        raise TypeError(f"grads{at}: dtype {values.dtype}: must be {weight.dtype}, for a weight of {weight.dtype}")
+        also = f" or {computing}" if weight.dtype in (torch.float16, torch.bfloat16) else ""
+        raise TypeError(
+            f"grads{at}: dtype {values.dtype}: must be {weight.dtype}{also}, for a weight of {weight.dtype}"
+        )
     whole = tuple(weight.shape)
     wanted = history_shape(whole, row_wise=rule.row_wise)
     for (name, tensor), shape in zip((("grads", grad), *of_state), (whole, wanted, whole), strict=True):

@@ -23,8 +23,8 @@ Operands = tuple[Any, Any, Any, Any]
 """Weight, gradient, history and master copy or None."""
 
 
-def plain(at: str, weight: Tensor, grad: Tensor | RowSparse, history: Tensor, master: Tensor | None, *,
-          row_wise: bool) -> Operands:  # fmt: skip
+def ordinary(at: str, weight: Tensor, grad: Tensor | RowSparse, history: Tensor, master: Tensor | None, *,
+             row_wise: bool) -> Operands:  # fmt: skip
     """The operands of an update as the dispatcher takes them; ``at`` follows their names in messages.
 
     Raises

@@ -43,7 +43,7 @@ def validate(at: str, weight: Array, grad: Any, history: Any, master: Any, rule:
     if is_torch(weight):
         from adagrad.kernels import tensor_checks, tensor_views
 
-        given = Wrapped(*tensor_views.plain(at, weight, grad, history, master, row_wise=rule.row_wise))
+        given = Wrapped(*tensor_views.ordinary(at, weight, grad, history, master, row_wise=rule.row_wise))
         if not tensor_checks.are_memory(given):
             tensor_checks.check_wrapped(at, *given, rule)
             return given
@@ -65,7 +65,7 @@ def check_update(at: str, weight: Array, grad: Any, history: Any, master: Any, r
         _require(m, "shape", m.shape, w.shape)
     _require(h, "shape", h.shape, history_shape(w.shape, row_wise=rule.row_wise))
 
-    g, indices = _gradient(at, grad, w)
+    g, indices = _check_gradient(at, grad, w)
     for o in (h, m):
         if o is not None and o.format != computing:
             raise TypeError(f"{o.name}: dtype {o.format}: must be {computing}, for a weight of {w.format}")
@@ -82,19 +82,19 @@ def check_update(at: str, weight: Array, grad: Any, history: Any, master: Any, r
     return Update(w, g, indices, h, m)
 
 
-def gradient(at: str, grad: Any, w: Operand) -> Operand:
+def check_gradient(at: str, grad: Any, w: Operand) -> Operand:
     """A gradient, or the values of a row-sparse one, checked: TypeError or ValueError if it does not fit ``w``."""
     if is_row_sparse(grad) and not isinstance(grad, RowSparse) and grad.sparse_dim() != 1:
         _require_shape(at, grad.shape, w)
         g = operand(f"values of grads{at}", grad._values())
         _require_format(g, w)
     else:
-        g, _ = _gradient(at, grad, w)
+        g, _ = _check_gradient(at, grad, w)
     _require_same_place(g, w)
     return g
 
 
-def _gradient(at: str, grad: Any, w: Operand) -> tuple[Operand, Array | None]:
+def _check_gradient(at: str, grad: Any, w: Operand) -> tuple[Operand, Array | None]:
     """A gradient, or the values of a row-sparse one, and its row ids."""
     rows = as_row_sparse(f"grads{at}", grad)
     if rows is None:
