@@ -79,6 +79,8 @@ class AdagradTorch:
 class Torch:
     """torch.optim.Adagrad; ``options`` choose fused, foreach or the loop."""
 
+    may_prefer_one_thread = True
+
     def __init__(self, case: Case, data: Data, threads: int, **options: bool) -> None:
         import torch
 
@@ -153,6 +155,7 @@ class Fbgemm:
     """FBGEMM's table-batched embedding, EXACT_ADAGRAD: its backward pass, which is also the update."""
 
     name = "FBGEMM exact"
+    may_prefer_one_thread = True
 
     def __init__(self, case: Case, data: Data, threads: int) -> None:
         if not isinstance(case, Rows) or case.dtype != "float32":
@@ -206,6 +209,9 @@ CONTENDERS: list[Any] = [
     JaxRows,
     Fbgemm,
 ]
+NOT_RESTRICTED = ("optax", "JAX")
+"""Contenders whose number of threads is not ours to set."""
+
 PACKAGES = ("adagrad", "numpy", "numba", "torch", "optax", "jax", "fbgemm-gpu-cpu")
 
 

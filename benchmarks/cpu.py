@@ -4,12 +4,13 @@
 
 Each round takes the cases, and the contenders of a case, in a new random order: a fixed order gave ratios that were
 wrong by a factor of 1.5. A contender makes a few calls in a row, each timed; the figures are percentiles over all
-rounds.
+rounds. PyTorch and FBGEMM run on one thread where that is faster for them than all.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime
 import gc
@@ -25,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cases import CASES, SEED, Case, Dense, Rows
-from contenders import Data, contenders, versions
+from contenders import NOT_RESTRICTED, Data, contenders, versions
 
 BLOCK_SECONDS = 0.08
 """Duration of a contender's calls in one round."""
@@ -51,6 +52,25 @@ def block(contender: Any, seconds: float) -> list[float]:
     return times[warm:]
 
 
+def choose_threads(contender: Any, threads: int) -> int:
+    """Return the number of threads with which a contender runs: all, or one if that is faster and it can be set."""
+    if threads == 1 or not getattr(contender, "may_prefer_one_thread", False):
+        return threads
+    medians = {}
+    for count in (threads, 1):
+        use_threads(count)
+        medians[count] = float(np.median(block(contender, BLOCK_SECONDS / 4)))
+    return min(medians, key=medians.__getitem__)
+
+
+def use_threads(count: int) -> None:
+    """Let PyTorch, if it is there, use so many threads."""
+    with contextlib.suppress(ImportError):
+        import torch
+
+        torch.set_num_threads(count)
+
+
 def measure(
     cases: list[Case], rounds: int, threads: int, names: tuple[str, ...] = ()
 ) -> tuple[dict[tuple[str, str], list[float]], set[str]]:
@@ -62,12 +82,20 @@ def measure(
         for _ in range(rounds):
             for case in rng.sample(cases, len(cases)):
                 bar.set_description(case.name)
-                found = contenders(case, Data.of(case), threads, notes, names)
+                try:
+                    data = Data.of(case)
+                except ImportError as error:
+                    notes.add(f"{case.name}: left out: {error}")
+                    continue
+                found = contenders(case, data, threads, notes, names)
                 for contender in found.values():
                     block(contender, 0)  # compiles, allocates
+                chosen = {name: choose_threads(contender, threads) for name, contender in found.items()}
                 for name in rng.sample(sorted(found), len(found)) * 2:
+                    use_threads(chosen[name])
                     samples[case.name, name] += block(found[name], BLOCK_SECONDS)
-                del found
+                use_threads(threads)
+                del found, data
                 gc.collect()
                 bar.update()
     return samples, notes
@@ -109,30 +137,34 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="no 1 x 64M, no scaling")
     parser.add_argument("--rounds", type=int, default=5, help="how often to time each case (default: %(default)s)")
     parser.add_argument("--only", default="", help="only cases whose name contains this text")
-    cores = os.cpu_count() or 1
-    parser.add_argument("--threads", type=int, default=cores, help="of every library (default: all, %(default)s here)")
+    import numba
+
+    most = numba.config.NUMBA_NUM_THREADS
+    parser.add_argument("--threads", type=int, default=most, help="of every library (default: all, %(default)s here)")
     where = "folder to write to (default: benchmarks/results, and partial in it with --quick or --only)"
     parser.add_argument("--out", type=Path, help=where)
     arguments = parser.parse_args()
     cases = [case for case in CASES if arguments.only in case.name and not (arguments.quick and "64M" in case.name)]
     if not cases:
         parser.error(f"--only {arguments.only!r}: must be part of one of: {'; '.join(case.name for case in CASES)}")
+    if arguments.rounds < 1:
+        parser.error(f"--rounds {arguments.rounds}: must be >= 1")
+    if not 1 <= arguments.threads <= most:
+        parser.error(f"--threads {arguments.threads}: must be from 1 to {most}, the cores that this process may use")
     partial = arguments.quick or bool(arguments.only)
-    import numba
-
-    from report import folder, plot_ratios, plot_scaling, table
-
-    out = folder(arguments.out, partial)
-
-    numba.set_num_threads(min(arguments.threads, numba.config.NUMBA_NUM_THREADS))
     try:
-        import torch
+        from report import folder, plot_ratios, plot_scaling, table
 
-        torch.set_num_threads(arguments.threads)
-    except ImportError:
-        pass
+        out = folder(arguments.out, partial)
+        (out / "cpu.csv").open("a").close()
+    except (ImportError, OSError) as error:  # now, not after measuring
+        parser.error(str(error))
+    numba.set_num_threads(arguments.threads)
+    use_threads(arguments.threads)
 
     samples, notes = measure(cases, arguments.rounds, arguments.threads)
+    if arguments.threads < most:
+        notes.update(f"{name}: on all cores" for name in NOT_RESTRICTED if any(name == peer for _, peer in samples))
     rows = write_csv(out / "cpu.csv", samples, arguments.threads)
     (out / "cpu.md").write_text(table(rows, notes))
     plot_ratios(out / "cpu.png", rows)
