@@ -468,7 +468,7 @@ def test_leaves_have_the_order_of_jax() -> None:
         (
             ScaleByRssState({"a": MaskedNode(), "b": f32(1)}),
             {},
-            "MaskedNode: parameters that this part does not update: convert each part separately, without them",
+            "MaskedNode: a parameter that this part does not update: replace it by None, and number the weights witho",
         ),
         ({"a": f32(1)}, {}, "opt_state: dict: not a part"),
         (None, {}, "opt_state: NoneType: not a part"),
@@ -558,13 +558,20 @@ def test_keras_there_and_back(keras: Any, scheduled: bool) -> None:
     expected = train(theirs, variables, grads[HALF:])
     assert_close(found, expected)
 
-    again, _ = made()
-    again.build(variables)
-    accumulators = [each for each in again.variables if each.name.endswith("accumulator")]
-    for variable, value in zip(accumulators, convert.to_keras(states, optimizer), strict=True):
+    # And back, where both go on as one.
+    again, same = made()
+    again.build(same)
+    for variable, value in [
+        *zip(same, found, strict=True),
+        *convert.to_keras(states, optimizer, again.variables),
+    ]:
         variable.assign(value)
+    assert int(again.iterations) == optimizer.num_update
+    accumulators = [each for each in again.variables if each.name.endswith("accumulator")]
     for variable, value in zip(accumulators, states.values(), strict=True):
         assert_same_bits(keras.ops.convert_to_numpy(variable), value)
+    (more,) = problem()[1][:1]
+    assert_close(train(again, same, [more]), go_on(optimizer, states, found, [more]))
 
 
 def variable(name: str, *numbers: float) -> SimpleNamespace:
@@ -622,9 +629,23 @@ def test_a_variable_that_is_called_gradient() -> None:
     assert {index: float(each[0]) for index, each in states.items()} == {0: 1.0, 1: 2.0}
 
 
-def test_to_keras_refuses_rows() -> None:
+def test_to_keras_refuses() -> None:
+    optimizer, states = AdaGrad(dialect="keras"), {0: f32(1)}
     with pytest.raises(ValueError, match="row_wise=True: must be False: Keras has no row-wise history"):
-        convert.to_keras({0: f32(1)}, GroupAdaGrad(dialect="keras"))
+        convert.to_keras(states, GroupAdaGrad(dialect="keras"), [])
+    w = SimpleNamespace(name="w_accumulator", shape=(1,))
+    assert convert.to_keras(states, optimizer, [w]) == [(w, states[0])]
+    pending = SimpleNamespace(name="w_gradient_accumulator", shape=(1,))
+    with pytest.raises(ValueError, match="variables: of an optimizer with gradient_accumulation_steps: must be of one"):
+        convert.to_keras(states, optimizer, [pending, w])
+    for wrong in ([], [w, SimpleNamespace(name="v_accumulator", shape=(1,))]):
+        with pytest.raises(ValueError, match=r"variables: accumulators of shapes .*: must be \[\(1,\)\], the states'"):
+            convert.to_keras(states, optimizer, wrong)
+
+
+def test_the_optimizer_of_keras_is_not_its_variables() -> None:
+    with pytest.raises(TypeError, match=r"variables=namespace.*: must be optimizer\.variables"):
+        convert.from_keras(SimpleNamespace(), AdaGrad(dialect="keras"))  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------------------------------------------- FBGEMM
@@ -755,7 +776,7 @@ CALLS: list[Callable[[Any], Any]] = [
     lambda o: convert.from_optax((), o),
     lambda o: convert.to_optax({}, o, ()),
     lambda o: convert.from_keras([], o),
-    lambda o: convert.to_keras({}, o),
+    lambda o: convert.to_keras({}, o, []),
     lambda o: convert.from_fbgemm([], o),
     lambda o: convert.to_fbgemm({}, o),
 ]
@@ -964,3 +985,35 @@ def test_masked_weight_decay_in_a_chain_of_optax() -> None:
     masked = optax.masked(optax.adagrad(0.1), {"w": True, "b": False}).init(params)
     with pytest.raises(ValueError, match=r"MaskedState: not a part of the state of optax\.adagrad: convert its inner"):
         convert.from_optax(masked, optimizer)
+
+
+def test_a_part_of_the_parameters_in_optax() -> None:
+    """AdaGrad for the tables, another rule for the rest: as docs/migrating.md says."""
+    jax, optax = pytest.importorskip("jax"), pytest.importorskip("optax")
+    params = {"b": np.ones(3, np.float32), "table": np.ones((2, 2), np.float32), "w": np.ones(4, np.float32)}
+    labels = {"b": "adam", "table": "adagrad", "w": "adagrad"}
+    solver = optax.multi_transform({"adagrad": optax.adagrad(0.1), "adam": optax.adam(0.1)}, labels)
+    state = solver.init(params)
+    optimizer = AdaGrad(0.1, dialect="optax")
+    with pytest.raises(ValueError, match=r"PartitionState.*: convert inner_states\[label\]\.inner_state"):
+        convert.from_optax(state, optimizer)
+    inner = state.inner_states["adagrad"].inner_state
+    with pytest.raises(ValueError, match="MaskedNode: a parameter that this part does not update: replace it by None"):
+        convert.from_optax(inner, optimizer)
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    part = jax.tree.map(lambda x: None if is_masked(x) else x, inner, is_leaf=is_masked)
+    states = convert.from_optax(part, optimizer)
+    assert [history.shape for history in states.values()] == [(2, 2), (4,)]
+    back = convert.to_optax({index: 2 * history for index, history in states.items()}, optimizer, inner)
+    assert jax.tree.structure(back) == jax.tree.structure(inner)
+    for leaf, before in zip(jax.tree.leaves(back), jax.tree.leaves(inner), strict=True):
+        assert_same_bits(leaf, 2 * np.asarray(before))
+
+
+def test_the_module_is_imported_when_it_is_asked_for() -> None:
+    code = "import sys, adagrad; assert 'adagrad.convert' not in sys.modules; adagrad.convert.from_torch; adagrad.none"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.endswith("AttributeError: module 'adagrad' has no attribute 'none'\n")

@@ -589,7 +589,12 @@ def test_a_schedule_without_base_lr_has_nothing_to_overwrite() -> None:
             return 1.0 / (1 + num_update)
 
     for schedule in (lambda n: 1.0 / (1 + n), Plan().rate):
-        assert AdaGrad(None, lr_scheduler=schedule).learning_rate == 1.0
+        optimizer = AdaGrad(None, lr_scheduler=schedule, epsilon=0.0)
+        assert optimizer.learning_rate == 1.0
+        optimizer.lr_scheduler = None  # then the default rate
+        weight = np.zeros(1)
+        optimizer.update(0, weight, np.ones(1), np.zeros(1))
+        assert weight[0] == -0.01
         optimizer, message = one_warning(lambda schedule=schedule: AdaGrad(0.5, lr_scheduler=schedule))
         assert "learning_rate=0.5" in message
         assert "no effect" in message
@@ -1173,7 +1178,16 @@ def test_several_sparse_dimensions_where_a_subclass_steps() -> None:
         optimizer.update_multi_precision(0, w.t(), grad, optimizer.create_state_multi_precision(0, w.t()))
 
 
-@pytest.mark.parametrize(("name", "here"), [("eps", "epsilon"), ("lr", "learning_rate"), ("weight_decay", "wd")])
+def test_a_gradient_that_a_reduction_of_numpy_returns() -> None:
+    """The intercept of a linear model: the mean of an array is no array."""
+    with pytest.raises(TypeError, match=r"grads\[0\]=.*not numpy\.float32: numpy\.asarray makes an array of it"):
+        AdaGrad().update(0, np.zeros((), np.float32), np.ones(3, np.float32).mean(), np.zeros((), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "here"),
+    [("eps", "epsilon"), ("lr", "learning_rate"), ("weight_decay", "wd"), ("row_wise", "another class, GroupAdaGrad")],
+)
 def test_names_of_other_frameworks(name: str, here: str) -> None:
     with pytest.raises(TypeError, match=rf"AdaGrad\(\) got an unexpected keyword argument '{name}': here it is {here}"):
         AdaGrad(**{name: 0.1})  # type: ignore[arg-type]

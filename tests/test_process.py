@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numba
 import pytest
 
 import adagrad
@@ -618,7 +619,7 @@ def test_no_memory_for_the_sums(megabytes: int) -> None:
             same = all((w == 1).all() and (h == 0).all() for w, h in zip(weight, history, strict=True))
             print(error, same, optimizer._index_update_count)
         """
-    assert run(code).endswith("too many for the memory that is left True {0: 1}")
+    assert run(code).endswith(": 600 row ids: too many for the memory that is left True {0: 1}")
 
 
 @linux
@@ -748,6 +749,7 @@ class Clock:
         return self.now
 
     def thread_time(self) -> float:
+        assert numba_jit._stalls, "a system call, which the usual launch does without"
         return self.now - self.slept
 
 
@@ -803,6 +805,33 @@ def test_a_launch_that_a_signal_ended_before_it_began_does_not_hold_the_layer(cl
         thread.join()
         assert others == [1], "another thread's is in use"
     assert not numba_jit._held
+
+
+def test_a_launch_in_a_signal_handler_leaves_the_layer_to_the_launch_that_it_interrupts(clock: Clock) -> None:
+    """Else another thread would enter beside that one, and Numba's workqueue layer would end the process."""
+
+    def in_another_thread() -> int:
+        counts: list[int] = []
+        thread = threading.Thread(target=lambda: counts.append(numba_jit.workers(2, 100).__enter__()))
+        thread.start()
+        thread.join()
+        return counts[0]
+
+    with numba_jit.workers(2, 100) as count:
+        with numba_jit.workers(2, 100) as within:
+            assert count == within == 2
+        assert in_another_thread() == 1
+    assert not numba_jit._held
+
+
+def test_as_many_workers_as_numba_may_use_now() -> None:
+    before = numba.get_num_threads()
+    try:
+        for count in {1, before}:
+            numba.set_num_threads(count)
+            assert numba_jit.max_workers() == count
+    finally:
+        numba.set_num_threads(before)
 
 
 @pytest.mark.skipif(

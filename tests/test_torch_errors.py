@@ -773,3 +773,15 @@ def test_no_class_is_accepted_where_tensors_are_unknown(own_layout: np.ndarray) 
     own_layout[layout.TENSOR] = 0
     layout.accept(torch.Tensor)
     assert own_layout[layout.ACCEPTED] == 0
+
+
+@pytest.mark.parametrize("name", ["sum", "step"])
+def test_a_state_without_its_history_or_count(name: str) -> None:
+    params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    for p in params[1:]:
+        p.grad = torch.ones(2)
+    optimizer = Adagrad(params)
+    del optimizer.state[params[2]][name]
+    with pytest.raises(ValueError, match=rf"state of parameter\[2\]: no '{name}': must have step and sum"):
+        optimizer.step()
+    assert params[1].tolist() == [1, 1]

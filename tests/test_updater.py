@@ -815,9 +815,12 @@ def test_an_interrupt_is_counted_if_it_is_noticed_after_the_kernels(
     assert updater.optimizer._index_update_count == {1: 1, 0: 2 if late else 1}
 
 
+@pytest.mark.parametrize("where", ["in another thread", "in the signal's handler"])
 @pytest.mark.parametrize("way", ["dense", "rows"])
-def test_what_another_thread_does_makes_no_interrupt_late(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interrupt comes before this thread's list, which is large, is begun, while another one is finished."""
+def test_another_list_that_is_done_makes_no_interrupt_late(
+    way: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interrupt comes before this list, which is large, is begun, while another one is finished."""
     updater, shape = get_updater(AdaGrad(0.5)), (400, 400)
     values = np.ones(shape, np.float32)
     grad: Any = RowSparse(values, np.arange(400), shape) if way == "rows" else values
@@ -825,9 +828,16 @@ def test_what_another_thread_does_makes_no_interrupt_late(way: str, monkeypatch:
 
     def interrupted(*given: Any) -> None:
         monkeypatch.undo()
-        thread = threading.Thread(target=lambda: get_updater(AdaGrad(0.5))(0, grad, np.ones(shape, np.float32)))
-        thread.start()
-        thread.join()
+
+        def step() -> None:
+            get_updater(AdaGrad(0.5))(0, grad, np.ones(shape, np.float32))
+
+        if where == "in another thread":
+            thread = threading.Thread(target=step)
+            thread.start()
+            thread.join()
+        else:
+            step()
         raise KeyboardInterrupt
 
     weight = np.ones(shape, np.float32)

@@ -1,5 +1,8 @@
 """The AdaGrad optimizer for NumPy arrays and PyTorch tensors, with dense and row-sparse gradients."""
 
+import importlib
+from typing import Any
+
 from adagrad import lr_scheduler
 from adagrad.adagrad import AdaGrad
 from adagrad.group_adagrad import GroupAdaGrad
@@ -20,3 +23,9 @@ __all__ = [
 ]
 
 __version__ = "1.0.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "convert":  # imported at first use: most programs need none of it
+        return importlib.import_module("adagrad.convert")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

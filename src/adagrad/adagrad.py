@@ -30,6 +30,9 @@ _OTHER_NAMES = {
     "weight_decay": "wd",
     "clip_value": "clip_gradient",
     "clipvalue": "clip_gradient",
+    "lr_decay": "an lr_scheduler",
+    "maximize": "a negative rescale_grad",
+    "row_wise": "another class, GroupAdaGrad",
 }
 """What other frameworks call the arguments."""
 

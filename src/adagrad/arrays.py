@@ -56,6 +56,8 @@ def operand(name: str, array: Any) -> Operand:
     if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
         kind = f"{type(array).__module__}.{type(array).__qualname__}"
         hint = "; for rows of a gradient, make an adagrad.RowSparse" if hasattr(array, "tocsr") else ""
+        if isinstance(array, np.generic):
+            hint = ": numpy.asarray makes an array of it"
         raise TypeError(f"{name}={describe(array)}: must be a NumPy array or a torch tensor, not {kind}{hint}")
     array = np.asarray(array)
     format_name = _NATIVE.get(array.dtype) or array.dtype.name
@@ -131,7 +133,7 @@ def refuse_unwritable(o: Operand) -> None:
     """Raise ValueError if an operand that a call writes to is read-only or overlaps itself."""
     if o.memory is not None:
         if not o.memory.flags.writeable:
-            raise ValueError(f"{o.name}: read-only: must be writable")
+            raise ValueError(f"{o.name}: read-only: must be writable, as a copy by numpy.array is")
         if overlaps_itself(o.memory):
             raise ValueError(f"{o.name}: strides {o.memory.strides}: overlaps itself")
 

@@ -49,7 +49,14 @@ class Part(Batch):
             params, grads, states = ([some[i] for i in present] for some in (params, grads, states))
             places = [first + i for i in present]
         rule, wd, lr_decay = rule_and_decays(group)
-        super().__init__(rule, params, grads, list(map(_sum_of, states)), [], [], [wd], places)
+        self.steps: list[Any]
+        try:
+            histories, self.steps = list(map(_sum_of, states)), list(map(_step_of, states))
+        except KeyError as missing:
+            i = next(i for i, state in enumerate(states) if missing.args[0] not in state)
+            number = places[i] if places else i
+            raise ValueError(f"state of parameter[{number}]: no {missing}: must have step and sum") from None
+        super().__init__(rule, params, grads, histories, [], [], [wd], places)
         self._are_ours: list[bool] = []
         multi_precision = group["multi_precision"]
         if multi_precision is not False and checks.boolean("multi_precision", multi_precision):
@@ -59,7 +66,6 @@ class Part(Batch):
                 for p, state, is_ours in zip(params, states, self._are_ours, strict=True)
             ]
         self.states, self._left = states, left
-        self.steps: list[Any] = list(map(_step_of, states))
         lr = group["lr"]
         is_usual = type(lr) is float and math.isfinite(lr) and lr_decay == 0
         self.lrs = [lr] if is_usual else self._lrs(lr, lr_decay, keep_tensor=defaults["differentiable"])

@@ -26,7 +26,13 @@ class Updater:
     Attributes
     ----------
     states : dict of index to state
-        Created by the optimizer when an index is first seen.
+        Created by the optimizer when an index is first seen. Any writable array of the same dtype and shape may take a
+        state's place, such as a ``numpy.memmap``; loading puts arrays in memory there again.
+
+    Notes
+    -----
+    Threads may update different weights at once, each through an updater and an optimizer of its own: counts are not
+    protected.
 
     Examples
     --------
@@ -146,7 +152,10 @@ class Updater:
         self._loaded = {index: (state, resize_rows) for index, state in loaded.items()}
 
     def save_states(self, path: str | os.PathLike[str], dump_optimizer: bool = False) -> None:
-        """Write :meth:`get_states` to a file, through a temporary file that is renamed when complete."""
+        """Write :meth:`get_states` to a file, through a temporary file that is renamed when complete.
+
+        It takes as much memory as the states, and loading twice as much.
+        """
         from adagrad import atomic_file
 
         atomic_file.save(path, self.get_states(dump_optimizer))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from adagrad import checks
 from adagrad.adagrad import AdaGrad
-from adagrad.convert.arrays import History, States, history, plain, to_arrays
-from adagrad.convert.trajectory import require_rate, require_rule, require_schedule
+from adagrad.convert.arrays import States, history, plain, to_arrays
+from adagrad.convert.trajectory import count, require_rate, require_rule, require_schedule
 from adagrad.rates import Index
 
 
@@ -44,7 +45,7 @@ def from_keras(variables: Iterable[Any], optimizer: AdaGrad) -> States:
     {0: array([0.1, 0.1], dtype=float32)}
     """
     require_rule(optimizer, "keras")
-    named = [(getattr(each, "name", None) or "accumulator", each) for each in variables]
+    named = [(_name_of(each), each) for each in _each(variables)]
     names = {name for name, _ in named}
     found = []
     for name, each in named:
@@ -71,27 +72,60 @@ def from_keras(variables: Iterable[Any], optimizer: AdaGrad) -> States:
     return states
 
 
-def _belongs(name: str, ending: str, names: set[str]) -> bool:
+def _belongs(name: str, ending: str, names: Container[str]) -> bool:
     """Whether a variable with this name ending belongs to an accumulator."""
     return name.endswith(ending) and f"{name.removesuffix(ending)}_accumulator" in names
 
 
-def to_keras(states: Mapping[Index, Any], optimizer: AdaGrad) -> list[History]:
-    """Return the accumulators, each for ``Variable.assign``; inverse of :func:`from_keras`.
+def to_keras(states: Mapping[Index, Any], optimizer: AdaGrad, variables: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Return what to assign to the variables of an optimizer of Keras 3; inverse of :func:`from_keras`.
 
     Parameters
     ----------
     states : mapping of index to state
     optimizer : AdaGrad
         The optimizer of the states.
+    variables : iterable
+        ``keras_optimizer.variables``, once it has been built for the weights of the states, in the same order.
+
+    Returns
+    -------
+    list of (variable, value)
+        For ``variable.assign(value)``: the accumulators, and the iteration, from which a schedule continues.
 
     Raises
     ------
     ValueError
         If the optimizer has epsilon or weight decay in another place than Keras, or there are row-wise histories or
-        master copies, which Keras does not have.
+        master copies, which Keras does not have; if the accumulators are not as many as the states, or of other
+        shapes; if Keras accumulates gradients: then its iteration counts batches.
     """
     histories = to_arrays(states, optimizer, "keras")
     if optimizer.row_wise:
         raise ValueError("row_wise=True: must be False: Keras has no row-wise history")
-    return histories
+    named = {_name_of(each): each for each in _each(variables)}
+    if any(_belongs(name, "_gradient_accumulator", named) for name in named):
+        raise ValueError("variables: of an optimizer with gradient_accumulation_steps: must be of one without")
+    accumulators = [each for name, each in named.items() if name.endswith("accumulator")]
+    found = [tuple(each.shape) for each in accumulators]
+    expected = [each.shape for each in histories]
+    if found != expected:
+        raise ValueError(
+            f"variables: accumulators of shapes {checks.describe(found)}: must be {checks.describe(expected)}, the "
+            "states'"
+        )
+    updates = max((count(optimizer, index) for index in states), default=0)
+    iteration = [(each, updates) for name, each in named.items() if name == "iteration"]
+    return [*zip(accumulators, histories, strict=True), *iteration]
+
+
+def _each(variables: Any) -> list[Any]:
+    try:
+        return list(variables)
+    except TypeError:
+        raise TypeError(f"variables={checks.describe(variables)}: must be optimizer.variables") from None
+
+
+def _name_of(variable: Any) -> str:
+    """The name of a variable; that of an array is that of an accumulator."""
+    return getattr(variable, "name", None) or "accumulator"

@@ -50,7 +50,11 @@ def from_optax(opt_state: Any, optimizer: AdaGrad) -> States:
     """
     require_rule(optimizer, "optax")
     accumulator, counts = _parts(opt_state)
-    states = from_arrays(_leaves(accumulator.sum_of_squares), optimizer, "optax")
+    leaves = _leaves(accumulator.sum_of_squares)
+    if any(map(_is_masked, leaves)):
+        why = "a parameter that this part does not update: replace it by None, and number the weights without it"
+        raise ValueError(f"opt_state: MaskedNode: {why}")
+    states = from_arrays(leaves, optimizer, "optax")
     for step in map(int, counts):
         require_schedule(f"count={step}", step, "optax", optimizer, states)
     return states
@@ -82,7 +86,7 @@ def to_optax(states: Mapping[Index, Any], optimizer: AdaGrad, opt_state: Any) ->
     histories = to_arrays(states, optimizer, "optax")
     accumulator, _ = _parts(opt_state)
     found = [each.shape for each in histories]
-    expected = [tuple(np.shape(each)) for each in _leaves(accumulator.sum_of_squares)]
+    expected = [tuple(np.shape(each)) for each in _leaves(accumulator.sum_of_squares) if not _is_masked(each)]
     if found != expected:
         raise ValueError(
             f"states: shapes {checks.describe(found)}: must be {checks.describe(expected)}, as in opt_state"
@@ -115,6 +119,8 @@ def _parts(opt_state: Any) -> tuple[Any, list[Any]]:
             counts.append(part.count)
         elif not _is_empty(part):
             hint = ": convert its inner_state" if hasattr(part, "inner_state") else ""
+            if hasattr(part, "inner_states"):
+                hint = ": convert inner_states[label].inner_state"
             if hasattr(part, "hyperparams"):
                 hint += ", and pass the schedules of its hyperparams to the optimizer"
             raise ValueError(f"opt_state: {name}: not a part of the state of optax.adagrad{hint}")
@@ -131,23 +137,27 @@ def _is_empty(part: Any) -> bool:
     return fields == () or (fields == ("inner_state",) and _is_empty(part.inner_state))
 
 
+def _is_masked(leaf: Any) -> bool:
+    """Whether it stands for parameters that a part of a solver does not update."""
+    return type(leaf).__name__ == "MaskedNode"
+
+
 # JAX's order: dicts by key; None has no leaves.
 
 
 def _leaves(tree: Any) -> list[Any]:
     if tree is None:
         return []
-    if type(tree).__name__ == "MaskedNode":
-        why = "parameters that this part does not update: convert each part separately, without them"
-        raise ValueError(f"opt_state: MaskedNode: {why}")
+    if _is_masked(tree):
+        return [tree]
     if isinstance(tree, Mapping):
         tree = [tree[key] for key in _keys(tree)]
     return [leaf for part in tree for leaf in _leaves(part)] if isinstance(tree, (list, tuple)) else [tree]
 
 
 def _rebuilt(tree: Any, leaves: Iterator[Any]) -> Any:
-    if tree is None:
-        return None
+    if tree is None or _is_masked(tree):
+        return tree
     if isinstance(tree, Mapping):
         kind: Any = type(tree)
         if isinstance(tree, defaultdict):

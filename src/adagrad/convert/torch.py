@@ -67,7 +67,8 @@ def from_torch(state_dict: Mapping[str, Any], optimizer: AdaGrad) -> States:
                     raise ValueError(f"master of {what}: the optimizer must keep it, too: pass multi_precision=True")
                 states[index] = (history(f"master of {what}", saved[index]["master"]), states[index])
     except (TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"state_dict: must be what torch.optim.Adagrad.state_dict() returns: {error!r}") from error
+        need = "must be what torch.optim.Adagrad.state_dict() returns, with nothing around it"
+        raise ValueError(f"state_dict: {need}: {error!r}") from error
     return states
 
 

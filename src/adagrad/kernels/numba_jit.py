@@ -256,8 +256,8 @@ BACKOFF_LAUNCHES = 100
 ALWAYS_PARALLEL = 4_000_000
 """Elements from which several workers are worth a stall."""
 
-_held: dict[str, int] = {}
-"""The thread that holds the parallel layer, if any. ``setdefault`` tests and takes at once: no signal comes between."""
+_held: dict[str, workers] = {}
+"""The launch that holds the parallel layer, if any. ``setdefault`` tests and takes at once: no signal comes between."""
 
 _forked = False
 _stalls, _backoff = 0, 0
@@ -281,7 +281,7 @@ class workers:  # in lower case, because it is used like a function
     waits for the scheduler, milliseconds for microseconds of work. The results do not depend on it.
     """
 
-    __slots__ = ("_clock", "_count", "_held", "_started", "_wanted", "work")
+    __slots__ = ("_clock", "_count", "_held", "_started", "_thread", "_wanted", "work")
 
     work: int
     """The elements of the launch, as known at first; may be set within the ``with`` block when known better."""
@@ -297,28 +297,33 @@ class workers:  # in lower case, because it is used like a function
     def __enter__(self) -> int:
         if self._wanted < 2 or _forked:
             return 1
-        # Already held by this thread: a signal interrupted before release, so it is free.
-        me = threading.get_ident()
+        self._thread = threading.get_ident()
         try:
-            if self._held.setdefault("thread", me) == me:
+            holder = self._held.setdefault("launch", self)
+            # That of another launch of this thread is free to use, but not to give back: this one is in the handler of
+            # a signal that interrupted the other.
+            if holder is self or holder._thread == self._thread:
                 self._count = self._wanted
                 self._clock = time.thread_time if _stalls else time.perf_counter
                 self._started = self._clock()
             return self._count
         except BaseException:  # of a signal handler, before the block of the with statement has begun
-            if self._held.get("thread") == me:
-                self._held.pop("thread", None)
+            self._give_back()
             raise
 
     def __exit__(self, *raised: object) -> None:
         global _stalls, _backoff
         if self._count > 1:
-            self._held.pop("thread", None)
+            self._give_back()
             # Without work, nothing was worth several threads, and nothing could stall.
             if self.work and _CLOCK_IS_FINE:
                 stalled = self._clock() - self._started > STALL_SECONDS + SECONDS_PER_ELEMENT * self.work
                 _stalls = _stalls + 1 if stalled else 0
                 _backoff = BACKOFF_LAUNCHES if _stalls > 1 else 0
+
+    def _give_back(self) -> None:
+        if self._held.get("launch") is self:
+            self._held.pop("launch", None)
 
 
 def max_workers() -> int:

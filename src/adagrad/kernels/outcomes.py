@@ -43,7 +43,7 @@ class Remembered(NamedTuple):
     """The order of its spans, for :func:`adagrad.kernels.spans.disjoint`."""
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def remembered(addresses: Callable[[bool], np.ndarray], row_wise: bool, thread: int, spans: int) -> Remembered:
     """The same, of lists with so many spans of memory; ``addresses(row_wise)`` are those of their workers.
 
@@ -80,3 +80,5 @@ def attempt(function: Callable[..., Any], given: tuple[Any, ...], notes: memoryv
         if notes[LISTS_DONE] != done_before:
             mark_late(interrupt)
         raise
+    finally:
+        notes[LISTS_DONE] = done_before  # a list whose call a signal interrupted must not take this one for itself
