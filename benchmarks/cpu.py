@@ -73,9 +73,13 @@ def use_threads(count: int) -> None:
 
 def measure(
     cases: list[Case], rounds: int, threads: int, names: tuple[str, ...] = ()
-) -> tuple[dict[tuple[str, str], list[float]], set[str]]:
-    """Return all samples by (case, contender), and notes on contenders left out; of those named, or of all."""
+) -> tuple[dict[tuple[str, str], list[float]], dict[tuple[str, str], int], set[str]]:
+    """Return all samples and the numbers of threads by (case, contender), and notes on contenders left out.
+
+    Of the contenders named, or of all.
+    """
     rng = random.Random(SEED)
+    chosen: dict[tuple[str, str], int] = {}
     samples: dict[tuple[str, str], list[float]] = defaultdict(list)
     notes: set[str] = set()
     with tqdm(total=rounds * len(cases), unit="case") as bar:
@@ -86,25 +90,29 @@ def measure(
                     data = Data.of(case)
                 except ImportError as error:
                     notes.add(f"{case.name}: left out: {error}")
+                    bar.update()
                     continue
                 found = contenders(case, data, threads, notes, names)
                 for contender in found.values():
                     block(contender, 0)  # compiles, allocates
-                chosen = {name: choose_threads(contender, threads) for name, contender in found.items()}
+                for name, contender in found.items():
+                    if (case.name, name) not in chosen:
+                        chosen[case.name, name] = choose_threads(contender, threads)
                 for name in rng.sample(sorted(found), len(found)) * 2:
-                    use_threads(chosen[name])
+                    use_threads(chosen[case.name, name])
                     samples[case.name, name] += block(found[name], BLOCK_SECONDS)
                 use_threads(threads)
                 del found, data
                 gc.collect()
                 bar.update()
-    return samples, notes
+    return samples, chosen, notes
 
 
-def write_csv(path: Path, samples: dict[tuple[str, str], list[float]], threads: int) -> list[dict[str, Any]]:
+def write_csv(
+    path: Path, samples: dict[tuple[str, str], list[float]], threads: dict[tuple[str, str], int]
+) -> list[dict[str, Any]]:
     """Write and return a row for each case and contender; times in microseconds."""
     about = {
-        "threads": threads,
         "machine": f"{_processor()}, {os.cpu_count()} cores",
         "date": datetime.date.today().isoformat(),
         "versions": " ".join(f"{name}={version}" for name, version in versions().items()),
@@ -113,7 +121,16 @@ def write_csv(path: Path, samples: dict[tuple[str, str], list[float]], threads: 
     for (case, name), times in samples.items():
         p20, p50, p80 = (round(float(p) * 1e6, 2) for p in np.percentile(times, [20, 50, 80]))
         rows.append(
-            {"case": case, "peer": name, "p20_us": p20, "p50_us": p50, "p80_us": p80, "calls": len(times), **about}
+            {
+                "case": case,
+                "peer": name,
+                "p20_us": p20,
+                "p50_us": p50,
+                "p80_us": p80,
+                "calls": len(times),
+                "threads": threads[case, name],
+                **about,
+            }
         )
     order = {case.name: i for i, case in enumerate(CASES)}
     rows.sort(key=lambda row: (order.get(row["case"], len(order)), row["peer"]))
@@ -134,7 +151,7 @@ def _processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="no 1 x 64M, no scaling")
+    parser.add_argument("--quick", action="store_true", help="no case of 64M, no scaling")
     parser.add_argument("--rounds", type=int, default=5, help="how often to time each case (default: %(default)s)")
     parser.add_argument("--only", default="", help="only cases whose name contains this text")
     import numba
@@ -150,7 +167,7 @@ def main() -> None:
     if arguments.rounds < 1:
         parser.error(f"--rounds {arguments.rounds}: must be >= 1")
     if not 1 <= arguments.threads <= most:
-        parser.error(f"--threads {arguments.threads}: must be from 1 to {most}, the cores that this process may use")
+        parser.error(f"--threads {arguments.threads}: must be from 1 to {most}, the threads that Numba may use here")
     partial = arguments.quick or bool(arguments.only)
     try:
         from report import folder, plot_ratios, plot_scaling, table
@@ -162,10 +179,12 @@ def main() -> None:
     numba.set_num_threads(arguments.threads)
     use_threads(arguments.threads)
 
-    samples, notes = measure(cases, arguments.rounds, arguments.threads)
-    if arguments.threads < most:
+    samples, chosen, notes = measure(cases, arguments.rounds, arguments.threads)
+    if not samples:
+        parser.error("; ".join(sorted(notes)))
+    if arguments.threads < (os.cpu_count() or 1):
         notes.update(f"{name}: on all cores" for name in NOT_RESTRICTED if any(name == peer for _, peer in samples))
-    rows = write_csv(out / "cpu.csv", samples, arguments.threads)
+    rows = write_csv(out / "cpu.csv", samples, chosen)
     (out / "cpu.md").write_text(table(rows, notes))
     plot_ratios(out / "cpu.png", rows)
     if not partial:
@@ -173,10 +192,10 @@ def main() -> None:
         by_lookups = [Rows(f"lookups {10**e}", 1 << 20, 64, 10**e, "uniform", False) for e in range(2, 7)]
         by_size = [Dense(f"size {10**e}", ((10**e,),)) for e in range(3, 9)]
         named = ("adagrad", "torch sparse", "torch fused")
-        scaling, _ = measure(
+        scaling, chosen, _ = measure(
             [*by_height, *by_lookups, *by_size], max(arguments.rounds // 2, 1), arguments.threads, named
         )
-        scaled = write_csv(out / "scaling.csv", scaling, arguments.threads)
+        scaled = write_csv(out / "scaling.csv", scaling, chosen)
         plot_scaling(out / "scaling.png", scaled)
     print((out / "cpu.md").read_text())
 

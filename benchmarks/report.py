@@ -70,7 +70,8 @@ def table(rows: list[dict[str, Any]], notes: set[str], own: str = "adagrad") -> 
     peers = [name for name in COLORS if name not in OWN and any(name in times for times in found.values())]
     others = [name for name in OWN if name != own and any(name in times for times in found.values())]
     head = ["case", "limit", own, "of the limit", *others, *peers]
-    lines = [f"{rows[0]['machine']}, {rows[0]['threads']} threads, {rows[0]['date']}; {rows[0]['versions']}", ""]
+    threads = max(int(row["threads"]) for row in rows)
+    lines = [f"{rows[0]['machine']}, {threads} threads, {rows[0]['date']}; {rows[0]['versions']}", ""]
     lines += ["| " + " | ".join(head) + " |", "|" + "|".join("---" for _ in head) + "|"]
     for case, times in found.items():
         base = times[own]

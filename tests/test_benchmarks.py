@@ -61,7 +61,7 @@ def test_contenders_run_and_are_reported(modules: Any, tmp_path: Path) -> None:
     cases, peers, report = modules
     notes: set[str] = set()
     rows = []
-    for original in (cases.DENSE[4], cases.ROWS[0], cases.ROWS[1]):
+    for original in (cases.DENSE[0], cases.DENSE[4], cases.ROWS[0], cases.ROWS[1]):
         case = small(original, cases)
         data = peers.Data.of(case)
         found = peers.contenders(case, data, 1, notes)
@@ -101,7 +101,8 @@ def test_a_partial_run_keeps_the_complete_results(
     import report
 
     def measure(cases: list[Any], *_: Any) -> Any:
-        return {(case.name, peer): [1.0] for case in cases for peer in ("adagrad", "limit")}, set()
+        samples = {(case.name, peer): [1.0] for case in cases for peer in ("adagrad", "limit")}
+        return samples, dict.fromkeys(samples, 2), set()
 
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(cpu, "measure", measure)
@@ -114,6 +115,36 @@ def test_a_partial_run_keeps_the_complete_results(
     monkeypatch.setattr(sys, "argv", ["cpu.py", "--only", "nothing of the kind"])
     with pytest.raises(SystemExit):
         cpu.main()
+
+
+def test_a_library_runs_on_one_thread_where_that_is_faster(modules: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    cases, _, _ = modules
+    import cpu
+
+    seen: dict[str, set[int]] = {"stalls": set(), "scales": set(), "adagrad": set()}
+
+    class Contender:
+        def __init__(self, name: str) -> None:
+            self.name = name
+            self.may_prefer_one_thread = name != "adagrad"
+
+        def __call__(self) -> None:
+            is_slow = torch.get_num_threads() == (2 if self.name == "stalls" else 1)
+            time.sleep(2e-3 if is_slow and self.may_prefer_one_thread else 2e-4)
+            seen[self.name].add(torch.get_num_threads())
+
+    monkeypatch.setattr(cpu, "contenders", lambda *_: {name: Contender(name) for name in seen})
+    monkeypatch.setattr(cpu, "BLOCK_SECONDS", 0.02)
+    before = torch.get_num_threads()
+    try:
+        samples, chosen, _ = cpu.measure([small(cases.DENSE[3], cases)], 2, 2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert {name: count for (_, name), count in chosen.items()} == {"stalls": 1, "scales": 2, "adagrad": 2}
+    assert all(np.median(times) < 1.5e-3 for times in samples.values())
+    assert seen["adagrad"] == {2}
 
 
 class Event:

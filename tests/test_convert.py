@@ -634,11 +634,21 @@ def test_to_keras_refuses() -> None:
     with pytest.raises(ValueError, match="row_wise=True: must be False: Keras has no row-wise history"):
         convert.to_keras(states, GroupAdaGrad(dialect="keras"), [])
     w = SimpleNamespace(name="w_accumulator", shape=(1,))
+    longer = SimpleNamespace(name="w_accumulator", shape=(2,))
+    same = SimpleNamespace(name="w_accumulator", shape=(1,))  # Keras lets layers have one name
+    assert convert.to_keras({0: f32(1), 1: f32(2)}, optimizer, [w, same]) == [(w, f32(1)), (same, f32(2))]
     assert convert.to_keras(states, optimizer, [w]) == [(w, states[0])]
     pending = SimpleNamespace(name="w_gradient_accumulator", shape=(1,))
     with pytest.raises(ValueError, match="variables: of an optimizer with gradient_accumulation_steps: must be of one"):
         convert.to_keras(states, optimizer, [pending, w])
-    for wrong in ([], [w, SimpleNamespace(name="v_accumulator", shape=(1,))]):
+    with pytest.raises(
+        ValueError, match=r"lr=0\.5 of variable 0: must be the optimizer's at its next update, which is 0"
+    ):
+        convert.to_keras(states, optimizer, [variable("learning_rate", 0.5), w])
+    counted, iteration = AdaGrad(dialect="keras"), SimpleNamespace(name="iteration")
+    counted._index_update_count = {0: 7, 1: 3}
+    assert convert.to_keras({0: f32(1), 1: f32(2)}, counted, [iteration, w, same])[-1] == (iteration, 7)
+    for wrong in ([], [longer], [w, SimpleNamespace(name="v_accumulator", shape=(1,))]):
         with pytest.raises(ValueError, match=r"variables: accumulators of shapes .*: must be \[\(1,\)\], the states'"):
             convert.to_keras(states, optimizer, wrong)
 

@@ -67,17 +67,22 @@ def test_triton_is_asked_once_for_each_form_of_arguments(monkeypatch: pytest.Mon
     assert len(function.direct) == 13
 
 
-def test_triton_is_asked_each_time_where_it_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["an older version", "the interpreter", "an older interpreter"])
+def test_triton_launches_what_it_does_not_let_us_keep(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is compiled before the launch all the same, where there is anything to compile."""
     function, x = Function(), torch.zeros(8)
     kernel = Kernel(function, 4, BLOCK=8, LAST=True)
-    monkeypatch.setattr(cuda_launch, "_KEEPS", False)  # versions before 3.3
-    kernel.launch(1, x, 16, x)
-    kernel.launch(1, x, 16, x)
-    monkeypatch.setattr(cuda_launch, "_KEEPS", True)
-    monkeypatch.setattr(Function, "warmup", lambda self, *_, **__: None)
-    kernel.launch(1, x, 16, x)  # as in the interpreter
-    kernel.launch(1, x, 16, x)
-    assert len(function.asked) == 4
+    monkeypatch.setattr(cuda_launch, "_KEEPS", kind != "an older version")  # before 3.3
+    if kind == "the interpreter":
+        monkeypatch.setattr(Function, "warmup", lambda self, *_, **__: None)
+    elif kind == "an older interpreter":  # before 3.6
+        monkeypatch.delattr(Function, "warmup")
+    starts = [kernel.bind(1, x, 16, x) for _ in range(2)]
+    compiled = len(function.asked)
+    assert compiled == (kind == "an older version")
+    for start in starts:
+        start()
+    assert len(function.asked) == compiled + 2
     assert not function.direct
 
 
@@ -195,22 +200,19 @@ def test_each_device_has_compiled_kernels_of_its_own(monkeypatch: pytest.MonkeyP
         assert len(function.asked) == asked
 
 
-def test_a_kernel_that_is_still_being_compiled_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's FutureKernel forwards attributes to the kernel to come, but cannot be indexed."""
+def test_a_kernel_that_is_still_being_compiled_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's FutureKernel cannot be launched, and what fails should fail before anything is."""
     from adagrad.kernels import cuda_launch
     from adagrad.kernels.cuda_launch import Kernel
 
-    class Future:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(Compiled([]), name)
-
     class Slow(Function):
-        def warmup(self, *_: Any, **__: Any) -> Any:
-            return Future()
+        def warmup(self, *arguments: Any, grid: Any, **constants: Any) -> Any:
+            return SimpleNamespace(result=lambda: super(Slow, self).warmup(*arguments, grid=grid, **constants))
 
     monkeypatch.setattr(cuda_launch, "_KEEPS", True)
     function, x = Slow(), torch.zeros(8)
     kernel = Kernel(function, 4, BLOCK=8, LAST=True)
     kernel.launch(1, x, 16, x)
     kernel.launch(1, x, 16, x)
-    assert len(function.asked) == 2
+    assert len(function.asked) == 1
+    assert len(function.direct) == 2

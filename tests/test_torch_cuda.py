@@ -16,10 +16,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adagrad import AdaGrad, RowSparse, torch_step
+from adagrad import AdaGrad, RowSparse, get_updater, torch_step
 from adagrad.kernels import device_updates, fast_path, general_path, table
+from adagrad.kernels.batch import Batch
 from adagrad.torch import Adagrad
 from support import assert_same_bits
 
@@ -72,6 +74,17 @@ def assert_same_training(a: Adagrad, b: Adagrad) -> None:
 # ------------------------------------------------------------------------------------------- how the kernels are called
 
 
+def known_by_address(groups: Any) -> list[Tensor]:
+    """The tensors of a call, which tables give to the kernels by their addresses."""
+    found: list[Any] = []
+    for updates in [each for group in groups for each in group[1:] if each]:
+        assert updates.tensors
+        for held in [*updates.tensors, *updates.lrs]:
+            parts = [*held.weights, *held.histories] if isinstance(held, Batch) else held
+            found += parts if isinstance(parts, (list, tuple)) else [parts]
+    return [t for t in found if isinstance(t, Tensor)]
+
+
 @pytest.fixture
 def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Within: plain CPU tensors go where plain CUDA tensors go; the calls, as they are made."""
@@ -84,9 +97,16 @@ def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
     def prepare(groups: Any, device: Any, **others: Any) -> Any:
         dense = sum(len(group.dense.rows) for group in groups if group.dense)
-        assert all(each.tensors for group in groups for each in group[1:] if each), "alive until the launch"
         calls.append((dense, sum(len(group.rows.facts) for group in groups if group.rows), others))
-        return real(groups, device, **others)
+        memory = [StorageWeakRef(t.untyped_storage()) for t in known_by_address(groups)]
+        carry_out = real(groups, device, **others)
+        del groups
+
+        def checked() -> Any:
+            assert not any(each.expired() for each in memory), "alive until the launch"
+            return carry_out()
+
+        return checked
 
     monkeypatch.setattr(cuda, "prepare", prepare)
     decode = table.decode
@@ -205,7 +225,14 @@ def test_a_row_outside_its_weight_stops_what_the_kernels_do_not_take(
     assert [optimizer.state[p]["step"].item() for p in params] == [1.0] * 3
 
 
-def test_a_row_outside_its_weight_stops_the_step_of_a_subclass(as_if_on_cuda: list[Any]) -> None:
+def test_a_row_outside_its_weight_stops_the_step_of_a_subclass(
+    as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adagrad.kernels import cuda
+
+    # As on a device, where the report arrives some time after the launch.
+    monkeypatch.setattr(cuda, "raise_reported", lambda device: None)
+
     class Own(AdaGrad):
         def step(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
             super().step(indices, weights, grads, states)
@@ -268,13 +295,52 @@ def test_without_triton_array_expressions_update_what_is_on_a_device(
     assert_same_training(optimizer, expected)
 
 
-def test_counts_of_parameters_made_in_inference_mode_advance_on_a_device(as_if_on_cuda: list[Any]) -> None:
+def test_an_updater_of_a_subclass_does_nothing_on_a_device_twice(as_if_on_cuda: list[Any]) -> None:
+    """It checks the list before it splits it into steps; row ids on a device are each step's."""
+
+    class Own(AdaGrad):
+        def create_state(self, index: Any, weight: Any) -> Any:
+            return super().create_state(index, weight)
+
+    weights = [torch.ones(4, 2) for _ in range(2)]
+    get_updater(Own(0.5))([0, 1], [sparse_grad(1), sparse_grad(2)], weights)
+    assert [rows for _, rows, _ in as_if_on_cuda] == [1, 1]
+
+
+@pytest.mark.parametrize("kind", ["negated", "conjugated", "every other id"])
+def test_copies_that_only_the_kernels_know_live_until_the_launch(
+    kind: str, as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of the gradient of a view, and of ids that are a column: the fixture looks after the memory."""
+    monkeypatch.setattr(general_path, "is_on_cuda", lambda update: True)
+    if kind == "every other id":
+        ids = torch.tensor([[1, 9], [3, 9], [2, 9]])[:, 0]
+        weights = [torch.ones(4, 2) for _ in range(2)]
+        grads = [RowSparse(torch.ones(3, 2), ids, (4, 2)) for _ in weights]
+        AdaGrad(0.5, epsilon=0.0).update([0, 1], weights, grads, [torch.zeros(4, 2) for _ in weights])
+        assert all(w.tolist() == [[1, 1]] + [[0.5, 0.5]] * 3 for w in weights)
+        assert len(as_if_on_cuda) == 1
+        return
+    p = nn.Parameter(torch.ones(3, dtype=torch.complex64 if kind == "conjugated" else torch.float32))
+    p.grad = torch.full_like(p, 1j).conj() if kind == "conjugated" else torch._neg_view(torch.ones(3))
+    Adagrad([p], lr=0.5, eps=0.0).step()
+    assert len(as_if_on_cuda) == 1
+    # Real and imaginary parts have histories of their own.
+    moved = torch.view_as_real(p.detach())[:, 1] if kind == "conjugated" else p.detach() - 1
+    assert moved.tolist() == [0.5] * 3
+
+
+def test_counts_of_parameters_made_in_inference_mode_advance_on_a_device(
+    as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(general_path, "is_on_cuda", lambda update: True)
     with torch.inference_mode():
         p = nn.Parameter(torch.ones(4, 2), requires_grad=False)
         optimizer = Adagrad([p], lr=0.5, fused=True)
         p.grad = sparse_grad(1)
         assert optimizer.state[p]["step"].is_inference()
     optimizer.step()
+    assert len(as_if_on_cuda) == 1
     assert optimizer.state[p]["step"].item() == 1
     assert p.tolist() == [[1, 1], [0.5, 0.5], [1, 1], [1, 1]]
 

@@ -1,7 +1,7 @@
 """The AdaGrad optimizer for NumPy arrays and PyTorch tensors, with dense and row-sparse gradients."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adagrad import lr_scheduler
 from adagrad.adagrad import AdaGrad
@@ -25,7 +25,14 @@ __all__ = [
 __version__ = "1.0.0"
 
 
-def __getattr__(name: str) -> Any:
-    if name == "convert":  # imported at first use: most programs need none of it
-        return importlib.import_module("adagrad.convert")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if TYPE_CHECKING:
+    from adagrad import convert as convert
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name == "convert":  # imported at first use: most programs need none of it
+            return importlib.import_module("adagrad.convert")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), "convert"})

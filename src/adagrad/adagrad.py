@@ -120,7 +120,7 @@ class AdaGrad(Optimizer):
         self.initial_accumulator_value = checks.non_negative("initial_accumulator_value", initial_accumulator_value)
         for name in kwargs.keys() - Options.__annotations__.keys():
             other = _OTHER_NAMES.get(name)
-            hint = f": here it is {other}" if other else ""
+            hint = f": here it is {other}" if other and not (name == "row_wise" and self.row_wise) else ""
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}{hint}")
         super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
         self._rule_given: tuple[Any, ...] = ()
@@ -170,7 +170,7 @@ class AdaGrad(Optimizer):
             self._carry_out(weights, grads, states, lrs, wds, counts, fused=True)
             return
         # The overridden step gets the dense part; the whole list is checked before anything changes.
-        self._check_known(weights, grads, states, lrs, wds, fused=True)
+        self._check_known(weights, grads, states, lrs, wds, fused=True, wait=True)
         is_sparse = [kernels.is_row_sparse(grad) for grad in grads]
         dense = [i for i, each in enumerate(is_sparse) if not each]
         sparse = [i for i, each in enumerate(is_sparse) if each]
@@ -213,7 +213,15 @@ class AdaGrad(Optimizer):
         return is_ours and self._has_our_schedule()
 
     def _check_known(
-        self, weights: list[Any], grads: list[Any], states: list[Any], lrs: Any, wds: Any, *, fused: bool
+        self,
+        weights: list[Any],
+        grads: list[Any],
+        states: list[Any],
+        lrs: Any,
+        wds: Any,
+        *,
+        fused: bool,
+        wait: bool | None,
     ) -> None:
         """Check the updates whose states must be ours: a subclass may use others in a step that it overrides."""
         kind = type(self)
@@ -226,7 +234,7 @@ class AdaGrad(Optimizer):
                 which.append(i)
         weights, grads, states = ([values[i] for i in which] for values in (weights, grads, states))
         lrs, wds = ([rates[i] for i in which] if len(rates) > 1 else rates for rates in (lrs, wds))
-        kernels.prepare(weights, grads, states, lrs, wds, self.rule(), fused=fused, places=which, wait=True)
+        kernels.prepare(weights, grads, states, lrs, wds, self.rule(), fused=fused, places=which, wait=wait)
 
     def _is_known(self, weight: Any, state: Any) -> bool:
         """Whether a state looks like ours for this weight."""
@@ -260,7 +268,7 @@ class AdaGrad(Optimizer):
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
         check_indices(indices)
         lrs, wds = self._known_rates(indices)
-        self._check_known(weights, grads, states, lrs, wds, fused=self.use_fused_step)
+        self._check_known(weights, grads, states, lrs, wds, fused=self.use_fused_step, wait=None)
         if type(self).update_multi_precision is AdaGrad.update_multi_precision and not self._takes_pairs():
             check_low_precision(self._with_master(weights), weights, grads, states)
 

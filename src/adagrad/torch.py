@@ -239,8 +239,9 @@ class Adagrad(Optimizer):
         TypeError, ValueError, IndexError
             If a parameter cannot be updated; nothing is changed. The message gives its position among the parameters of
             all groups. (If a tensor subclass itself raises, earlier parameters of such classes may have changed.) On
-            CUDA a row id outside its parameter makes the step a no-op, and a later step, or :func:`check_row_ids`,
-            raises.
+            CUDA a row id outside its parameter makes the step a no-op on that device, and a later step, or
+            :func:`check_row_ids`, raises; this step itself, after waiting for the device, if it also updates what the
+            CUDA kernels do not take.
         """
         loss = None
         if closure is not None:

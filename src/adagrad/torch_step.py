@@ -146,7 +146,8 @@ def _decayed(lr: Any, decay: float, counts: list[Any]) -> list[Any]:
         divisors = list(torch._foreach_mul(on_device, decay))
         torch._foreach_add_(divisors, 1)
     else:
-        divisors = [lr.new_full((), 1 + count * decay, dtype=torch.float64) for count in counts]
+        double = torch.float32 if lr.device.type == "mps" else torch.float64  # which MPS lacks
+        divisors = [lr.new_full((), 1 + count * decay, dtype=double) for count in counts]
     starts: dict[torch.device, Tensor] = {}
     for divisor in divisors:
         if divisor.device not in starts:

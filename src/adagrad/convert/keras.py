@@ -96,17 +96,19 @@ def to_keras(states: Mapping[Index, Any], optimizer: AdaGrad, variables: Iterabl
     Raises
     ------
     ValueError
-        If the optimizer has epsilon or weight decay in another place than Keras, or there are row-wise histories or
-        master copies, which Keras does not have; if the accumulators are not as many as the states, or of other
-        shapes; if Keras accumulates gradients: then its iteration counts batches.
+        If the optimizer has epsilon or weight decay in another place than Keras, or another learning rate than the
+        variables; if there are row-wise histories or master copies, which Keras does not have; if the accumulators are
+        not as many as the states, or of other shapes; if Keras accumulates gradients: then its iteration counts
+        batches.
     """
     histories = to_arrays(states, optimizer, "keras")
     if optimizer.row_wise:
         raise ValueError("row_wise=True: must be False: Keras has no row-wise history")
-    named = {_name_of(each): each for each in _each(variables)}
-    if any(_belongs(name, "_gradient_accumulator", named) for name in named):
+    named = [(_name_of(each), each) for each in _each(variables)]
+    names = {name for name, _ in named}
+    accumulators = [each for name, each in named if name.endswith("accumulator")]
+    if len(accumulators) > len(histories) and any(_belongs(name, "_gradient_accumulator", names) for name in names):
         raise ValueError("variables: of an optimizer with gradient_accumulation_steps: must be of one without")
-    accumulators = [each for name, each in named.items() if name.endswith("accumulator")]
     found = [tuple(each.shape) for each in accumulators]
     expected = [each.shape for each in histories]
     if found != expected:
@@ -115,7 +117,11 @@ def to_keras(states: Mapping[Index, Any], optimizer: AdaGrad, variables: Iterabl
             "states'"
         )
     updates = max((count(optimizer, index) for index in states), default=0)
-    iteration = [(each, updates) for name, each in named.items() if name == "iteration"]
+    for name, each in named:
+        if name == "learning_rate":
+            for index in states:
+                require_rate(f"variable {index}", float(plain(each)), 0.0, updates, optimizer, index)
+    iteration = [(each, updates) for name, each in named if name == "iteration"]
     return [*zip(accumulators, histories, strict=True), *iteration]
 
 

@@ -108,12 +108,12 @@ def prepare(
     fused: bool,
     threads: int | None = None,
     places: Sequence[int] = (),
-    wait: bool = False,
+    wait: bool | None = False,
 ) -> Prepared:
     """Check a list of updates, which :meth:`Prepared.run` carries out; parameters and errors as in :func:`update`.
 
-    Messages number the updates by ``places``, their positions in the caller's lists, if given. ``wait``: also for the
-    row ids on CUDA devices.
+    Messages number the updates by ``places``, their positions in the caller's lists, if given. For ``wait`` see
+    :func:`adagrad.kernels.general_path.prepare`.
     """
     batch = of_states(weights, grads, states, lrs, wds, rule, places)
     if not fused:

@@ -101,18 +101,33 @@ def prepare(
                     launch = cuda_row_lists.sort_ids(rows, form, which, len(lrs), skip, report, tables.rows)
                     launches.append(partial(cuda_row_lists.bind, launch, settings))
         bound = [start for launch in launches for start in launch(grad_scale, skip, found_inf)]
-    return partial(_carry_out, bound, device, skip)
+    return partial(_carry_out, bound, device, skip, groups)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _carry_out(bound: list[Callable[[], object]], device: torch.device, skip: Tensor | None) -> Tensor | None:
+def _carry_out(bound: list[Callable[[], object]], device: torch.device, skip: Tensor | None, kept: object
+               ) -> Tensor | None:  # fmt: skip
+    """Launch the kernels; ``kept`` are tensors that they use by address, some of them known to nobody else."""
     with _on(device):
         for start in bound:
             start()
     return skip
+
+
+def wait_for_check(device: torch.device) -> None:
+    """Raise what a call that has been prepared reports, after waiting for the device to check its row ids.
+
+    Not while a CUDA graph is captured, when nothing is computed yet: then a bad row id stops the kernels alone.
+    """
+    if device.type == "cuda":
+        with _on(device):
+            if torch.cuda.is_current_stream_capturing():
+                return
+            torch.cuda.current_stream().synchronize()
+    _raise_reported(_report_of(device), arrived=True)
 
 
 def check(device: torch.device | str | int | None = None) -> None:

@@ -45,15 +45,21 @@ class Kernel:
         The kernel is compiled and loaded now, as far as Triton lets us: that takes seconds, and may fail.
         """
         form = first.device.index, form_of(first), *map(form_of, others)
-        compiled = self._compiled.get(form)
-        if compiled is None and _KEEPS:
-            found = self._function.warmup(first, *others, grid=(programs,), **self._constants, **self._options)
-            # The interpreter compiles nothing, and a kernel that is still being compiled cannot be launched yet.
-            if hasattr(type(found), "__getitem__"):
-                compiled = self._compiled[form] = found
+        if form not in self._compiled:
+            self._compiled[form] = self._compile(programs, first, *others)
+        compiled = self._compiled[form]
         if compiled is None:
             return partial(self._function[(programs,)], first, *others, **self._constants, **self._options)
         return partial(compiled[(programs, 1, 1)], first, *others, *self._values)
+
+    def _compile(self, programs: int, *arguments: Any) -> Any:
+        """The compiled kernel, or None if it can only be launched through Triton."""
+        warmup = getattr(self._function, "warmup", None)  # the interpreter compiles nothing, and had none before 3.6
+        if warmup is None:
+            return None
+        found = warmup(*arguments, grid=(programs,), **self._constants, **self._options)
+        found = found.result() if hasattr(found, "result") else found  # where Triton compiles in other threads
+        return found if _KEEPS and hasattr(type(found), "__getitem__") else None
 
     def launch(self, programs: int, first: Tensor, *others: Any) -> None:
         """Launch at once."""

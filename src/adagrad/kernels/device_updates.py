@@ -73,7 +73,7 @@ class DeviceUpdates:
         return updates._replace(lrs=lrs)
 
     def have_row_ids(self) -> bool:
-        return any(rows for _, rows in self._groups.values())
+        return any(len(tensors[1]) for _, rows in self._groups.values() for each in rows for tensors in each.tensors)
 
     def prepare(self, grad_scale: Any, found_inf: Any) -> Any:
         """Return what :func:`adagrad.kernels.cuda.prepare` returns."""

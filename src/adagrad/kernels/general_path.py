@@ -31,7 +31,7 @@ def prepare(
     threads: int | None = None,
     grad_scale: Any = None,
     found_inf: Any = None,
-    wait: bool = False,
+    wait: bool | None = False,
 ) -> Prepared:
     """Check batches of updates, row ids on the CPU included; compile what they need.
 
@@ -44,8 +44,9 @@ def prepare(
         One number each. Every gradient is divided by ``grad_scale`` first (outside the CUDA kernels, ``rescale_grad``
         is divided instead, which is the same for powers of two). If ``found_inf`` is not 0, nothing changes. Both are
         waited for unless the CUDA kernels take every weight.
-    wait : bool
-        Whether to wait for CUDA devices to check their row ids, because more depends on the result than these updates.
+    wait : bool, optional
+        Whether to wait for CUDA devices to check their row ids, because more depends on the result than these updates;
+        None if these are only to be checked here: then nothing is done on a device, or returned.
 
     Returns
     -------
@@ -71,11 +72,13 @@ def prepare(
         each.add_to(plan, scale, threads)
     for device in plan.on_devices:
         cuda().raise_reported(device)
+    if wait is None:
+        return Prepared([])
     on_devices = [updates.prepare(grad_scale, found_inf) for updates in plan.on_devices.values()]
     if wait or plan.wrapped or plan.jobs:
         for device, updates in plan.on_devices.items():
             if updates.have_row_ids():  # a bad one stops the kernels, but nothing else
-                cuda().check(device)
+                cuda().wait_for_check(device)
     return Prepared([*plan.wrapped, *on_devices, *plan.jobs], [each.batch for each in checked])
 
 
