@@ -272,9 +272,13 @@ def test_a_kernel_that_cannot_be_compiled_changes_nothing(
     assert [optimizer.state[p]["step"].item() for p in params] == [1.0] * 3
 
 
+@pytest.mark.parametrize("on_device", [("float32", "float64", "bfloat16"), ("float64",)], ids=["all", "some"])
 def test_without_triton_array_expressions_update_what_is_on_a_device(
-    as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch
+    on_device: tuple[str, ...], as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    decode = table.decode
+    monkeypatch.setattr(table, "decode", lambda code: (int(decode(code)[1][0] in on_device), decode(code)[1]))
+
     def fail() -> None:
         raise ImportError("No module named 'triton'")
 
