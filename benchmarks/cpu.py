@@ -22,6 +22,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 from tqdm import tqdm
 
@@ -154,8 +155,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="no case of 64M, no scaling")
     parser.add_argument("--rounds", type=int, default=5, help="how often to time each case (default: %(default)s)")
     parser.add_argument("--only", default="", help="only cases whose name contains this text")
-    import numba
-
     most = numba.config.NUMBA_NUM_THREADS
     parser.add_argument("--threads", type=int, default=most, help="of every library (default: all, %(default)s here)")
     where = "folder to write to (default: benchmarks/results, and partial in it with --quick or --only)"

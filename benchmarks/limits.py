@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from cases import Dense, Rows
+from cases import Dense, Rows, dtype_of
 
 AHEAD = 8
 _fast = {"nopython": True, "nogil": True, "error_model": "numpy", "cache": False}
@@ -126,7 +126,7 @@ class Limit:
                 values[len(self._rows) :],
             )
             self._arrays = None
-        self._none = _numbers(np.zeros(1, case.dtype if case.dtype != "bfloat16" else "float16"))[0]
+        self._none = _numbers(np.zeros(1, dtype_of(case.dtype)))[0]
 
     def __call__(self) -> None:
         if self._arrays is None:

@@ -794,33 +794,29 @@ def test_launches_that_sleep_have_not_stalled(clock: Clock) -> None:
             clock.slept += 1
 
 
+def workers_in_another_thread() -> int:
+    counts: list[int] = []
+    thread = threading.Thread(target=lambda: counts.append(numba_jit.workers(2, 100).__enter__()))
+    thread.start()
+    thread.join()
+    return counts[0]
+
+
 def test_a_launch_that_a_signal_ended_before_it_began_does_not_hold_the_layer(clock: Clock) -> None:
     """The exception of a signal handler may come after the layer was taken and before the with statement began."""
     numba_jit.workers(2, 100)
     with numba_jit.workers(2, 100) as count:
         assert count == 2
-        others: list[int] = []
-        thread = threading.Thread(target=lambda: others.append(numba_jit.workers(2, 100).__enter__()))
-        thread.start()
-        thread.join()
-        assert others == [1], "another thread's is in use"
+        assert workers_in_another_thread() == 1, "another thread's is in use"
     assert not numba_jit._held
 
 
 def test_a_launch_in_a_signal_handler_leaves_the_layer_to_the_launch_that_it_interrupts(clock: Clock) -> None:
     """Else another thread would enter beside that one, and Numba's workqueue layer would end the process."""
-
-    def in_another_thread() -> int:
-        counts: list[int] = []
-        thread = threading.Thread(target=lambda: counts.append(numba_jit.workers(2, 100).__enter__()))
-        thread.start()
-        thread.join()
-        return counts[0]
-
     with numba_jit.workers(2, 100) as count:
         with numba_jit.workers(2, 100) as within:
             assert count == within == 2
-        assert in_another_thread() == 1
+        assert workers_in_another_thread() == 1
     assert not numba_jit._held
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-MOST = sys.float_info.max
+_MOST = sys.float_info.max
 _LARGEST = 2**63 - 1
 
 
@@ -51,12 +51,12 @@ def finite(name: str, value: Any) -> float:
 
 def is_rate(value: Any) -> TypeGuard[float]:
     """Whether ``value`` is a float, finite and >= 0: what :func:`non_negative` makes sure of, for many of them."""
-    return type(value) is float and 0 <= value <= MOST
+    return type(value) is float and 0 <= value <= _MOST
 
 
 def non_negative(name: str, value: Any) -> float:
     """Return ``value`` as a finite float >= 0."""
-    if type(value) in (float, int) and 0 <= value <= MOST:  # fast path for the usual case, taken at every step
+    if type(value) in (float, int) and 0 <= value <= _MOST:  # fast path for the usual case, taken at every step
         return float(value)
     number = real(name, value)
     if not 0 <= number < math.inf:

@@ -188,9 +188,7 @@ class Rates:
         if self._overrides_rates():
             return self._ask(indices)
         if self.lr_scheduler is None and not (self.param_dict or self.lr_mult or self.wd_mult):
-            lr, wd = self._lr_at(reached), self.wd
-            if not (type(lr) is type(wd) is float and 0 <= lr <= checks.MOST and 0 <= wd <= checks.MOST):
-                lr, wd = checks.non_negative("lr", lr), checks.non_negative("wd", wd)
+            lr, wd = checks.non_negative("lr", self._lr_at(reached)), checks.non_negative("wd", self.wd)
             return [lr], [wd], {index: counts.get(index, begin) + 1 for index in indices}
         if not self._has_our_schedule():
             return self._ask(indices)

@@ -49,14 +49,12 @@ class Part(Batch):
             params, grads, states = ([some[i] for i in present] for some in (params, grads, states))
             places = [first + i for i in present]
         rule, wd, lr_decay = rule_and_decays(group)
-        self.steps: list[Any]
+        super().__init__(rule, params, grads, [], [], [], [wd], places)
         try:
-            histories, self.steps = list(map(_sum_of, states)), list(map(_step_of, states))
+            self.histories, self.steps = list(map(_sum_of, states)), list(map(_step_of, states))
         except KeyError as missing:
             i = next(i for i, state in enumerate(states) if missing.args[0] not in state)
-            number = places[i] if places else i
-            raise ValueError(f"state of parameter[{number}]: no {missing}: must have step and sum") from None
-        super().__init__(rule, params, grads, histories, [], [], [wd], places)
+            raise ValueError(f"state of parameter{self.at(i)}: no {missing}: must have step and sum") from None
         self._are_ours: list[bool] = []
         multi_precision = group["multi_precision"]
         if multi_precision is not False and checks.boolean("multi_precision", multi_precision):
@@ -146,8 +144,8 @@ def _decayed(lr: Any, decay: float, counts: list[Any]) -> list[Any]:
         divisors = list(torch._foreach_mul(on_device, decay))
         torch._foreach_add_(divisors, 1)
     else:
-        double = torch.float32 if lr.device.type == "mps" else torch.float64  # which MPS lacks
-        divisors = [lr.new_full((), 1 + count * decay, dtype=double) for count in counts]
+        widest = torch.float32 if lr.device.type == "mps" else torch.float64
+        divisors = [lr.new_full((), 1 + count * decay, dtype=widest) for count in counts]
     starts: dict[torch.device, Tensor] = {}
     for divisor in divisors:
         if divisor.device not in starts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ def from_keras(variables: Iterable[Any], optimizer: AdaGrad) -> States:
     {0: array([0.1, 0.1], dtype=float32)}
     """
     require_rule(optimizer, "keras")
-    named = [(_name_of(each), each) for each in _each(variables)]
+    named = _named(variables)
     names = {name for name, _ in named}
     found = []
     for name, each in named:
@@ -72,7 +72,7 @@ def from_keras(variables: Iterable[Any], optimizer: AdaGrad) -> States:
     return states
 
 
-def _belongs(name: str, ending: str, names: Container[str]) -> bool:
+def _belongs(name: str, ending: str, names: set[str]) -> bool:
     """Whether a variable with this name ending belongs to an accumulator."""
     return name.endswith(ending) and f"{name.removesuffix(ending)}_accumulator" in names
 
@@ -104,7 +104,7 @@ def to_keras(states: Mapping[Index, Any], optimizer: AdaGrad, variables: Iterabl
     histories = to_arrays(states, optimizer, "keras")
     if optimizer.row_wise:
         raise ValueError("row_wise=True: must be False: Keras has no row-wise history")
-    named = [(_name_of(each), each) for each in _each(variables)]
+    named = _named(variables)
     names = {name for name, _ in named}
     accumulators = [each for name, each in named if name.endswith("accumulator")]
     if len(accumulators) > len(histories) and any(_belongs(name, "_gradient_accumulator", names) for name in names):
@@ -125,13 +125,9 @@ def to_keras(states: Mapping[Index, Any], optimizer: AdaGrad, variables: Iterabl
     return [*zip(accumulators, histories, strict=True), *iteration]
 
 
-def _each(variables: Any) -> list[Any]:
+def _named(variables: Any) -> list[tuple[str, Any]]:
+    """The variables with their names; an array is taken for an accumulator."""
     try:
-        return list(variables)
+        return [(getattr(each, "name", None) or "accumulator", each) for each in variables]
     except TypeError:
         raise TypeError(f"variables={checks.describe(variables)}: must be optimizer.variables") from None
-
-
-def _name_of(variable: Any) -> str:
-    """The name of a variable; that of an array is that of an accumulator."""
-    return getattr(variable, "name", None) or "accumulator"

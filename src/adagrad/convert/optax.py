@@ -156,8 +156,8 @@ def _leaves(tree: Any) -> list[Any]:
 
 
 def _rebuilt(tree: Any, leaves: Iterator[Any]) -> Any:
-    if tree is None or _is_masked(tree):
-        return tree
+    if tree is None:
+        return None
     if isinstance(tree, Mapping):
         kind: Any = type(tree)
         if isinstance(tree, defaultdict):

@@ -45,9 +45,10 @@ class Kernel:
         The kernel is compiled and loaded now, as far as Triton lets us: that takes seconds, and may fail.
         """
         form = first.device.index, form_of(first), *map(form_of, others)
-        if form not in self._compiled:
-            self._compiled[form] = self._compile(programs, first, *others)
-        compiled = self._compiled[form]
+        try:
+            compiled = self._compiled[form]
+        except KeyError:
+            compiled = self._compiled[form] = self._compile(programs, first, *others)
         if compiled is None:
             return partial(self._function[(programs,)], first, *others, **self._constants, **self._options)
         return partial(compiled[(programs, 1, 1)], first, *others, *self._values)

@@ -94,6 +94,7 @@ class _Plan:
         self.wrapped: list[Job] = []
         """What a user's class may refuse in a way that no check foresees: run first, before anything else changes."""
         self.on_devices: dict[Any, DeviceUpdates] = {}
+        """By device."""
         self.jobs: list[Job] = []
 
     def updates_on(self, device: Any) -> DeviceUpdates:
@@ -123,20 +124,22 @@ class _CheckedBatch:
                 sparse = [i for i in left if is_row_sparse(batch.grads[i])]
                 not_plain = self._describe_rows(sparse)
                 rest = sorted({*left} - {*sparse} | {*not_plain})
-        if self._is_any_on_cuda() and not has_kernels():
+        if any(self._places()) and not has_kernels():
             rest = [*rest, *self._take_from_cuda()]
         for i in rest:
             self._validate(i)
 
-    def _is_any_on_cuda(self) -> bool:
-        return any(table.decode(code)[0] > 0 for code in {*self.rows.codes, *(code for code, _ in self.groups)})
+    def _places(self) -> set[int]:
+        """The devices of the plain updates: 0 for the CPU, 1 + index for a CUDA device."""
+        codes = {code for code, _ in self.groups}.union(self.rows.codes)
+        return {table.decode(code)[0] for code in codes}
 
     def _take_from_cuda(self) -> list[int]:
         """Remove the plain updates on CUDA devices; returns their positions."""
-        taken = [i for code, which in self.groups if table.decode(code)[0] > 0 for i in which]
-        self.groups = [(code, which) for code, which in self.groups if table.decode(code)[0] == 0]
-        on_cpu = [k for k, code in enumerate(self.rows.codes) if table.decode(code)[0] == 0]
-        taken += [i for k, i in enumerate(self.sparse) if k not in on_cpu]
+        taken = [i for code, which in self.groups if table.decode(code)[0] for i in which]
+        taken += [i for i, code in zip(self.sparse, self.rows.codes, strict=True) if table.decode(code)[0]]
+        self.groups = [(code, which) for code, which in self.groups if not table.decode(code)[0]]
+        on_cpu = [k for k, code in enumerate(self.rows.codes) if not table.decode(code)[0]]
         self.rows, self.sparse = self.rows.some(on_cpu), [self.sparse[k] for k in on_cpu]
         return taken
 
@@ -164,9 +167,7 @@ class _CheckedBatch:
 
     def all_on_cuda(self) -> bool:
         """Whether the CUDA kernels update every weight."""
-        codes = {code for code, _ in self.groups}.union(self.rows.codes)
-        on_cuda = all(table.decode(code)[0] > 0 for code in codes)
-        return on_cuda and not self.wrapped and all(map(is_on_cuda, self.others.values()))
+        return all(self._places()) and not self.wrapped and all(map(is_on_cuda, self.others.values()))
 
     def add_to(self, plan: _Plan, scale: float, threads: int | None) -> None:
         """Add what updates the batch; row ids on the CPU are checked here."""
