@@ -12,15 +12,20 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 import pytest
 
 import adagrad
-from adagrad.kernels import disk_cache, numba_jit
+from adagrad import RowSparse, kernels
+from adagrad.kernels import disk_cache, numba_jit, threads
 from adagrad.kernels.interrupts import uninterrupted
+from adagrad.rule import Rule
+from support import always_parallel
 
 SOURCES = str(Path(adagrad.__file__).parents[1])
 LIMIT = 300
@@ -749,16 +754,16 @@ class Clock:
         return self.now
 
     def thread_time(self) -> float:
-        assert numba_jit._stalls, "a system call, which the usual launch does without"
+        assert threads._stalls, "a system call, which the usual launch does without"
         return self.now - self.slept
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(numba_jit, "time", clock)
+    monkeypatch.setattr(threads, "time", clock)
     for name in ("_stalls", "_backoff"):
-        monkeypatch.setattr(numba_jit, name, 0)
+        monkeypatch.setattr(threads, name, 0)
     return clock
 
 
@@ -766,66 +771,96 @@ def test_launches_that_stall_stay_on_the_calling_thread_for_a_while(clock: Clock
     """With all cores busy, a launch on several threads waits milliseconds for microseconds of work."""
 
     def launch(seconds: float, work: int = 100_000) -> int:
-        with numba_jit.workers(2, work) as count:
+        def kernel(count: int) -> int:
             clock.now += seconds
-        return count
+            return count
 
-    slow, quick = numba_jit.STALL_SECONDS + 100_000 * numba_jit.SECONDS_PER_ELEMENT + 1e-6, 1e-4
+        return int(threads.on_threads(kernel, (), [work], 2))
+
+    slow, quick = threads.STALL_SECONDS + 100_000 * threads.SECONDS_PER_ELEMENT + 1e-6, 1e-4
     for _ in range(5):  # one stall is an accident: a page fault, a compilation
         assert [launch(slow), launch(quick), launch(quick)] == [2, 2, 2]
     assert launch(slow, work=10_000_000) == launch(slow, work=10_000_000) == 2, "much work may take its time"
     assert [launch(slow), launch(slow)] == [2, 2]
-    assert [launch(quick) for _ in range(numba_jit.BACKOFF_LAUNCHES)] == [1] * numba_jit.BACKOFF_LAUNCHES
+    assert [launch(quick) for _ in range(threads.BACKOFF_LAUNCHES)] == [1] * threads.BACKOFF_LAUNCHES
     assert launch(slow) == 2, "the machine is asked again"
-    assert [launch(quick) for _ in range(numba_jit.BACKOFF_LAUNCHES)] == [1] * numba_jit.BACKOFF_LAUNCHES
+    assert [launch(quick) for _ in range(threads.BACKOFF_LAUNCHES)] == [1] * threads.BACKOFF_LAUNCHES
     assert [launch(quick), launch(slow), launch(quick)] == [2, 2, 2], "it is free again, and an accident is one"
     assert [launch(slow), launch(slow), launch(quick)] == [2, 2, 1]
-    assert launch(quick, work=numba_jit.ALWAYS_PARALLEL) == 2, "much work is worth a stall, and shows there are cores"
+    assert launch(quick, work=threads.ALWAYS_PARALLEL) == 2, "much work is worth a stall, and shows there are cores"
     assert launch(quick) == 2
     assert [launch(slow), launch(quick, work=0), launch(slow), launch(quick)] == [2, 2, 2, 1], "small ones say nothing"
 
 
 def test_launches_that_sleep_have_not_stalled(clock: Clock) -> None:
     """They wait for the GIL, or for memory that is being swapped in: with one thread, they would wait as long."""
-    for _ in range(5):
-        with numba_jit.workers(2, 100_000) as count:
-            assert count == 2
-            clock.now += 1
-            clock.slept += 1
 
-
-def workers_in_another_thread() -> int:
-    counts: list[int] = []
-    thread = threading.Thread(target=lambda: counts.append(numba_jit.workers(2, 100).__enter__()))
-    thread.start()
-    thread.join()
-    return counts[0]
-
-
-def test_a_launch_that_a_signal_ended_before_it_began_does_not_hold_the_layer(clock: Clock) -> None:
-    """The exception of a signal handler may come after the layer was taken and before the with statement began."""
-    numba_jit.workers(2, 100)
-    with numba_jit.workers(2, 100) as count:
+    def kernel(count: int) -> None:
         assert count == 2
-        assert workers_in_another_thread() == 1, "another thread's is in use"
-    assert not numba_jit._held
+        clock.now += 1
+        clock.slept += 1
+
+    for _ in range(5):
+        threads.on_threads(kernel, (), [100_000], 2)
 
 
-def test_a_launch_in_a_signal_handler_leaves_the_layer_to_the_launch_that_it_interrupts(clock: Clock) -> None:
-    """Else another thread would enter beside that one, and Numba's workqueue layer would end the process."""
-    with numba_jit.workers(2, 100) as count:
-        with numba_jit.workers(2, 100) as within:
-            assert count == within == 2
-        assert workers_in_another_thread() == 1
-    assert not numba_jit._held
+def test_work_that_proves_small_has_not_stalled(clock: Clock) -> None:
+    def kernel(work: list[int], count: int) -> None:
+        assert count == 2
+        clock.now += 1
+        work[0] = 0
+
+    for _ in range(5):
+        work = [100_000]
+        threads.on_threads(kernel, (work,), work, 2)
 
 
-def test_as_many_workers_as_numba_may_use_now() -> None:
+@numba_jit.jit()
+def claimed(layer: int, count: int) -> int:
+    found = threads.claim(layer, count)
+    threads.give_back(layer, found)
+    return found
+
+
+def test_one_launch_at_a_time_uses_several_threads() -> None:
+    """Numba's workqueue layer would end the process when two enter."""
+    layer = np.zeros(1, np.int64)
+    assert [claimed(layer.ctypes.data, count) for count in (0, 1, 2, 3)] == [0, 1, 2, 3]
+    assert layer == 0
+    layer[0] = 1
+    assert [claimed(layer.ctypes.data, count) for count in (0, 1, 2, 3)] == [0, 1, 1, 1]
+    assert layer == 1, "another's"
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "strided", "rows", "strided rows", "mixed", "bad row"])
+def test_each_launch_leaves_the_layer_as_it_found_it(kind: str, held: bool) -> None:
+    values, rows = np.ones((4000, 64), np.float32), np.arange(4000, dtype=np.int64)
+    rows[-1] = 10**9 if kind == "bad row" else 7
+    weight: Any = np.ones((4000, 128), np.float32)[:, ::2] if "strided" in kind else values.copy()
+    grad: Any = RowSparse(values, rows, values.shape) if "row" in kind else values
+    weights, grads = [weight], [grad]
+    if kind == "mixed":
+        weights, grads = [weight, values.copy()], [values, RowSparse(values, rows, values.shape)]
+    histories = [np.zeros_like(values) for _ in weights]
+    parallel = []
+    try:
+        threads._layer[0] = held
+        with suppress(IndexError), always_parallel():
+            kernels.update(weights, grads, histories, [0.5], [0.0], Rule(), fused=True, threads=3)
+            parallel.append(True)
+        assert parallel or kind == "bad row"
+        assert threads._layer[0] == held
+    finally:
+        threads._layer[0] = 0
+
+
+def test_as_many_threads_as_numba_may_use_now() -> None:
     before = numba.get_num_threads()
     try:
         for count in {1, before}:
             numba.set_num_threads(count)
-            assert numba_jit.max_workers() == count
+            assert threads.max_threads() == count
     finally:
         numba.set_num_threads(before)
 
@@ -839,9 +874,9 @@ def test_subnormal_numbers_do_not_depend_on_threads_or_on_what_the_caller_flushe
         import llvmlite.binding as llvm, numpy as np
         from llvmlite import ir
         from adagrad import kernels
-        from adagrad.kernels import numba_jit
+        from adagrad.kernels import threads
         from adagrad.rule import Rule
-        numba_jit.STALL_SECONDS = 1e9
+        threads.STALL_SECONDS = 1e9
         subnormal, g = np.full(200_000, 1e-39, np.float32), np.full(200_000, 1e-3, np.float32)
         def zeros(threads):
             w, h = subnormal.copy(), np.zeros_like(g)

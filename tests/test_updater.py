@@ -792,7 +792,7 @@ def test_an_interrupt_is_counted_if_it_is_noticed_after_the_kernels(
     place, name = {
         "dense": (dense_lists, "_update"),
         "rows": (row_lists, "_update"),
-        "strided": (cpu_dense, "run") if late else (general_path, "validate"),
+        "strided": (cpu_dense, "_run") if late else (general_path, "validate"),
         "expression": (rule, "step") if late else (expressions, "validate"),
     }[way]
     real = getattr(place, name)
@@ -841,7 +841,7 @@ def test_another_list_that_is_done_makes_no_interrupt_late(
         raise KeyboardInterrupt
 
     weight = np.ones(shape, np.float32)
-    monkeypatch.setattr(outcomes, "workers", interrupted)
+    monkeypatch.setattr(outcomes, "on_threads", interrupted)
     with pytest.raises(KeyboardInterrupt):
         updater(0, grad, weight)
     assert (weight == 1).all()

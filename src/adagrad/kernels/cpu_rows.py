@@ -17,7 +17,7 @@ from adagrad.kernels.blocks import load_block, prefetch, store_block
 from adagrad.kernels.cpu_dense import prefetch_operands, update_block, update_elements, update_row
 from adagrad.kernels.cpu_rule import constants
 from adagrad.kernels.formats import TOKENS, load, pointer, store
-from adagrad.kernels.numba_jit import decref, jit, max_workers, pointer_to, run, worker, workers
+from adagrad.kernels.numba_jit import decref, jit, pointer_to, run, worker
 from adagrad.kernels.records import (
     ARE_INCREASING,
     BASE,
@@ -53,6 +53,7 @@ from adagrad.kernels.row_sums import (
     grouping,
     sum_at,
 )
+from adagrad.kernels.threads import LAYER, claim, give_back, on_threads
 from adagrad.rule import CHUNK, LANES
 
 ROW_COST = 50
@@ -323,12 +324,19 @@ def launch(at: str, facts: Any, rows: Any, formats: Any, row_wise: bool, rates: 
         No memory is left for grouping and summing the rows; nothing has changed.
     """
     work = int(work_of(facts))
-    threads = 1 if work < PARALLEL_MIN else threads or max_workers()
     needs_int64 = rows.itemsize == 8
     group = 0 if facts[ARE_INCREASING] else grouping(needs_int64, formats[2])
     update = kernel(needs_int64, *formats, row_wise)
     facts[RATES], facts[SCALARS] = rates.ctypes.data, scalars.ctypes.data
-    with workers(threads, work) as count:
-        kept, scratch = room(count)
-        if not carry_out(facts, kept, scratch, group, update, count):
-            raise out_of_memory(at, len(rows))
+    given = facts, group, update, LAYER
+    if not on_threads(_carry_out, given, [work], 1 if work < PARALLEL_MIN else threads):
+        raise out_of_memory(at, len(rows))
+
+
+@jit()
+def _carry_out(facts: Any, group: int, update: int, layer: int, count: int) -> bool:
+    kept, scratch = room(count)
+    claimed = claim(layer, count)
+    done = carry_out(facts, kept, scratch, group, update, claimed)
+    give_back(layer, claimed)
+    return done

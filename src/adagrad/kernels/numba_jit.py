@@ -1,4 +1,4 @@
-"""Every Numba option of the library in one place: compilation, workers, threads.
+"""Every Numba option of the library in one place: compilation, and workers for several threads.
 
 No fastmath, so that each operation is rounded as IEEE 754 demands; ``error_model="numpy"``, so that LLVM vectorises
 loops, which Python's check for a division by zero would prevent.
@@ -6,10 +6,6 @@ loops, which Python's check for a division by zero would prevent.
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar, cast
@@ -212,6 +208,18 @@ incref: Any = intrinsic(_incref_code)
 decref: Any = intrinsic(_decref_code)
 
 
+def _exchange_code(typing: Any, address: Any, value: Any) -> Any:
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        word = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("xchg", word, args[1], "acq_rel")
+
+    return numba.types.int64(numba.types.int64, numba.types.int64), generate
+
+
+exchange: Any = intrinsic(_exchange_code)
+"""``exchange(address, value)``: store an int64 and return the one before, atomically."""
+
+
 @jit(parallel=True)
 def _in_parallel(work: int, arguments: Any, count: int) -> None:
     address = np.int64(arguments.ctypes.data)
@@ -223,8 +231,7 @@ def _in_parallel(work: int, arguments: Any, count: int) -> None:
 def run(work: int, arguments: Any, count: int) -> None:
     """Run the ``count`` parts of the worker at the address ``work`` on as many threads.
 
-    More than one only while the parallel layer is held, see :class:`workers`. ``arguments`` is an int64 array. Called
-    from Python or from compiled code.
+    More than one only between :func:`adagrad.kernels.threads.claim` and ``give_back``. ``arguments`` is an int64 array.
     """
     if count > 1:
         _in_parallel(work, arguments, count)
@@ -236,104 +243,3 @@ def run(work: int, arguments: Any, count: int) -> None:
 def worker_count(work: Any, parallel_min: int, count: int) -> Any:
     """How many workers so much work is worth: ``count``, but one if ``work`` is less than ``parallel_min``."""
     return count if work >= parallel_min and count > 1 else 1
-
-
-# ------------------------------------------------------------------------------------------------------------ threads
-
-STALL_SECONDS, SECONDS_PER_ELEMENT = 2e-3, 5e-9
-"""Seconds, fixed and per element: a launch that takes longer has waited for a thread without a core, spinning.
-
-It may have slept instead, for the GIL or for memory. The launch after a long one is therefore timed by the calling
-thread's CPU time; others are not, because reading it is a system call.
-"""
-
-_CLOCK_IS_FINE = sys.platform != "win32"
-"""Whether a thread's CPU time is counted finely enough to see stalls; on Windows, in ticks of 16 ms."""
-
-BACKOFF_LAUNCHES = 100
-"""Launches that stay on the calling thread after two stalls in a row."""
-
-ALWAYS_PARALLEL = 4_000_000
-"""Elements from which several workers are worth a stall."""
-
-_held: dict[str, workers] = {}
-"""The launch that holds the parallel layer, if any. ``setdefault`` tests and takes at once: no signal comes between."""
-
-_forked = False
-_stalls, _backoff = 0, 0
-
-
-def _after_fork_in_child() -> None:
-    # GNU OpenMP's threads do not survive a fork: a parallel kernel would kill the child. The serial ones still work.
-    global _held, _forked
-    _held, _forked = {}, True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-class workers:  # in lower case, because it is used like a function
-    """How many workers a launch may have now, at most ``wanted``; holds the parallel layer while that is more than one.
-
-    It is one if another thread is in a parallel kernel (Numba's workqueue layer ends the process when two enter), in a
-    forked child and, unless there is much work, for a while after launches have stalled: with all cores busy, each
-    waits for the scheduler, milliseconds for microseconds of work. The results do not depend on it.
-    """
-
-    __slots__ = ("_clock", "_count", "_held", "_started", "_thread", "_wanted", "work")
-
-    work: int
-    """The elements of the launch, as known at first; may be set within the ``with`` block when known better."""
-
-    def __init__(self, wanted: int, work: int) -> None:
-        global _backoff
-        if wanted > 1 and _backoff > 0 and work < ALWAYS_PARALLEL:
-            wanted, _backoff = 1, _backoff - 1
-        self._held = _held  # the current one: a fork replaces it
-        self._count, self._wanted = 1, wanted
-        self.work = work
-
-    def __enter__(self) -> int:
-        if self._wanted < 2 or _forked:
-            return 1
-        self._thread = threading.get_ident()
-        try:
-            holder = self._held.setdefault("launch", self)
-            # That of another launch of this thread is free to use, but not to give back: this one is in the handler of
-            # a signal that interrupted the other.
-            if holder is self or holder._thread == self._thread:
-                self._count = self._wanted
-                self._clock = time.thread_time if _stalls else time.perf_counter
-                self._started = self._clock()
-            return self._count
-        except BaseException:  # of a signal handler, before the block of the with statement has begun
-            self._give_back()
-            raise
-
-    def __exit__(self, *raised: object) -> None:
-        global _stalls, _backoff
-        if self._count > 1:
-            self._give_back()
-            # Without work, nothing was worth several threads, and nothing could stall.
-            if self.work and _CLOCK_IS_FINE:
-                stalled = self._clock() - self._started > STALL_SECONDS + SECONDS_PER_ELEMENT * self.work
-                _stalls = _stalls + 1 if stalled else 0
-                _backoff = BACKOFF_LAUNCHES if _stalls > 1 else 0
-
-    def _give_back(self) -> None:
-        if self._held.get("launch") is self:
-            self._held.pop("launch", None)
-
-
-def max_workers() -> int:
-    """The number of threads that Numba may use: ``NUMBA_NUM_THREADS``, ``numba.set_num_threads``, or all cores."""
-    global _num_threads
-    if _num_threads is None:
-        numba.get_num_threads()  # loads the function
-        _num_threads = getattr(numba.np.ufunc.parallel, "_get_num_threads", numba.get_num_threads)
-    return int(_num_threads())
-
-
-_num_threads: Callable[[], int] | None = None
-"""The C function that ``numba.get_num_threads`` calls after taking a lock between processes, which is slow."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adagrad.kernels.interrupts import mark_late
-from adagrad.kernels.numba_jit import max_workers, workers
+from adagrad.kernels.threads import LAYER, on_threads
 
 # A compiled call returns four integers. The first is one of these outcomes, or a number >= 0: nothing was done, because
 # the worker of that number has not been compiled yet. The second is the position of the update concerned, the others
@@ -26,8 +26,9 @@ NO_MEMORY = -1
 """Only the row-sparse updates before this one were done: no memory was left for its sums. Adds its number of ids."""
 
 
-LAST_WORK, LISTS_DONE = range(2)
-"""What a compiled call notes: the work of the list, 0 if one thread is enough for it; one more list that is done."""
+LAST_WORK, LISTS_DONE, LAYER_AT = range(3)
+"""What a compiled call notes: the work of the list, 0 if one thread is enough for it; one more list that is done. And
+what it needs: :data:`adagrad.kernels.threads.LAYER`."""
 
 
 class Remembered(NamedTuple):
@@ -49,7 +50,7 @@ def remembered(addresses: Callable[[bool], np.ndarray], row_wise: bool, thread: 
 
     All of it is in one place, because a step that finds the caches cold pays for each that it looks at.
     """
-    notes = np.zeros(2, np.int64)
+    notes = np.array([0, 0, LAYER], np.int64)
     return Remembered(addresses(row_wise), notes, notes.data, np.arange(spans))
 
 
@@ -66,10 +67,7 @@ def attempt(function: Callable[..., Any], given: tuple[Any, ...], notes: memoryv
             if is_trial:
                 found = function(*given, 0)
             else:
-                held = workers(threads or max_workers(), notes[LAST_WORK])
-                with held as count:
-                    found = function(*given, count)
-                    held.work = notes[LAST_WORK]
+                found = on_threads(function, given, notes, threads)
             if found[0] >= 0:
                 compile_worker(found[0])
             elif found[0] == NOT_SMALL:

@@ -28,6 +28,7 @@ from adagrad.kernels.numba_jit import acquire_gil, jit, keep_alive, release_gil,
 from adagrad.kernels.outcomes import (
     DONE,
     LAST_WORK,
+    LAYER_AT,
     LISTS_DONE,
     NO_MEMORY,
     NOT_PLAIN,
@@ -57,6 +58,7 @@ from adagrad.kernels.rows import describe_rows
 from adagrad.kernels.spans import disjoint
 from adagrad.kernels.sparse_layout import hold_parts, release_parts, sparse_body
 from adagrad.kernels.table import CODES_PER_DEVICE, decode
+from adagrad.kernels.threads import claim, give_back
 from adagrad.kernels.validate import refuse_row
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Rule
@@ -115,11 +117,13 @@ def _update(weights: int, values: int, histories: int, masters: int, steps: int,
             hold_parts(sparse_body(list_item(values, i), layout), layout, handles[i])
         state = release_gil()
     # From here on nothing may raise: an exception would find no GIL. A worker without memory sets a flag instead.
+    claimed = claim(notes[LAYER_AT], count)
     done, which, bad, row = _check_ids_and_carry_out(
-        facts, numbers, known, np.int64(ids.ctypes.data), found, kept, scratch, parallel_min, count
+        facts, numbers, known, np.int64(ids.ctypes.data), found, kept, scratch, parallel_min, claimed
     )
     if done == DONE:
-        update_dense_part(dense, count)
+        update_dense_part(dense, claimed)
+    give_back(notes[LAYER_AT], claimed)
     if count > 0:
         acquire_gil(state)
         release_parts(handles.reshape(-1), layout)
