@@ -32,6 +32,15 @@ def always_parallel() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def mxnet() -> Iterator[None]:
+    """Classes of MXNet's names, as if it were installed."""
+    import mxnet_files
+
+    with mxnet_files.importable():
+        yield
+
+
 @pytest.fixture
 def registry() -> Iterator[dict[str, type]]:
     """The registry of optimizers, put back afterwards."""

@@ -1,0 +1,324 @@
+"""The cache of compiled kernels: which folder is used, and what its files are worth."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adagrad.kernels import disk_cache, numba_jit
+from processes import finish, posix, run, start
+
+
+@pytest.fixture
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """The environment without what the cache folder depends on; what is known of it is forgotten before and after."""
+    for name in ("ADAGRAD_CACHE_DIR", "NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    disk_cache.cache_folder.cache_clear()
+    yield monkeypatch
+    disk_cache.cache_folder.cache_clear()
+
+
+def small_kernel() -> Any:
+    """A kernel of its own each time, of the same name and code."""
+
+    @numba_jit.jit()
+    def add(a: Any, b: Any) -> Any:
+        return a + b
+
+    return add
+
+
+def loaded_from_cache(kernel: Any) -> bool:
+    assert kernel(1, 2) == 3
+    assert kernel(0.5, 1.0) == 1.5
+    hits, misses = sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values())
+    assert hits + misses in (0, 2)
+    return hits == 2
+
+
+# ----------------------------------------------------------------------------------------------------------- the folder
+
+
+def as_file(path: Path) -> Path:
+    path.write_text("not a folder")
+    return path
+
+
+def read_only(path: Path) -> Path:
+    path.mkdir(mode=0o500)
+    return path
+
+
+@posix
+@pytest.mark.parametrize("variable", ["ADAGRAD_CACHE_DIR", "NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "HOME"])
+@pytest.mark.parametrize(
+    ("make", "usable"),
+    [
+        (lambda path: path / "new" / "folders", True),
+        (lambda path: as_file(path / "file"), False),
+        (lambda path: as_file(path / "file") / "below", False),
+        (lambda path: Path("/proc/self/nowhere"), False),
+        (lambda path: Path("/dev/null"), False),
+        (lambda path: read_only(path / "read-only"), os.getuid() == 0 if hasattr(os, "getuid") else None),
+    ],
+    ids=["missing", "a file", "below a file", "not to be made", "a device", "read-only"],
+)
+def test_any_folder_works(
+    variable: str, make: Callable[[Path], Path], usable: bool, tmp_path: Path, no_variables: pytest.MonkeyPatch
+) -> None:
+    """Where there is no folder to be had, kernels are compiled, and forgotten with the process."""
+    folder = make(tmp_path)
+    no_variables.setenv(variable, str(folder))
+    found = disk_cache.cache_folder()
+    assert (found is not None) == usable
+    first, second = loaded_from_cache(small_kernel()), loaded_from_cache(small_kernel())
+    assert (first, second) == (False, usable)
+    if found is not None:
+        assert folder in found.parents
+        assert found.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_order_of_the_variables(tmp_path: Path, no_variables: pytest.MonkeyPatch) -> None:
+    for variable in ("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR", "ADAGRAD_CACHE_DIR"):
+        no_variables.setenv(variable, str(tmp_path / variable))
+        disk_cache.cache_folder.cache_clear()
+        folder = disk_cache.cache_folder()
+        if sys.platform == "linux" or variable.endswith("_DIR"):
+            assert folder is not None
+            assert tmp_path / variable in folder.parents
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o720, 0o702])
+def test_a_folder_that_others_can_write_to_is_not_used(
+    mode: int, tmp_path: Path, no_variables: pytest.MonkeyPatch
+) -> None:
+    """It holds pickles and machine code."""
+    no_variables.setenv("ADAGRAD_CACHE_DIR", str(tmp_path))
+    folder = disk_cache.cache_folder()
+    assert folder is not None
+    loaded_from_cache(small_kernel())
+    before = sorted(folder.iterdir())
+    assert before
+    folder.chmod(mode)
+    disk_cache.cache_folder.cache_clear()
+    assert disk_cache.cache_folder() is None
+    assert not loaded_from_cache(small_kernel())
+    assert sorted(folder.iterdir()) == before
+    folder.chmod(0o700)
+    disk_cache.cache_folder.cache_clear()
+    assert loaded_from_cache(small_kernel())
+
+
+@posix
+def test_a_folder_that_others_can_replace_is_not_used(tmp_path: Path, no_variables: pytest.MonkeyPatch) -> None:
+    """Whoever can write to a folder above can put another in its place, unless that is sticky, as /tmp is."""
+    no_variables.setenv("ADAGRAD_CACHE_DIR", str(tmp_path / "above" / "cache"))
+    folder = disk_cache.cache_folder()
+    assert folder is not None
+    for mode, safe in [(0o777, False), (0o1777, True), (0o755, True), (0o707, False)]:
+        (tmp_path / "above").chmod(mode)
+        disk_cache.cache_folder.cache_clear()
+        assert (disk_cache.cache_folder() == folder) == safe
+
+
+as_root = pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give a folder away")
+
+
+@posix
+@as_root
+@pytest.mark.parametrize(("owner", "group", "mode", "safe"), [
+    (0, 0, 0o775, True), (0, 12345, 0o775, False), (0, 12345, 0o755, True), (12345, 0, 0o1777, False),
+    (12345, 0, 0o755, False), (0, 12345, 0o1775, True),
+])  # fmt: skip
+def test_a_folder_that_is_in_one_of_another_user_or_group(
+    owner: int, group: int, mode: int, safe: bool, tmp_path: Path, no_variables: pytest.MonkeyPatch
+) -> None:
+    """Whose owner, sticky or not, and whose group, if it may write and is not one's own, can replace it."""
+    no_variables.setenv("ADAGRAD_CACHE_DIR", str(tmp_path / "above" / "cache"))
+    folder = disk_cache.cache_folder()
+    assert folder is not None
+    os.chown(tmp_path / "above", owner, group)
+    (tmp_path / "above").chmod(mode)
+    disk_cache.cache_folder.cache_clear()
+    assert (disk_cache.cache_folder() == folder) == safe
+
+
+@posix
+@as_root
+def test_a_folder_of_another_user_is_not_used(tmp_path: Path, no_variables: pytest.MonkeyPatch) -> None:
+    no_variables.setenv("ADAGRAD_CACHE_DIR", str(tmp_path))
+    folder = disk_cache.cache_folder()
+    assert folder is not None
+    os.chown(folder, 12345, 12345)
+    disk_cache.cache_folder.cache_clear()
+    no_variables.setattr(os, "getuid", lambda: 54321)
+    assert disk_cache.cache_folder() is None
+
+
+@posix
+@pytest.mark.parametrize(("group", "name", "members", "is_private"), [
+    (1002, "ann", [], True), (1002, "ann", ["ann"], True), (1002, "ann", ["bob"], False), (1002, "staff", [], False),
+    (1002, None, [], False), (1001, "staff", ["bob"], True), (0, "root", [], True),
+])  # fmt: skip
+def test_what_a_private_group_is(
+    group: int, name: str | None, members: list[str], is_private: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grp, pwd = pytest.importorskip("grp"), pytest.importorskip("pwd")
+
+    def found(number: int) -> Any:
+        if name is None:
+            raise KeyError(number)
+        return grp.struct_group((name, "x", number, members))
+
+    monkeypatch.setattr(os, "getuid", lambda: 1001)
+    monkeypatch.setattr(grp, "getgrgid", found)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: pwd.struct_passwd(("ann", "x", 1001, 1002, "", "/", "")))
+    assert disk_cache._has_no_others(group) == is_private
+
+
+@posix
+def test_our_own_folders_are_private_whatever_the_umask(tmp_path: Path, no_variables: pytest.MonkeyPatch) -> None:
+    no_variables.setenv("XDG_CACHE_HOME", str(tmp_path))
+    no_variables.setattr(sys, "platform", "linux")
+    before = os.umask(0o002)
+    try:
+        folder = disk_cache.cache_folder()
+    finally:
+        os.umask(before)
+    assert folder is not None
+    assert [each.stat().st_mode & 0o777 for each in (folder, folder.parent)] == [0o700, 0o700]
+    assert folder.parent == tmp_path.resolve() / "adagrad"
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="access is not by user here")
+def test_a_link_on_the_way_to_the_cache_is_followed_once(tmp_path: Path) -> None:
+    """Another user who may turn the link elsewhere turns nothing."""
+    private, open_to_all = tmp_path / "private", tmp_path / "open"
+    private.mkdir(mode=0o700)
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    (open_to_all / "cache").symlink_to(private)
+    code = "from adagrad.kernels.disk_cache import cache_folder; print(cache_folder())"
+    assert run(code, ADAGRAD_CACHE_DIR=str(open_to_all / "cache")).startswith(str(private.resolve()))
+
+
+# ------------------------------------------------------------------------------------------------------------ its files
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "half": lambda data: data[: len(data) // 2],
+    "one byte short": lambda data: data[:-1],
+    "zeros": lambda data: bytes(len(data)),
+    "zeros at the end": lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2),
+    "text": lambda data: b"something else altogether",
+    "another pickle": lambda data: b"\x80\x04N.\x80\x04N.",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_files_cost_a_compilation(
+    damage: Callable[[bytes], bytes], tmp_path: Path, no_variables: pytest.MonkeyPatch
+) -> None:
+    """And no more: the next process finds them repaired."""
+    no_variables.setenv("ADAGRAD_CACHE_DIR", str(tmp_path))
+    assert not loaded_from_cache(small_kernel())
+    assert loaded_from_cache(small_kernel())
+    folder = disk_cache.cache_folder()
+    assert folder is not None
+    damaged = list(folder.iterdir())
+    assert len(damaged) == 2, "one for each signature"
+    for path in damaged:
+        path.write_bytes(damage(path.read_bytes()))
+    assert not loaded_from_cache(small_kernel())
+    assert loaded_from_cache(small_kernel())
+
+
+def test_files_that_vanish(tmp_path: Path, no_variables: pytest.MonkeyPatch) -> None:
+    no_variables.setenv("ADAGRAD_CACHE_DIR", str(tmp_path))
+    loaded_from_cache(small_kernel())
+    folder = disk_cache.cache_folder()
+    assert folder is not None
+    shutil.rmtree(folder)
+    assert not loaded_from_cache(small_kernel())
+
+
+STEP = """
+    import numpy as np
+    from adagrad import GroupAdaGrad  # whose dense kernel compiles fastest
+    optimizer, weight = GroupAdaGrad(0.5, wd=0.1), np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
+    state = optimizer.create_state(0, weight)
+    optimizer.update(0, weight, weight * 3, state)
+    print(weight.tobytes().hex(), state.tobytes().hex())
+"""
+
+
+def test_a_flipped_bit_in_a_cache_file_costs_a_compilation(tmp_path: Path) -> None:
+    variables = {"ADAGRAD_CACHE_DIR": str(tmp_path)}
+    expected = run(STEP, **variables)
+    files = sorted(tmp_path.rglob("*.nbc"))
+    for path in files:
+        data = bytearray(path.read_bytes())
+        data[len(data) * 9 // 10] ^= 4  # in the machine code
+        path.write_bytes(data)
+    assert run(STEP, **variables) == expected
+
+
+def test_code_that_calls_what_was_loaded(tmp_path: Path) -> None:
+    """One process compiles a kernel whose parallel driver it loads; the next loads both."""
+    variables = {"ADAGRAD_CACHE_DIR": str(tmp_path)}
+    expected = run(STEP, **variables)
+    compiled_again = list(tmp_path.rglob("dense_lists._update*"))
+    assert compiled_again
+    for path in compiled_again:
+        path.unlink()
+    assert run(STEP, **variables) == expected
+    assert run(STEP, **variables) == expected
+
+
+def test_formats_that_were_compiled_by_different_processes(tmp_path: Path) -> None:
+    """Their machine code has the same symbols, and one process loads them all."""
+    code = STEP.replace("GroupAdaGrad", "AdaGrad").replace("np.float32", "dtype")
+    formats = ["np.float32", "np.float64", "np.float16"]
+    alone = [code.replace("dtype=dtype", f"dtype={dtype}") for dtype in formats]
+    folders = [tmp_path / dtype for dtype in formats]
+    processes = [start(one, ADAGRAD_CACHE_DIR=str(folder)) for one, folder in zip(alone, folders, strict=True)]
+    expected = list(map(finish, processes))
+    for folder in folders:
+        shutil.copytree(folder, tmp_path / "all", dirs_exist_ok=True)
+    for order in (formats, formats[::-1]):
+        loop = f"import numpy as np\nfor dtype in {', '.join(order)}:\n{textwrap.indent(textwrap.dedent(code), '    ')}"
+        got = run(loop, ADAGRAD_CACHE_DIR=str(tmp_path / "all")).splitlines()
+        assert got == (expected if order is formats else expected[::-1])
+
+
+def test_eight_processes_at_once_with_a_cold_cache(tmp_path: Path) -> None:
+    """All compile, or wait, or load what another has written; all get the same bits. A ninth finds a warm cache."""
+    processes = [start(STEP, ADAGRAD_CACHE_DIR=str(tmp_path)) for _ in range(8)]
+    results = {finish(process) for process in processes}
+    assert results == {run(STEP)}
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")}
+    assert files
+    assert run(STEP, ADAGRAD_CACHE_DIR=str(tmp_path)) in results
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")} == files, "nothing was compiled again"
+
+
+@posix
+def test_no_cache_at_all(tmp_path: Path) -> None:
+    nowhere = str(as_file(tmp_path / "file"))
+    variables = dict.fromkeys(("ADAGRAD_CACHE_DIR", "NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "HOME"), nowhere)
+    assert run(STEP, **variables) == run(STEP)
+
+
+def test_a_processor_without_instructions_for_float16() -> None:
+    """There float16 is read and written by integer arithmetic, to the same bits."""
+    code = STEP.replace("np.float32", "np.float16")
+    assert run(code, NUMBA_CPU_NAME="generic") == run(code)

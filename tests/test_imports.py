@@ -1,0 +1,51 @@
+"""What is imported when, and the public names."""
+
+from __future__ import annotations
+
+import pytest
+
+import adagrad
+from processes import run
+
+
+def test_importing_imports_no_framework_and_no_compiler() -> None:
+    code = """
+        import sys
+        import adagrad
+        from adagrad import *
+        print(sorted({"torch", "triton", "jax", "numba", "llvmlite", "safetensors", "ml_dtypes"} & set(sys.modules)))
+        import numpy as np
+        weight = np.ones(3)
+        optimizer = AdaGrad(use_fused_step=False)
+        optimizer.update(0, weight, weight.copy(), optimizer.create_state(0, weight))
+        print(sorted({"torch", "triton", "jax", "numba"} & set(sys.modules)))
+        optimizer.use_fused_step = True
+        rows = RowSparse(np.ones(1), np.array([2]), (3,))
+        optimizer.update([0, 1], [weight, weight.copy()], [weight.copy(), rows], [weight.copy(), weight.copy()])
+        print(sorted({"torch", "triton", "jax"} & set(sys.modules)))
+    """
+    assert run(code).split() == ["[]", "[]", "[]"]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_while_another_thread_imports_torch_and_ml_dtypes(fused: bool) -> None:
+    code = f"""
+        import sys, types
+        for name in ("torch", "ml_dtypes"):
+            sys.modules[name] = types.ModuleType(name)
+        import numpy as np
+        from adagrad import AdaGrad
+        optimizer, weight = AdaGrad(0.5, epsilon=0.0, use_fused_step={fused}), np.ones(3, np.float32)
+        optimizer.update(0, weight, weight.copy(), optimizer.create_state(0, weight))
+        print(weight.tolist())
+        """
+    assert run(code) == "[0.5, 0.5, 0.5]"
+
+
+def test_the_public_names() -> None:
+    for name in adagrad.__all__:
+        assert hasattr(adagrad, name)
+    assert set(adagrad.__all__) >= {
+        "AdaGrad", "GroupAdaGrad", "Optimizer", "register", "create", "Updater", "get_updater", "RowSparse",
+        "lr_scheduler",
+    }  # fmt: skip
