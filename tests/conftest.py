@@ -9,6 +9,11 @@ from contextlib import suppress
 import hypothesis
 import pytest
 
+# Their assertions show values, too, when they fail.
+pytest.register_assert_rewrite(
+    "bad_updates", "mxnet_files", "processes", "support", "torch_oracle", "training", "trajectories"
+)
+
 with suppress(ImportError):  # the oldest versions are tested without it
     import torch
 
