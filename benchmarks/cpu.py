@@ -191,9 +191,7 @@ def main() -> None:
         by_lookups = [Rows(f"lookups {10**e}", 1 << 20, 64, 10**e, "uniform", False) for e in range(2, 7)]
         by_size = [Dense(f"size {10**e}", ((10**e,),)) for e in range(3, 9)]
         named = ("adagrad", "torch sparse", "torch fused")
-        scaling, chosen, _ = measure(
-            [*by_height, *by_lookups, *by_size], max(arguments.rounds // 2, 1), arguments.threads, named
-        )
+        scaling, chosen, _ = measure([*by_height, *by_lookups, *by_size], arguments.rounds, arguments.threads, named)
         scaled = write_csv(out / "scaling.csv", scaling, chosen)
         plot_scaling(out / "scaling.png", scaled)
     print((out / "cpu.md").read_text())

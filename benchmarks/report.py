@@ -25,6 +25,7 @@ COLORS = {
     "torch sparse": "#d1495b",
     "optax": "#6a994e",
     "JAX": "#6a994e",
+    "TensorFlow": "#d9a404",
     "FBGEMM exact": "#8d6a9f",
 }
 MARKERS = dict.fromkeys(OWN, "D") | {
@@ -33,6 +34,7 @@ MARKERS = dict.fromkeys(OWN, "D") | {
     "torch loop": "v",
     "optax": "^",
     "JAX": "^",
+    "TensorFlow": "p",
     "FBGEMM exact": "X",
 }
 
