@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from adagrad import AdaGrad, RowSparse
 
@@ -33,6 +35,7 @@ ETA, DELTA, DIMENSIONS, ROUNDS = 0.3, 1e-6, 12, 2000
 class Game:
     """What was played: points, subgradients."""
 
+    eta: float = ETA
     points: list[np.ndarray] = field(default_factory=list)
     gradients: list[np.ndarray] = field(default_factory=list)
 
@@ -44,16 +47,16 @@ class Game:
         s = np.sqrt(np.square(self.gradients).sum(axis=0)).sum()
         distance = max(np.abs(x - comparator).max() for x in self.points)
         start = np.square(self.points[0] - comparator).sum()
-        return float(distance**2 * s / (2 * ETA) + ETA * s + DELTA * start / (2 * ETA))
+        return float(distance**2 * s / (2 * self.eta) + self.eta * s + DELTA * start / (2 * self.eta))
 
 
 Learner = Callable[[np.ndarray, np.ndarray], None]
 Adversary = Callable[[int, np.ndarray], np.ndarray]
 
 
-def adagrad_learner(*, sparse: bool = False, fused: bool = True) -> Learner:
-    optimizer = AdaGrad(learning_rate=ETA, epsilon=DELTA, use_fused_step=fused)
-    state = optimizer.create_state(0, np.zeros(DIMENSIONS))
+def adagrad_learner(*, sparse: bool = False, fused: bool = True, eta: float = ETA, size: int = DIMENSIONS) -> Learner:
+    optimizer = AdaGrad(learning_rate=eta, epsilon=DELTA, use_fused_step=fused)
+    state = optimizer.create_state(0, np.zeros(size))
 
     def learn(x: np.ndarray, g: np.ndarray) -> None:
         present = np.flatnonzero(g)
@@ -62,8 +65,8 @@ def adagrad_learner(*, sparse: bool = False, fused: bool = True) -> Learner:
     return learn
 
 
-def play(adversary: Adversary, learn: Learner, x: np.ndarray, rounds: int = ROUNDS) -> Game:
-    game = Game()
+def play(adversary: Adversary, learn: Learner, x: np.ndarray, rounds: int = ROUNDS, eta: float = ETA) -> Game:
+    game = Game(eta)
     for t in range(rounds):
         game.points.append(x.copy())
         game.gradients.append(adversary(t, x.copy()))
@@ -124,6 +127,22 @@ def test_regret_is_within_the_bound(adversary: Adversary, learner: dict[str, Any
         regret, bound = game.linear_regret(comparator), game.bound(comparator)
         assert regret <= bound * (1 + 1e-9)
     assert max(game.linear_regret(c) / game.bound(c) for c in comparators) > 0.01, "a bound that far away tests nothing"
+
+
+@given(data=st.data(), eta=st.floats(1e-3, 10), size=st.integers(1, 6), sparse=st.booleans())
+def test_regret_is_within_the_bound_whoever_plays(data: st.DataObject, eta: float, size: int, sparse: bool) -> None:
+    """Adversaries that choose, in each round, the scale of each coordinate and whether to follow the learner's sign."""
+    vectors = st.lists(st.floats(-3, 3), min_size=size, max_size=size).map(np.array)
+    turns = data.draw(st.lists(st.tuples(st.sampled_from([-1.0, 0.0, 1.0]), vectors), min_size=1, max_size=30))
+
+    def adversary(t: int, x: np.ndarray) -> np.ndarray:
+        turn, exponents = turns[t % len(turns)]
+        return np.asarray(turn * np.where(x >= 0, 1.0, -1.0) * 10.0**exponents)
+
+    learn = adagrad_learner(sparse=sparse, eta=eta, size=size)
+    game = play(adversary, learn, data.draw(vectors), rounds=60, eta=eta)
+    for comparator in (-np.sign(np.sum(game.gradients, axis=0)), game.points[-1], data.draw(vectors)):
+        assert game.linear_regret(comparator) <= game.bound(comparator) * (1 + 1e-9) + 1e-9
 
 
 def test_the_step_size_adapts_to_each_coordinate() -> None:

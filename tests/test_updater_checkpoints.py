@@ -231,6 +231,21 @@ def test_without_resize_rows_another_shape_is_refused() -> None:
         filled(0, np.ones((4, 2)), np.ones((4, 2)))  # columns are not rows
 
 
+@pytest.mark.parametrize(
+    "other", [np.ones((6, 2), np.float32), np.ones((6, 3)), np.ones(3, np.float32), (np.ones((6, 3), np.float32),) * 2]
+)
+def test_resize_rows_lets_nothing_else_change(other: Any) -> None:
+    updater, file = get_updater(AdaGrad()), get_updater(AdaGrad())
+    before = updater.states[0] = np.full((4, 3), 5, np.float32)
+    file.states[0] = other
+    with pytest.raises(ValueError, match=r"states\[0\]: .* must be float32 of shape \(n, 3\), like the one here$"):
+        updater.set_states(file.get_states(), resize_rows=True)
+    assert updater.states[0] is before
+    assert (before == 5).all()
+    file.states[0] = np.ones((6, 3), np.float32)
+    updater.set_states(file.get_states(), resize_rows=True)
+
+
 @pytest.mark.parametrize("tensors", [False, True], ids=["NumPy", "torch"])
 def test_resize_rows_changes_no_dtype(tensors: bool) -> None:
     updater = get_updater(AdaGrad())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import Any
 
@@ -127,8 +128,9 @@ class Updater:
         TypeError
             If ``states`` is not bytes.
         ValueError
-            If the bytes are truncated, altered, not a state file, of a newer version or of another optimizer class or,
-            without ``resize_rows``, if a state has another dtype or shape than the one here; nothing is changed.
+            If the bytes are truncated, altered, not a state file, of a newer version or of another optimizer class, or
+            if a state has another dtype or shape than the one here (apart from its rows if ``resize_rows``); nothing is
+            changed.
         """
         from adagrad import checkpoint, mxnet_states
 
@@ -140,12 +142,13 @@ class Updater:
             config = None if found_optimizer is None else found_optimizer.config()
         else:
             loaded, config = checkpoint.decode(data)
-        if not resize_rows:
-            for index in loaded.keys() & self.states.keys():
-                found, expected = _forms(loaded[index]), _forms(self.states[index])
-                if found != expected:
-                    hint = "resize_rows=True lets the number of rows change"
-                    raise ValueError(f"states[{index!r}]: {found}: must be {expected}, like the one here; {hint}")
+        for index in loaded.keys() & self.states.keys():
+            given = loaded[index], self.states[index]
+            found, expected = (_forms(state, any_rows=resize_rows) for state in given)
+            if found != expected:
+                differ_in_rows = len({_forms(state, any_rows=True) for state in given}) == 1
+                hint = "; resize_rows=True lets the number of rows change" if differ_in_rows else ""
+                raise ValueError(f"states[{index!r}]: {found}: must be {expected}, like the one here{hint}")
         if config is not None:
             self.optimizer.set_config(config)
         self.states = dict(loaded)
@@ -174,15 +177,16 @@ def _is_list(index: Any) -> bool:
     return isinstance(index, (list, tuple))
 
 
-def _forms(state: Any) -> str:
-    """Describe the dtype and shape of each array of a state, for messages."""
+def _forms(state: Any, *, any_rows: bool) -> str:
+    """Describe the dtype and shape of each array of a state, for messages; the number of rows as n if ``any_rows``."""
     if isinstance(state, (tuple, list)):
-        return f"({', '.join(map(_forms, state))})"
+        return f"({', '.join(_forms(each, any_rows=any_rows) for each in state)})"
     if state is None:
         return "None"
     if not (isinstance(state, np.ndarray) or is_torch(state)):
         return type(state).__name__  # of a custom optimizer
-    return f"{format_of(state)} of shape {tuple(state.shape)}"
+    shape = str(tuple(state.shape))
+    return f"{format_of(state)} of shape {re.sub('[0-9]+', 'n', shape, count=1) if any_rows else shape}"
 
 
 def _adopted(at: str, loaded: Any, fresh: Any, *, resize: bool) -> Any:
