@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from adagrad import AdaGrad, GroupAdaGrad, convert
+from adagrad.dialects import DIALECTS
 from support import assert_same_bits
 from trajectories import f32
 
@@ -41,6 +42,17 @@ def test_states_go_back_by_their_indices() -> None:
         assert [each[0] for each in convert.to_arrays(states, optimizer, "mxnet")] == [0, 1, 2]
     with pytest.raises(TypeError, match=r"states=.*: must be a dict of index to state"):
         convert.to_arrays([f32(1)], optimizer, "mxnet")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_row_wise_histories_only_go_where_there_are_such(dialect: str) -> None:
+    """Elsewhere they would be broadcast, to other steps."""
+    states, optimizer = {0: np.ones((3, 1), np.float32)}, GroupAdaGrad(0.1, dialect=dialect)
+    if dialect in ("mxnet", "mxnet1", "fbgemm"):
+        assert_same_bits(convert.to_arrays(states, optimizer, dialect)[0], states[0])
+    else:
+        with pytest.raises(ValueError, match="row_wise=True: must be False: .* has no row-wise history"):
+            convert.to_arrays(states, optimizer, dialect)
 
 
 def test_arrays_are_checked() -> None:

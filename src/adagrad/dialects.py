@@ -33,6 +33,8 @@ class Dialect:
         Whether weight decay is applied separately from the gradient, and so does not enter the history.
     row_wise_epsilon : float or None
         The default of its row-wise AdaGrad, if it differs.
+    has_row_wise : bool
+        Whether it has a row-wise AdaGrad.
     """
 
     framework: str
@@ -42,6 +44,7 @@ class Dialect:
     epsilon_inside: bool = False
     decoupled_decay: bool = False
     row_wise_epsilon: float | None = None
+    has_row_wise: bool = False
 
     def numbers(self, learning_rate: Any, epsilon: Any, initial_accumulator_value: Any, row_wise: bool) -> list[Any]:
         """Return the three arguments, with the dialect's defaults for those not passed."""
@@ -63,9 +66,10 @@ class Default(float):
 
 
 # fmt: off
-_MXNET2 = Dialect("MXNet 2.0.0b1", learning_rate=0.01, epsilon=1e-6, initial_accumulator_value=0.0)
+_MXNET2 = Dialect("MXNet 2.0.0b1", learning_rate=0.01, epsilon=1e-6, initial_accumulator_value=0.0,
+                  has_row_wise=True)
 _MXNET1 = Dialect("MXNet 1.9.1", learning_rate=None, epsilon=1e-7, initial_accumulator_value=0.0,
-                  epsilon_inside=True, decoupled_decay=True, row_wise_epsilon=1e-5)
+                  epsilon_inside=True, decoupled_decay=True, row_wise_epsilon=1e-5, has_row_wise=True)
 _TORCH = Dialect("PyTorch 2.13", learning_rate=0.01, epsilon=1e-10, initial_accumulator_value=0.0)
 _OPTAX = Dialect("optax 0.2.8", learning_rate=None, epsilon=1e-7, initial_accumulator_value=0.1, epsilon_inside=True)
 _KERAS = Dialect("Keras 3.15", learning_rate=0.001, epsilon=1e-7, initial_accumulator_value=0.1,
@@ -73,7 +77,7 @@ _KERAS = Dialect("Keras 3.15", learning_rate=0.001, epsilon=1e-7, initial_accumu
 _TENSORFLOW = Dialect("TensorFlow 2.21, ResourceApplyAdagradV2 and tf.keras.optimizers.legacy",
                       learning_rate=0.001, epsilon=1e-7, initial_accumulator_value=0.1)
 _FBGEMM = Dialect("FBGEMM 1.8, EXACT_ADAGRAD and EXACT_ROWWISE_ADAGRAD",
-                  learning_rate=0.01, epsilon=1e-8, initial_accumulator_value=0.0)
+                  learning_rate=0.01, epsilon=1e-8, initial_accumulator_value=0.0, has_row_wise=True)
 _MLX = Dialect("MLX 0.32", learning_rate=None, epsilon=1e-8, initial_accumulator_value=0.0)
 # fmt: on
 

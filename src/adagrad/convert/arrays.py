@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from adagrad import checks
+from adagrad import checks, dialects
 from adagrad.adagrad import AdaGrad
 from adagrad.convert.trajectory import ordered, require_rule
 from adagrad.rates import Index
@@ -65,10 +65,13 @@ def from_arrays(histories: Iterable[Any] | Mapping[Index, Any], optimizer: AdaGr
 def to_arrays(states: Mapping[Index, Any], optimizer: AdaGrad, dialect: str) -> list[History]:
     """Return the histories in ``states``, for another framework to continue with; inverse of :func:`from_arrays`.
 
-    Raises ValueError if the dialect has epsilon or weight decay in another place than the optimizer, and for states
-    with master copies.
+    Raises ValueError if the dialect has epsilon or weight decay in another place than the optimizer, or no row-wise
+    history for a row-wise optimizer, and for states with master copies.
     """
     require_rule(optimizer, dialect)
+    preset = dialects.find(dialect)
+    if optimizer.row_wise and not preset.has_row_wise:
+        raise ValueError(f"row_wise=True: must be False: {preset.framework} has no row-wise history")
     return [single(index, state) for index, state in ordered(states).items()]
 
 
