@@ -51,7 +51,7 @@ def test_row_wise_histories_only_go_where_there_are_such(dialect: str) -> None:
     if dialect in ("mxnet", "mxnet1", "fbgemm"):
         assert_same_bits(convert.to_arrays(states, optimizer, dialect)[0], states[0])
     else:
-        with pytest.raises(ValueError, match="row_wise=True: must be False: .* has no row-wise history"):
+        with pytest.raises(ValueError, match=r"row_wise=True: must be False: .* has no row-wise history"):
             convert.to_arrays(states, optimizer, dialect)
 
 

@@ -272,6 +272,24 @@ def test_launches_that_sleep_have_not_stalled(clock: Clock) -> None:
         threads.on_threads(kernel, (), [100_000], 2)
 
 
+def test_launches_beside_one_that_stalls_say_nothing(clock: Clock) -> None:
+    """They are refused several threads, and so cannot stall."""
+    found = []
+
+    def refused(count: int) -> None:
+        found.append(count)
+
+    def stalls(count: int) -> int:
+        threads._layer[0] = 1
+        threads.on_threads(refused, (), [100_000], 2)
+        threads._layer[0] = 0
+        clock.now += 1
+        return count
+
+    assert [threads.on_threads(stalls, (), [100_000], 2) for _ in range(3)] == [2, 2, 1]
+    assert found == [1, 1, 1]
+
+
 def test_work_that_proves_small_has_not_stalled(clock: Clock) -> None:
     def kernel(work: list[int], count: int) -> None:
         assert count == 2

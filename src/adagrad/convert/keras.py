@@ -102,8 +102,6 @@ def to_keras(states: Mapping[Index, Any], optimizer: AdaGrad, variables: Iterabl
         batches.
     """
     histories = to_arrays(states, optimizer, "keras")
-    if optimizer.row_wise:
-        raise ValueError("row_wise=True: must be False: Keras has no row-wise history")
     named = _named(variables)
     names = {name for name, _ in named}
     accumulators = [each for name, each in named if name.endswith("accumulator")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import time
@@ -16,6 +17,8 @@ from adagrad.kernels.numba_jit import exchange, jit
 # ------------------------------------------------------------------------------------------------- one launch at a time
 
 _layer = np.zeros(1, np.int64)
+# Never freed: a daemon thread may give it back when the interpreter has already freed all modules.
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(_layer))
 
 LAYER = _layer.ctypes.data
 """The address of a word: 1 while a launch has claimed Numba's parallel layer, and ever after in a forked child, else 0.
@@ -36,7 +39,10 @@ if hasattr(os, "register_at_fork"):
 
 @jit(helper=True)
 def claim(layer: Any, count: int) -> Any:
-    """How many threads, of ``count``, may be used until they are given back; ``layer`` is LAYER."""
+    """How many threads, of ``count``, may be used until they are given back.
+
+    ``layer`` is LAYER, as an argument: compiled code is kept for other processes, where it is another address.
+    """
     return 1 if count > 1 and exchange(layer, 1) != 0 else count
 
 
@@ -64,20 +70,26 @@ BACKOFF_LAUNCHES = 100
 ALWAYS_PARALLEL = 4_000_000
 """Elements from which several threads are worth a stall."""
 
+_is_claimed = _layer.data
+"""The word at LAYER for Python, which takes longer to read a number from an array."""
+
 _stalls, _backoff = 0, 0
 
 
 def on_threads(function: Callable[..., Any], given: tuple[Any, ...], work: Sequence[int], threads: int | None) -> Any:
     """Return ``function(*given, count)``, which may use ``count`` threads: by default as many as Numba may.
 
-    It is one, unless there is much work, for a while after launches have stalled: with all cores busy, each waits for
-    the scheduler, milliseconds for microseconds of work. ``work[0]`` are the elements as far as known, which the
-    function may correct; without any, nothing can stall. The results do not depend on ``count``.
+    It is one while another launch uses several and, unless there is much work, for a while after launches have stalled:
+    with all cores busy, each waits for the scheduler, milliseconds for microseconds of work. ``work[0]`` are the
+    elements as far as known, which the function may correct; without any, nothing can stall. The results do not depend
+    on ``count``.
     """
     global _stalls, _backoff
     count = threads or max_threads()
     if count > 1 and _backoff > 0 and work[0] < ALWAYS_PARALLEL:
         count, _backoff = 1, _backoff - 1
+    if _is_claimed[0]:  # it would be refused, and must not be timed; if another one comes first, it is refused
+        count = 1
     clock = time.thread_time if _stalls else time.perf_counter
     started = clock()
     result = function(*given, count)
