@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from adagrad import RowSparse
-from adagrad.kernels import cpu_rows, fast_path, outcomes, row_lists
+from adagrad.kernels import cpu_rows, fast_path, outcomes, row_lists, threads
 from adagrad.kernels.rows import inspect_rows
 from row_operands import FLOAT32, FLOAT64, HALF, MASTER, rows, some
 from support import HYPERS, KINDS, Kind, Operands, assert_same, expected, operands, rule_of, update_plain
@@ -96,7 +96,7 @@ def test_a_long_list_of_small_gradients_is_not_small() -> None:
         given = [rows(rng, FLOAT32, (9, 16), some(rng, entries, 9)) for _ in range(200)]
         assert update_plain(given, [HYPERS["plain"]])
         notes = outcomes.remembered(row_lists._addresses, False, threading.get_ident(), 4 * 200).notes
-        assert notes[outcomes.LAST_WORK] == (200 * 30 * (16 + cpu_rows.ROW_COST) if is_large else 0)
+        assert notes[threads.WORK] == (200 * 30 * (16 + cpu_rows.ROW_COST) if is_large else 0)
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "rows"])

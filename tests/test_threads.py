@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -235,15 +236,38 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+def on_threads(kernel: Callable[[np.ndarray, int], object], work: int = 100_000) -> None:
+    notes = threads.new_notes(work)
+
+    def claims(count: int) -> None:
+        kernel(notes, claims_in_compiled_code(notes, count))
+        gives_back_in_compiled_code(notes)
+
+    threads.on_threads(claims, (), notes.data, 2)
+
+
+@numba_jit.jit()
+def claims_in_compiled_code(notes: np.ndarray, count: int) -> int:
+    return int(threads.claim(notes, count))
+
+
+@numba_jit.jit()
+def gives_back_in_compiled_code(notes: np.ndarray) -> None:
+    threads.give_back(notes)
+
+
 def test_launches_that_stall_stay_on_the_calling_thread_for_a_while(clock: Clock) -> None:
     """With all cores busy, a launch on several threads waits milliseconds for microseconds of work."""
 
     def launch(seconds: float, work: int = 100_000) -> int:
-        def kernel(count: int) -> int:
-            clock.now += seconds
-            return count
+        counts = []
 
-        return int(threads.on_threads(kernel, (), [work], 2))
+        def kernel(notes: np.ndarray, count: int) -> None:
+            clock.now += seconds
+            counts.append(count)
+
+        on_threads(kernel, work)
+        return counts[0]
 
     slow, quick = threads.STALL_SECONDS + 100_000 * threads.SECONDS_PER_ELEMENT + 1e-6, 1e-4
     for _ in range(5):  # one stall is an accident: a page fault, a compilation
@@ -263,59 +287,74 @@ def test_launches_that_stall_stay_on_the_calling_thread_for_a_while(clock: Clock
 def test_launches_that_sleep_have_not_stalled(clock: Clock) -> None:
     """They wait for the GIL, or for memory that is being swapped in: with one thread, they would wait as long."""
 
-    def kernel(count: int) -> None:
+    def kernel(notes: np.ndarray, count: int) -> None:
         assert count == 2
         clock.now += 1
         clock.slept += 1
 
     for _ in range(5):
-        threads.on_threads(kernel, (), [100_000], 2)
+        on_threads(kernel)
 
 
 def test_launches_beside_one_that_stalls_say_nothing(clock: Clock) -> None:
-    """They are refused several threads, and so cannot stall."""
-    found = []
+    """They are refused several threads, and so can neither stall nor show that there are cores."""
+    counts = []
 
-    def refused(count: int) -> None:
-        found.append(count)
+    def refused(notes: np.ndarray, count: int) -> None:
+        assert count == 1
+        clock.now += 1e-6
 
-    def stalls(count: int) -> int:
-        threads._layer[0] = 1
-        threads.on_threads(refused, (), [100_000], 2)
-        threads._layer[0] = 0
+    def stalls(notes: np.ndarray, count: int) -> None:
+        if count > 1:
+            on_threads(refused)
+            clock.now += 1
+        counts.append(count)
+
+    for _ in range(3):
+        on_threads(stalls)
+    assert counts == [2, 2, 1]
+
+
+def test_refused_launches_that_sleep_have_not_stalled(clock: Clock) -> None:
+    def refused(notes: np.ndarray, count: int) -> None:
+        assert count == 1
         clock.now += 1
-        return count
 
-    assert [threads.on_threads(stalls, (), [100_000], 2) for _ in range(3)] == [2, 2, 1]
-    assert found == [1, 1, 1]
+    def holds(notes: np.ndarray, count: int) -> None:
+        for _ in range(5):
+            on_threads(refused)
+        assert not threads._stalls
+
+    on_threads(holds)
 
 
 def test_work_that_proves_small_has_not_stalled(clock: Clock) -> None:
-    def kernel(work: list[int], count: int) -> None:
+    def kernel(notes: np.ndarray, count: int) -> None:
         assert count == 2
         clock.now += 1
-        work[0] = 0
+        notes[threads.WORK] = 0
 
     for _ in range(5):
-        work = [100_000]
-        threads.on_threads(kernel, (work,), work, 2)
-
-
-@numba_jit.jit()
-def claimed(layer: int, count: int) -> int:
-    found = threads.claim(layer, count)
-    threads.give_back(layer, found)
-    return found
+        on_threads(kernel)
 
 
 def test_one_launch_at_a_time_uses_several_threads() -> None:
     """Numba's workqueue layer would end the process when two enter."""
-    layer = np.zeros(1, np.int64)
-    assert [claimed(layer.ctypes.data, count) for count in (0, 1, 2, 3)] == [0, 1, 2, 3]
-    assert layer == 0
-    layer[0] = 1
-    assert [claimed(layer.ctypes.data, count) for count in (0, 1, 2, 3)] == [0, 1, 1, 1]
-    assert layer == 1, "another's"
+
+    def claimed(count: int) -> int:
+        notes = threads.new_notes(0)
+        found = claims_in_compiled_code(notes, count)
+        gives_back_in_compiled_code(notes)
+        return found
+
+    assert [claimed(count) for count in (0, 1, 2, 3)] == [0, 1, 2, 3]
+    assert threads._layer == 0
+    try:
+        threads._layer[0] = 1
+        assert [claimed(count) for count in (0, 1, 2, 3)] == [0, 1, 1, 1]
+        assert threads._layer == 1, "another's"
+    finally:
+        threads._layer[0] = 0
 
 
 @pytest.mark.parametrize("held", [False, True])

@@ -21,7 +21,7 @@ from adagrad.kernels.cpu_rule import constants, effective_gradient, new_weight
 from adagrad.kernels.formats import TOKENS, load, master_or, pointer, store
 from adagrad.kernels.numba_jit import jit, pointer_to, run, worker
 from adagrad.kernels.records import COLUMNS, GRAD, HISTORY, MASTER, ROW_LENGTH, SIZE, WEIGHT
-from adagrad.kernels.threads import LAYER, claim, give_back, on_threads
+from adagrad.kernels.threads import claim, give_back, new_notes, on_threads
 from adagrad.rule import LANES, Rule
 
 TABLE_AT, TABLE_ROWS, RATES_AT, RATES_ROWS, SCALARS_AT, TOTAL, GIVEN = range(7)
@@ -257,15 +257,15 @@ def launch(table: Any, total: int, rates: Any, scalars: Any, formats: Any, row_w
     ``formats`` are those of weight, gradient, history and master copy (None for none); ``rates`` has a row for each
     weight, or one for all; at most ``threads`` threads, or by default as many as Numba may use.
     """
-    given = kernel(*formats, row_wise), arguments(table, rates, scalars, total), LAYER
-    on_threads(_run, given, [total], 1 if total < PARALLEL_MIN else threads)
+    notes = new_notes(total)
+    given = kernel(*formats, row_wise), arguments(table, rates, scalars, total), notes
+    on_threads(_run, given, notes.data, 1 if total < PARALLEL_MIN else threads)
 
 
 @jit()
-def _run(work: int, block: Any, layer: int, count: int) -> None:
-    claimed = claim(layer, count)
-    run(work, block, claimed)
-    give_back(layer, claimed)
+def _run(work: int, block: Any, notes: Any, count: int) -> None:
+    run(work, block, claim(notes, count))
+    give_back(notes)
 
 
 def launch_row_part(table: Any, rates: Any, scalars: Any, formats: Any, descending: bool) -> None:

@@ -53,7 +53,7 @@ from adagrad.kernels.row_sums import (
     grouping,
     sum_at,
 )
-from adagrad.kernels.threads import LAYER, claim, give_back, on_threads
+from adagrad.kernels.threads import claim, give_back, new_notes, on_threads
 from adagrad.rule import CHUNK, LANES
 
 ROW_COST = 50
@@ -328,15 +328,15 @@ def launch(at: str, facts: Any, rows: Any, formats: Any, row_wise: bool, rates: 
     group = 0 if facts[ARE_INCREASING] else grouping(needs_int64, formats[2])
     update = kernel(needs_int64, *formats, row_wise)
     facts[RATES], facts[SCALARS] = rates.ctypes.data, scalars.ctypes.data
-    given = facts, group, update, LAYER
-    if not on_threads(_carry_out, given, [work], 1 if work < PARALLEL_MIN else threads):
+    notes = new_notes(work)
+    given = facts, group, update, notes
+    if not on_threads(_carry_out, given, notes.data, 1 if work < PARALLEL_MIN else threads):
         raise out_of_memory(at, len(rows))
 
 
 @jit()
-def _carry_out(facts: Any, group: int, update: int, layer: int, count: int) -> bool:
+def _carry_out(facts: Any, group: int, update: int, notes: Any, count: int) -> bool:
     kept, scratch = room(count)
-    claimed = claim(layer, count)
-    done = carry_out(facts, kept, scratch, group, update, claimed)
-    give_back(layer, claimed)
+    done = carry_out(facts, kept, scratch, group, update, claim(notes, count))
+    give_back(notes)
     return done

@@ -16,11 +16,11 @@ from adagrad.kernels.counts import advance_counts, find_counts
 from adagrad.kernels.cpu_dense import GIVEN, kernel, put_arguments
 from adagrad.kernels.layout import current_layout
 from adagrad.kernels.numba_jit import acquire_gil, jit, keep_alive, release_gil, run, worker_count
-from adagrad.kernels.outcomes import DONE, LAST_WORK, LAYER_AT, LISTS_DONE, NOT_PLAIN, NOT_SMALL, attempt, remembered
+from adagrad.kernels.outcomes import DONE, LISTS_DONE, NOT_PLAIN, NOT_SMALL, attempt, remembered
 from adagrad.kernels.records import COLUMNS, SIZE
 from adagrad.kernels.spans import disjoint
 from adagrad.kernels.table import CODES_PER_DEVICE, decode, fill
-from adagrad.kernels.threads import claim, give_back
+from adagrad.kernels.threads import WORK, claim, give_back
 from adagrad.rule import Rule
 
 
@@ -41,7 +41,7 @@ def _update(weights: int, grads: int, histories: int, masters: int, steps: int, 
             return NOT_PLAIN, 0, 0, 0
         counts[codes[i]] += 1
         elements[codes[i]] += table[i, SIZE]
-    notes[LAST_WORK] = total if total >= parallel_min else 0
+    notes[WORK] = total if total >= parallel_min else 0
     if count == 0 and total >= parallel_min:
         return NOT_SMALL, 0, 0, 0
     if not disjoint(spans[0], spans[1], len(guess) - n, guess) or (steps and not find_counts(steps, layout, step_at)):
@@ -52,14 +52,14 @@ def _update(weights: int, grads: int, histories: int, masters: int, steps: int, 
     rows, rows_rates = (table, rates) if counts[codes[0]] == n else _by_code(table, codes, rates, counts)
     # From here on nothing may raise or allocate: an exception would find no GIL, and a part of the list updated. The
     # GIL is released once for all launches; threads are for those launches that are worth them.
-    claimed = claim(notes[LAYER_AT], count)
+    claimed = claim(notes, count)
     state, first = np.int64(0) if count == 0 else release_gil(), 0
     for code in range(CODES_PER_DEVICE):
         if counts[code]:
             put_arguments(blocks[code], rows, first, counts[code], rows_rates, scalars, elements[code])
             run(known[code], blocks[code], worker_count(elements[code], parallel_min, claimed))
             first += counts[code]
-    give_back(notes[LAYER_AT], claimed)
+    give_back(notes)
     if count > 0:
         acquire_gil(state)
     advance_counts(step_at)

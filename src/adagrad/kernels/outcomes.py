@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adagrad.kernels.interrupts import mark_late
-from adagrad.kernels.threads import LAYER, on_threads
+from adagrad.kernels.threads import NOTES, WORK, new_notes, on_threads
 
 # A compiled call returns four integers. The first is one of these outcomes, or a number >= 0: nothing was done, because
 # the worker of that number has not been compiled yet. The second is the position of the update concerned, the others
@@ -26,9 +26,9 @@ NO_MEMORY = -1
 """Only the row-sparse updates before this one were done: no memory was left for its sums. Adds its number of ids."""
 
 
-LAST_WORK, LISTS_DONE, LAYER_AT = range(3)
-"""What a compiled call notes: the work of the list, 0 if one thread is enough for it; one more list that is done. And
-what it needs: :data:`adagrad.kernels.threads.LAYER`."""
+LISTS_DONE = NOTES
+"""One more word of a list's notes, in which compiled code counts those that are done. Its WORK is 0 if one thread is
+enough for it, and stays from one list to the next."""
 
 
 class Remembered(NamedTuple):
@@ -37,7 +37,7 @@ class Remembered(NamedTuple):
     known: np.ndarray
     """The addresses of the compiled workers, which all threads share."""
     notes: np.ndarray
-    """Words of the compiled calls, see LAST_WORK."""
+    """See :data:`adagrad.kernels.threads.NOTES` and LISTS_DONE."""
     read_notes: memoryview
     """The same memory for Python, which takes longer to read a number from an array."""
     guess: np.ndarray
@@ -50,7 +50,7 @@ def remembered(addresses: Callable[[bool], np.ndarray], row_wise: bool, thread: 
 
     All of it is in one place, because a step that finds the caches cold pays for each that it looks at.
     """
-    notes = np.array([0, 0, LAYER], np.int64)
+    notes = np.append(new_notes(0), 0)
     return Remembered(addresses(row_wise), notes, notes.data, np.arange(spans))
 
 
@@ -61,7 +61,7 @@ def attempt(function: Callable[..., Any], given: tuple[Any, ...], notes: memoryv
     ``notes`` are :attr:`Remembered.read_notes`, which the function writes. ``count`` is 0 for a trial on the calling
     thread, made if one was enough for the last list. An interrupt that comes after the list is done is marked as late.
     """
-    is_trial, done_before = not notes[LAST_WORK], notes[LISTS_DONE]
+    is_trial, done_before = not notes[WORK], notes[LISTS_DONE]
     try:
         while True:
             if is_trial:

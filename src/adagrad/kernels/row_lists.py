@@ -27,8 +27,6 @@ from adagrad.kernels.mixed_lists import (
 from adagrad.kernels.numba_jit import acquire_gil, jit, keep_alive, release_gil, uncounted, worker_count
 from adagrad.kernels.outcomes import (
     DONE,
-    LAST_WORK,
-    LAYER_AT,
     LISTS_DONE,
     NO_MEMORY,
     NOT_PLAIN,
@@ -58,7 +56,7 @@ from adagrad.kernels.rows import describe_rows
 from adagrad.kernels.spans import disjoint
 from adagrad.kernels.sparse_layout import hold_parts, release_parts, sparse_body
 from adagrad.kernels.table import CODES_PER_DEVICE, decode
-from adagrad.kernels.threads import claim, give_back
+from adagrad.kernels.threads import WORK, claim, give_back
 from adagrad.kernels.validate import refuse_row
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Rule
@@ -101,7 +99,7 @@ def _update(weights: int, values: int, histories: int, masters: int, steps: int,
             at = k * n + i if k * n < written else k * n + i + theirs
             spans[0, at], spans[1, at] = facts[i, BASE + what], facts[i, ENDS + what]
     is_small = work < parallel_min and not is_large(dense)
-    notes[LAST_WORK] = 0 if is_small else work + dense[ELEMENTS]
+    notes[WORK] = 0 if is_small else work + dense[ELEMENTS]
     if count == 0 and not is_small:
         return NOT_SMALL, 0, 0, 0
     if not disjoint(spans[0], spans[1], written_in_all, guess) or (steps and not find_counts(steps, layout, step_at)):
@@ -112,18 +110,18 @@ def _update(weights: int, values: int, histories: int, masters: int, steps: int,
     ids, found = np.empty(entries, np.int64), np.empty((max(count, 1), FINDINGS), np.int64)
     kept, scratch = room(max(count, 1))
     handles, state = np.zeros((n if count > 0 else 0, 2), np.int64), np.int64(0)
+    claimed = claim(notes, count)
     if count > 0:
         for i in range(n):
             hold_parts(sparse_body(list_item(values, i), layout), layout, handles[i])
         state = release_gil()
     # From here on nothing may raise: an exception would find no GIL. A worker without memory sets a flag instead.
-    claimed = claim(notes[LAYER_AT], count)
     done, which, bad, row = _check_ids_and_carry_out(
         facts, numbers, known, np.int64(ids.ctypes.data), found, kept, scratch, parallel_min, claimed
     )
     if done == DONE:
         update_dense_part(dense, claimed)
-    give_back(notes[LAYER_AT], claimed)
+    give_back(notes)
     if count > 0:
         acquire_gil(state)
         release_parts(handles.reshape(-1), layout)

@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -37,19 +37,27 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
+# The notes of a launch, int64: its elements as far as known, which compiled code may correct; how many threads it was
+# granted; LAYER, because compiled code is kept for other processes, where it is another address.
+WORK, CLAIMED, LAYER_AT, NOTES = range(4)
+
+
+def new_notes(work: int) -> np.ndarray:
+    """The notes of a launch of ``work`` elements."""
+    return np.array([work, 0, LAYER], np.int64)
+
+
 @jit(helper=True)
-def claim(layer: Any, count: int) -> Any:
-    """How many threads, of ``count``, may be used until they are given back.
-
-    ``layer`` is LAYER, as an argument: compiled code is kept for other processes, where it is another address.
-    """
-    return 1 if count > 1 and exchange(layer, 1) != 0 else count
+def claim(notes: Any, count: int) -> Any:
+    """How many threads, of ``count``, may be used until they are given back."""
+    notes[CLAIMED] = 1 if count > 1 and exchange(notes[LAYER_AT], 1) != 0 else count
+    return notes[CLAIMED]
 
 
 @jit(helper=True)
-def give_back(layer: Any, claimed: int) -> None:
-    if claimed > 1:
-        exchange(layer, 0)
+def give_back(notes: Any) -> None:
+    if notes[CLAIMED] > 1:
+        exchange(notes[LAYER_AT], 0)
 
 
 # --------------------------------------------------------------------------------------------------------------- stalls
@@ -70,31 +78,25 @@ BACKOFF_LAUNCHES = 100
 ALWAYS_PARALLEL = 4_000_000
 """Elements from which several threads are worth a stall."""
 
-_is_claimed = _layer.data
-"""The word at LAYER for Python, which takes longer to read a number from an array."""
-
 _stalls, _backoff = 0, 0
 
 
-def on_threads(function: Callable[..., Any], given: tuple[Any, ...], work: Sequence[int], threads: int | None) -> Any:
-    """Return ``function(*given, count)``, which may use ``count`` threads: by default as many as Numba may.
+def on_threads(function: Callable[..., Any], given: tuple[Any, ...], notes: memoryview, threads: int | None) -> Any:
+    """Return ``function(*given, count)``, which may claim ``count`` threads: by default as many as Numba may use.
 
-    It is one while another launch uses several and, unless there is much work, for a while after launches have stalled:
-    with all cores busy, each waits for the scheduler, milliseconds for microseconds of work. ``work[0]`` are the
-    elements as far as known, which the function may correct; without any, nothing can stall. The results do not depend
-    on ``count``.
+    It is one, unless there is much work, for a while after launches have stalled: with all cores busy, each waits for
+    the scheduler, milliseconds for microseconds of work. ``notes`` are those of the launch; without work, nothing can
+    stall, nor where another launch had claimed the threads. The results do not depend on ``count``.
     """
     global _stalls, _backoff
     count = threads or max_threads()
-    if count > 1 and _backoff > 0 and work[0] < ALWAYS_PARALLEL:
+    if count > 1 and _backoff > 0 and notes[WORK] < ALWAYS_PARALLEL:
         count, _backoff = 1, _backoff - 1
-    if _is_claimed[0]:  # it would be refused, and must not be timed; if another one comes first, it is refused
-        count = 1
     clock = time.thread_time if _stalls else time.perf_counter
-    started = clock()
+    notes[CLAIMED], started = 0, clock()
     result = function(*given, count)
-    if count > 1 and work[0] and _CLOCK_IS_FINE:
-        stalled = clock() - started > STALL_SECONDS + SECONDS_PER_ELEMENT * work[0]
+    if notes[CLAIMED] > 1 and notes[WORK] and _CLOCK_IS_FINE:
+        stalled = clock() - started > STALL_SECONDS + SECONDS_PER_ELEMENT * notes[WORK]
         _stalls = _stalls + 1 if stalled else 0
         _backoff = BACKOFF_LAUNCHES if _stalls > 1 else 0
     return result
