@@ -267,6 +267,37 @@ def test_states_of_what_was_done_before_a_step_raised_are_kept() -> None:
 # ----------------------------------------------------------------------------------------------------------- interrupts
 
 
+class Stop(BaseException):
+    """Of a signal handler that raises the same object each time, which refuses attributes unless ``is_open``."""
+
+    def __init__(self, is_open: bool) -> None:
+        object.__setattr__(self, "is_open", is_open)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "came_late" and not self.is_open:
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_the_same_interrupt_comes_late_and_then_early(is_open: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, real, are_late = Stop(is_open), dense_lists._update, iter([True, False])
+
+    def interrupted(*given: Any) -> None:
+        if next(are_late):
+            real(*given)
+        raise stop
+
+    optimizer, weight, history = AdaGrad(0.5), np.ones(3, np.float32), np.zeros(3, np.float32)
+    optimizer.update(0, weight, np.ones(3, np.float32), history)
+    monkeypatch.setattr(dense_lists, "_update", interrupted)
+    for _ in range(2):
+        with pytest.raises(Stop):
+            optimizer.update(0, weight, np.ones(3, np.float32), history)
+    assert (history == 2).all()
+    assert optimizer._index_update_count == {0: 2 if is_open else 1}
+
+
 @pytest.mark.parametrize("late", [True, False])
 @pytest.mark.parametrize("way", ["dense", "rows", "strided", "expression"])
 def test_an_interrupt_is_counted_if_it_is_noticed_after_the_kernels(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 
@@ -45,9 +46,20 @@ def uninterrupted(function: Callable[[], Any]) -> Any:
 
 def mark_late(interrupt: BaseException) -> None:
     """Mark an interrupt as noticed only after the work was done."""
-    interrupt.came_late = True  # type: ignore[attr-defined]
+    _mark(interrupt, True)
 
 
 def came_late(interrupt: BaseException) -> bool:
-    """Whether an interrupt was noticed only after the work was done, which then counts."""
-    return getattr(interrupt, "came_late", False)
+    """Whether an interrupt was noticed only after the work was done, which then counts; asked once, by who counts it.
+
+    The next one may be the same object, and an update that it passes on its way may not be done.
+    """
+    is_late: bool = getattr(interrupt, "came_late", False)
+    if is_late:
+        _mark(interrupt, False)
+    return is_late
+
+
+def _mark(interrupt: BaseException, late: bool) -> None:
+    with suppress(Exception):  # of a class that refuses attributes
+        interrupt.came_late = late  # type: ignore[attr-defined]
