@@ -1,4 +1,4 @@
-"""The cases of the CPU and CUDA benchmarks; the tests run them at small sizes."""
+"""The cases of the CPU benchmark; the tests run them at small sizes."""
 
 from __future__ import annotations
 
@@ -45,9 +45,11 @@ class Rows:
     seed: int = SEED
 
     def indices(self) -> np.ndarray:
-        """Return the row ids, zipf(1.2) or uniform; as drawn, or each once in ascending order."""
+        """Return the row ids, zipf(1.2), uniform or without repetition; as drawn, or each once in ascending order."""
         rng = np.random.default_rng(self.seed)
-        if self.ids == "uniform":
+        if self.ids == "without repetition":
+            ids = rng.choice(self.rows, min(self.lookups, self.rows), replace=False)
+        elif self.ids == "uniform":
             ids = rng.integers(0, self.rows, self.lookups)
         else:
             # Hashed, so that frequent rows are anywhere in the table.
@@ -98,6 +100,13 @@ ROWS += [
 ]
 
 CASES: list[Case] = [*DENSE, *ROWS]
+
+SCALING: list[Case] = [
+    *(Rows(f"height {10**e}", 10**e, 4, 4096, "without repetition", True) for e in range(4, 9)),
+    *(Rows(f"lookups {10**e}", 1 << 20, 64, 10**e, "uniform", False) for e in range(2, 7)),
+    *(Dense(f"size {10**e}", ((10**e,),)) for e in range(3, 9)),
+]
+"""How the time grows with the rows of a table, the lookups and the size of a dense weight."""
 
 
 def dtype_of(name: str) -> Any:

@@ -26,7 +26,7 @@ import numba
 import numpy as np
 from tqdm import tqdm
 
-from cases import CASES, SEED, Case, Dense, Rows
+from cases import CASES, SCALING, SEED, Case
 from contenders import NOT_RESTRICTED, Data, contenders, versions
 
 BLOCK_SECONDS = 0.08
@@ -187,11 +187,8 @@ def main() -> None:
     (out / "cpu.md").write_text(table(rows, notes))
     plot_ratios(out / "cpu.png", rows)
     if not partial:
-        by_height = [Rows(f"height {2**e}", 2**e, 16, 4096, "uniform", True) for e in range(14, 25, 2)]
-        by_lookups = [Rows(f"lookups {10**e}", 1 << 20, 64, 10**e, "uniform", False) for e in range(2, 7)]
-        by_size = [Dense(f"size {10**e}", ((10**e,),)) for e in range(3, 9)]
         named = ("adagrad", "torch sparse", "torch fused")
-        scaling, chosen, _ = measure([*by_height, *by_lookups, *by_size], arguments.rounds, arguments.threads, named)
+        scaling, chosen, _ = measure(SCALING, arguments.rounds, arguments.threads, named)
         scaled = write_csv(out / "scaling.csv", scaling, chosen)
         plot_scaling(out / "scaling.png", scaled)
     print((out / "cpu.md").read_text())

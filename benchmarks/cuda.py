@@ -142,7 +142,10 @@ def step_of(optimizer: torch.optim.Optimizer, case: Case, step: Callable[[], Any
 
 
 def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """Return this library's and torch's steps and the copy; all optimizers share the same parameters."""
+    """Return this library's and torch's steps and the copy; all optimizers share the same parameters.
+
+    Sparse gradients take torch's loop, also with ``foreach=True``; ``fused=True`` refuses them.
+    """
     from adagrad.torch import Adagrad
 
     params = parameters(case, device)
@@ -161,9 +164,8 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Any]]
         optimizer = attempt(name, partial(torch.optim.Adagrad, params, lr=LEARNING_RATE, **arguments))
         if optimizer is not None:
             found[name] = step_of(optimizer, case)
-    if isinstance(case, Dense):
-        compiled = torch.optim.Adagrad(params, lr=torch.tensor(LEARNING_RATE), foreach=True)
-        found["torch.compile"] = step_of(compiled, case, torch.compile(compiled.step, fullgraph=False))
+    compiled = torch.optim.Adagrad(params, lr=torch.tensor(LEARNING_RATE), foreach=True)
+    found["torch.compile"] = step_of(compiled, case, torch.compile(compiled.step, fullgraph=False))
     return found
 
 

@@ -125,7 +125,7 @@ def plot_scaling(path: Path, rows: list[dict[str, Any]]) -> None:
         what, x = row["case"].split()
         series[what][row["peer"]].append((float(x), float(row["p50_us"])))
     titles = {
-        "height": ("4,096 rows of 16 columns, each once", "rows of the table"),
+        "height": ("4,096 rows of 4 columns, each once", "rows of the table"),
         "lookups": ("a table of 1M x 64", "lookups"),
         "size": ("one dense weight", "elements"),
     }

@@ -40,7 +40,7 @@ def small(case: Any, cases: Any) -> Any:
 
 def test_every_case_computes_the_rule(modules: Any) -> None:
     cases, peers, _ = modules
-    for original in cases.CASES:
+    for original in (*cases.CASES, *cases.SCALING):
         case = small(original, cases)
         data = peers.Data.of(case)
         weights, histories = [w.copy() for w in data.weights], [h.copy() for h in data.histories]
@@ -78,7 +78,10 @@ def test_contenders_run_and_are_reported(modules: Any, tmp_path: Path) -> None:
         row |= {"machine": "m", "threads": 1, "date": "d", "versions": "v"}
     assert rows[0]["case"] in report.table(rows, notes)
     report.plot_ratios(tmp_path / "plot.png", rows)
-    assert (tmp_path / "plot.png").stat().st_size > 1000
+    report.plot_scaling(
+        tmp_path / "scaling.png", [{"case": c.name, "peer": "adagrad", "p50_us": 1} for c in cases.SCALING]
+    )
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("plot.png", "scaling.png"))
 
 
 def test_row_ids_are_as_named(modules: Any) -> None:

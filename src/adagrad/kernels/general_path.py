@@ -75,7 +75,7 @@ def prepare(
     if wait is None:
         return Prepared([])
     on_devices = [updates.prepare(grad_scale, found_inf) for updates in plan.on_devices.values()]
-    if wait or plan.wrapped or plan.jobs:
+    if wait or plan.wrapped or plan.jobs or len(plan.on_devices) > 1:
         for device, updates in plan.on_devices.items():
             if updates.have_row_ids():  # a bad one stops the kernels, but nothing else
                 cuda().wait_for_check(device)
