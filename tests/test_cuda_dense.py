@@ -10,56 +10,34 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device")
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-pytest.importorskip("triton")
+from cuda_operands import (
+    DEVICE,
+    DTYPES,
+    GPU,
+    HERE,
+    DenseUpdate,
+    as_numpy,
+    assert_same,
+    expected,
+    make,
+    needs_gpu,
+    rounded,
+    run,
+)
 
-from adagrad import rule as expression  # noqa: E402
-from adagrad.kernels import cuda, cuda_dense, cuda_row_lists  # noqa: E402
+torch = pytest.importorskip("torch")
+
+from adagrad.kernels import cuda, cuda_dense  # noqa: E402
 from adagrad.rule import Rule  # noqa: E402
 
-HERE = torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")
-DTYPES = ["float32", "float64", "float16", "bfloat16"]
 BLOCK = cuda_dense.BLOCK
-
-
-class DenseUpdate(NamedTuple):
-    weight: Any
-    grad: Any
-    history: Any
-    master: Any
-    lr: Any
-    wd: float
-
-
-class RowUpdate(NamedTuple):
-    weight: Any
-    indices: Any
-    values: Any
-    history: Any
-    master: Any
-    lr: Any
-    wd: float
-
-
-def run(rule: Rule, dense: Sequence[DenseUpdate], rows: Sequence[RowUpdate] = (), **options: Any) -> Any:
-    """One call."""
-    cuda.raise_reported(HERE)  # as the dispatcher does, for all devices of a call
-    elements = [cuda_dense.of_tensors(*u, rule) for u in dense]
-    runs = [cuda_row_lists.of_tensors(*u, rule) for u in rows]
-    group = cuda.Group(rule, cuda_dense.concatenate(elements), cuda_row_lists.concatenate(runs))
-    return cuda.prepare([group], HERE, **options)()
 
 
 @pytest.fixture(autouse=True)
@@ -67,49 +45,6 @@ def _quiet() -> Iterator[None]:
     """The interpreter computes with NumPy, which warns of the infinities that some tests are about."""
     with np.errstate(all="ignore"):
         yield
-
-
-def computing(dtype: str) -> np.dtype[Any]:
-    return np.dtype("float64" if dtype == "float64" else "float32")
-
-
-def as_numpy(tensor: Any, dtype: str) -> np.ndarray:
-    """The values of a tensor in the computing dtype of ``dtype``."""
-    return tensor.detach().cpu().to(getattr(torch, computing(dtype).name)).numpy().copy()
-
-
-def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
-    """The values of ``array`` after rounding to ``dtype``."""
-    return torch.from_numpy(np.asarray(array)).to(getattr(torch, dtype)).to(getattr(torch, array.dtype.name)).numpy()
-
-
-def assert_same(got: np.ndarray, want: np.ndarray) -> None:
-    """Equal numbers with equal signs, NaN in the same places."""
-    np.testing.assert_array_equal(got, want)
-    number = ~np.isnan(want)
-    np.testing.assert_array_equal(np.signbit(got)[number], np.signbit(want)[number])
-
-
-def expected(
-    weight: np.ndarray, grad: np.ndarray, history: np.ndarray, lr: float, wd: float, rule: Rule, scale: float = 1.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """New weight and history by the array expressions, which test_rule.py compares with the oracle."""
-    return expression.update(weight, grad / weight.dtype.type(scale), history, lr, wd, rule)
-
-
-def make(shape: tuple[int, ...], dtype: str, seed: int = 0, *, master: bool = False, grad_dtype: str | None = None,
-         row_wise: bool = False, lr: Any = 0.1, wd: float = 0.01) -> DenseUpdate:  # fmt: skip
-    rng = np.random.default_rng(seed)
-    wide = computing(dtype)
-
-    def tensor(values: np.ndarray, name: str) -> Any:
-        return torch.from_numpy(np.asarray(values, wide)).to(getattr(torch, name)).to(DEVICE)
-
-    copy = tensor(rng.normal(size=shape), "float32") if master else None
-    weight = tensor(rng.normal(size=shape), dtype) if copy is None else copy.to(getattr(torch, dtype))
-    grad = tensor(rng.normal(size=shape) * 10.0 ** rng.integers(-6, 3, shape), grad_dtype or dtype)
-    history = tensor(rng.random((shape[0], *[1] * (len(shape) - 1)) if row_wise else shape), wide.name)
-    return DenseUpdate(weight, grad, history, copy, lr, wd)
 
 
 def check_update(updates: list[DenseUpdate], rule: Rule, scale: float | None = None, **options: Any) -> None:
@@ -557,10 +492,10 @@ def test_rates_that_updates_share_stay_theirs_beside_others() -> None:
         given = torch.ones(2), torch.zeros(1, dtype=torch.int64), torch.ones(1), torch.ones(2), None
         return cuda_row_lists.of_tensors(*given, lr, wd, Rule())
 
-    for module, make in ((cuda_dense, dense), (cuda_row_lists, rows)):
-        two = module.concatenate([make(0.5, 0.25)] * 2)._replace(lrs=[0.5], wds=[0.25])
+    for module, build in ((cuda_dense, dense), (cuda_row_lists, rows)):
+        two = module.concatenate([build(0.5, 0.25)] * 2)._replace(lrs=[0.5], wds=[0.25])
         assert two._replace(wds=[0.25, 0.75]).rates() == ([0.5, 0.5], [0.25, 0.75])
-        for other in (two, make(1.0, 2.0)):
+        for other in (two, build(1.0, 2.0)):
             both = module.concatenate([two, other])
             extra = ([0.5, 0.5], [0.25, 0.25]) if other is two else ([1.0], [2.0])
             assert both.rates() == ([0.5, 0.5, *extra[0]], [0.25, 0.25, *extra[1]])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from test_cuda_dense import DEVICE, DTYPES, RowUpdate, as_numpy, assert_same, expected, make, needs_gpu, rounded, run
+from cuda_operands import DEVICE, DTYPES, RowUpdate, as_numpy, assert_same, expected, make, needs_gpu, rounded, run
 
 torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")

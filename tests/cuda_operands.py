@@ -1,0 +1,96 @@
+"""Operands of the CUDA kernels, a call with them, and the rule's results, on a device or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device")
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+pytest.importorskip("triton")
+
+from adagrad import rule as expression  # noqa: E402
+from adagrad.kernels import cuda, cuda_dense, cuda_row_lists  # noqa: E402
+from adagrad.rule import Rule  # noqa: E402
+
+HERE = torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")
+DTYPES = ["float32", "float64", "float16", "bfloat16"]
+
+
+class DenseUpdate(NamedTuple):
+    weight: Any
+    grad: Any
+    history: Any
+    master: Any
+    lr: Any
+    wd: float
+
+
+class RowUpdate(NamedTuple):
+    weight: Any
+    indices: Any
+    values: Any
+    history: Any
+    master: Any
+    lr: Any
+    wd: float
+
+
+def run(rule: Rule, dense: Sequence[DenseUpdate], rows: Sequence[RowUpdate] = (), **options: Any) -> Any:
+    """One call."""
+    cuda.raise_reported(HERE)  # as the dispatcher does, for all devices of a call
+    elements = [cuda_dense.of_tensors(*u, rule) for u in dense]
+    runs = [cuda_row_lists.of_tensors(*u, rule) for u in rows]
+    group = cuda.Group(rule, cuda_dense.concatenate(elements), cuda_row_lists.concatenate(runs))
+    return cuda.prepare([group], HERE, **options)()
+
+
+def computing(dtype: str) -> np.dtype[Any]:
+    return np.dtype("float64" if dtype == "float64" else "float32")
+
+
+def as_numpy(tensor: Any, dtype: str) -> np.ndarray:
+    """The values of a tensor in the computing dtype of ``dtype``."""
+    return tensor.detach().cpu().to(getattr(torch, computing(dtype).name)).numpy().copy()
+
+
+def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
+    """The values of ``array`` after rounding to ``dtype``."""
+    return torch.from_numpy(np.asarray(array)).to(getattr(torch, dtype)).to(getattr(torch, array.dtype.name)).numpy()
+
+
+def assert_same(got: np.ndarray, want: np.ndarray) -> None:
+    """Equal numbers with equal signs, NaN in the same places."""
+    np.testing.assert_array_equal(got, want)
+    number = ~np.isnan(want)
+    np.testing.assert_array_equal(np.signbit(got)[number], np.signbit(want)[number])
+
+
+def expected(
+    weight: np.ndarray, grad: np.ndarray, history: np.ndarray, lr: float, wd: float, rule: Rule, scale: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """New weight and history by the array expressions, which test_rule.py compares with the oracle."""
+    return expression.update(weight, grad / weight.dtype.type(scale), history, lr, wd, rule)
+
+
+def make(shape: tuple[int, ...], dtype: str, seed: int = 0, *, master: bool = False, grad_dtype: str | None = None,
+         row_wise: bool = False, lr: Any = 0.1, wd: float = 0.01) -> DenseUpdate:  # fmt: skip
+    rng = np.random.default_rng(seed)
+    wide = computing(dtype)
+
+    def tensor(values: np.ndarray, name: str) -> Any:
+        return torch.from_numpy(np.asarray(values, wide)).to(getattr(torch, name)).to(DEVICE)
+
+    copy = tensor(rng.normal(size=shape), "float32") if master else None
+    weight = tensor(rng.normal(size=shape), dtype) if copy is None else copy.to(getattr(torch, dtype))
+    grad = tensor(rng.normal(size=shape) * 10.0 ** rng.integers(-6, 3, shape), grad_dtype or dtype)
+    history = tensor(rng.random((shape[0], *[1] * (len(shape) - 1)) if row_wise else shape), wide.name)
+    return DenseUpdate(weight, grad, history, copy, lr, wd)
