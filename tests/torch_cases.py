@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from adagrad.torch import Adagrad
 
 
-def coo(rows: list[int], values: Tensor, shape: Any) -> Tensor:
+def unchecked_coo(rows: list[int], values: Tensor, shape: Any) -> Tensor:
+    """A sparse tensor that PyTorch does not check, so that the rows may be some that it would refuse."""
     return torch.sparse_coo_tensor(torch.tensor([rows]), values, shape, check_invariants=False)
 
 
@@ -28,7 +29,7 @@ class Case:
     def set_grads(self) -> None:
         for p in self.params[:2]:
             p.grad = torch.randn(4, 3)
-        self.params[2].grad = coo([1, 3, 1], torch.randn(3, 3), (4, 3))
+        self.params[2].grad = unchecked_coo([1, 3, 1], torch.randn(3, 3), (4, 3))
 
     def everything(self) -> list[Tensor]:
         states = [self.optimizer.state[p] for p in self.params]
@@ -36,5 +37,4 @@ class Case:
 
 
 def rows_outside(p: Tensor, optimizer: Adagrad, row: int) -> None:
-    indices = torch.tensor([[1, row]])
-    p.grad = torch.sparse_coo_tensor(indices, torch.ones(2, 2), (4, 2), check_invariants=False)
+    p.grad = unchecked_coo([1, row], torch.ones(2, 2), (4, 2))
