@@ -17,14 +17,13 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-import adagrad
 import distributed_workers
 from adagrad.torch import Adagrad
 from distributed_workers import CHECKS, Model, load_and_go_on
+from processes import SOURCES
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch was built without gloo")
 
-SOURCES = str(Path(adagrad.__file__).parents[1])
 WORKERS = str(Path(distributed_workers.__file__))
 EXAMPLE = Path(__file__).parents[1] / "examples" / "distributed_embeddings.py"
 LIMIT = 240

@@ -29,9 +29,9 @@ from support import (
     to_numpy,
     update_plain,
 )
+from training import FUSED
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse:UserWarning")  # torch's, on the state of its sparse tensors
-FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "expression"])
 CLASSES = pytest.mark.parametrize("klass", [AdaGrad, GroupAdaGrad])
 DTYPES = {torch.float32: "f4", torch.float64: "f8", torch.float16: "f2", torch.bfloat16: ml_dtypes.bfloat16}
 
