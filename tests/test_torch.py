@@ -269,6 +269,9 @@ def test_no_sparse_dimension_is_one_row(shape: tuple[int, ...], entries: int, tr
     assert_same_bits(p, row[0])
 
 
+# ---------------------------------------------------------------------------------------------------- lists and threads
+
+
 @given(st.data())
 def test_any_list_of_parameters(data: st.DataObject) -> None:
     """A step over a mixed list is the steps of its parameters one by one."""
