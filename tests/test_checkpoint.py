@@ -183,7 +183,7 @@ def test_endless_nesting_is_refused() -> None:
         checkpoint.encode({}, {"a": endless})
 
 
-# ------------------------------------------------------------------------------------------------ damage, and forgery
+# -------------------------------------------------------------------------------------------------- damage, and forgery
 
 SMALL = checkpoint.encode({"w": (np.arange(3, dtype=np.float32), np.ones((), np.float16)), 1: None}, {"lr": 0.1})
 
@@ -333,7 +333,7 @@ def test_memory_stays_within_one_copy() -> None:
         tracemalloc.stop()
 
 
-# --------------------------------------------------------------------------------------------------------------- save
+# ----------------------------------------------------------------------------------------------------------------- save
 
 
 def test_save_replaces_the_file_and_keeps_its_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ def test_no_weights() -> None:
     GroupAdaGrad().update([], [], [], [])
 
 
-# -------------------------------------------------------------------------------------------------------------- memory
+# --------------------------------------------------------------------------------------------------------------- memory
 
 
 @pytest.mark.parametrize("kind", [FLOAT32, FLOAT64, MASTER, BRAIN], ids=str)
@@ -289,7 +289,7 @@ def test_without_the_fast_way_to_addresses(monkeypatch: pytest.MonkeyPatch) -> N
         assert_same(o, other)
 
 
-# --------------------------------------------------------------------------------------------------- lists and threads
+# ---------------------------------------------------------------------------------------------------- lists and threads
 
 
 def mixed_list(rng: np.random.Generator) -> list[Operands]:

@@ -433,7 +433,7 @@ def test_distributed_state_dicts(tmp_path: Path) -> None:
     assert again.state[other.low.weight]["sum"].dtype == torch.float32
 
 
-# --------------------------------------------------------------------------------------------------- the master copy
+# ------------------------------------------------------------------------------------------------------ the master copy
 
 
 def with_master() -> tuple[nn.Parameter, Adagrad]:

@@ -396,7 +396,7 @@ def test_learning_rates_are_divided_once_wherever_counts_are() -> None:
         assert [float(rate) for rate in mixed] == [lr / (1 + n * decay) for n in (3, 4)]
 
 
-# ---------------------------------------------------------------------------------------------------------- on a GPU
+# ------------------------------------------------------------------------------------------------------------- on a GPU
 
 
 @pytest.mark.gpu

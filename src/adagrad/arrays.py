@@ -95,7 +95,7 @@ def _tensor(name: str, tensor: Any) -> Operand:
     return Operand(name, tensor, format_name, "cpu", memory)
 
 
-# ------------------------------------------------------------------------------------------------------------- memory
+# --------------------------------------------------------------------------------------------------------------- memory
 
 
 def bounds(memory: np.ndarray) -> tuple[int, int]:

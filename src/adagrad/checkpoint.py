@@ -45,7 +45,7 @@ _DEPTH = 16  # most levels of nested states and hyper-parameters: more than any 
 _CRC = re.compile(rb'"([0-9a-f]{8})"\}\} *')  # how a header ends
 
 
-# ------------------------------------------------------------------------------------------------------------- encode
+# --------------------------------------------------------------------------------------------------------------- encode
 
 
 def encode(states: Mapping[int | str, Any], optimizer: Mapping[str, Any] | None) -> bytes:
@@ -151,7 +151,7 @@ def _pack(value: Any, depth: int = 0) -> Any:
     raise TypeError(f"optimizer: a value of type {type(value).__name__} cannot be saved")
 
 
-# ------------------------------------------------------------------------------------------------------------- decode
+# --------------------------------------------------------------------------------------------------------------- decode
 
 
 def decode(data: bytes) -> tuple[dict[int | str, State], dict[str, Any] | None]:

@@ -90,7 +90,7 @@ def decode(data: bytes) -> tuple[dict[int | str, State], MXNetOptimizer | None]:
         raise ValueError(f"not an MXNet state file that can be read: {error}") from error
 
 
-# ------------------------------------------------------------------------------------------------- what the file holds
+# -------------------------------------------------------------------------------------------------- what the file holds
 
 
 def _state(value: Any, seen: set[int], depth: int = 0) -> State:

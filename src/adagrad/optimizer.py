@@ -106,7 +106,7 @@ class Optimizer(Rates):
         self.aggregate_num = _aggregate_num(aggregate_num)
         super().__init__(wd, learning_rate, lr_scheduler, param_idx2name, param_dict, sym, begin_num_update)
 
-    # -------------------------------------------------------------------------------------------------- the registry
+    # ----------------------------------------------------------------------------------------------------- the registry
 
     @staticmethod
     def register(klass: O) -> O:
@@ -133,7 +133,7 @@ class Optimizer(Rates):
             raise ValueError(f"name={name!r}: no such optimizer; registered: {known}")
         return klass(**kwargs)
 
-    # ------------------------------------------------------------------------------------------------------- the steps
+    # -------------------------------------------------------------------------------------------------------- the steps
 
     def create_state(self, index: Index, weight: Array) -> Any:
         """Create the initial state of ``weight``; None in this class."""
@@ -221,7 +221,7 @@ class Optimizer(Rates):
         shown = {**rate, **{name: getattr(self, name) for name in self._saved()}, "num_update": self.num_update}
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
-    # ----------------------------------------------------------------------------------------------------- checkpoints
+    # ------------------------------------------------------------------------------------------------------ checkpoints
 
     def config(self) -> dict[str, Any]:
         """Return hyper-parameters and counts as plain data, for checkpoints.

@@ -158,7 +158,7 @@ class Rates:
         wd = checks.non_negative("wd", self.wd)
         return [wd * self._multiplier(index, "wd_mult", self.wd_mult) for index in indices]
 
-    # ----------------------------------------------------------------------------------------------------- the counts
+    # ------------------------------------------------------------------------------------------------------- the counts
 
     def _update_count(self, index: Index | Sequence[Index]) -> None:
         """Count an update of the weight ``index``, or of each in a list; for ``step`` methods of subclasses."""

@@ -203,7 +203,7 @@ class Adagrad(Optimizer):
                     if name in self.state[p]:
                         self.state[p][name].share_memory_()
 
-    # ------------------------------------------------------------------------------------------------------- the step
+    # --------------------------------------------------------------------------------------------------------- the step
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -292,7 +292,7 @@ class Adagrad(Optimizer):
             state = self.state[p] = new_state(p, group)
         return state
 
-    # --------------------------------------------------------------------------------------------------- checkpoints
+    # ------------------------------------------------------------------------------------------------------ checkpoints
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by this class or ``torch.optim.Adagrad``; options that it lacks keep their values.

@@ -57,7 +57,7 @@ def one_real(name: str, value: Tensor) -> Tensor:
     return value.reshape(())
 
 
-# ------------------------------------------------------------------------------------------------------ of each step
+# --------------------------------------------------------------------------------------------------------- of each step
 
 _options_of = operator.itemgetter(  # in the order of the parameters of _rule_and_decays
     "maximize", "clip_value", "eps", "epsilon_inside", "decoupled_decay", "row_wise", "weight_decay", "lr_decay"

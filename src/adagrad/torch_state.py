@@ -98,7 +98,7 @@ def _is_rounding(p: Tensor, copy: Tensor) -> bool:
     return bool(((rounded == p) | (rounded.isnan() & p.isnan())).all())
 
 
-# ------------------------------------------------------------------------------------------------------------- counts
+# --------------------------------------------------------------------------------------------------------------- counts
 
 
 def _check(where: str, count: Any) -> None:
@@ -149,7 +149,7 @@ def _is_known(count: Tensor, wait: bool) -> bool:
     return (wait or count.device.type == "cpu") and not isinstance(count, FakeTensor)
 
 
-# -------------------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
 class _Saved:

@@ -53,7 +53,7 @@ def _intrinsic(builder: Any, name: str, form: Any) -> Any:
     return cgutils.get_or_insert_function(builder.module, form, name)
 
 
-# ---------------------------------------------------------------------------------------------------------- arithmetic
+# ----------------------------------------------------------------------------------------------------------- arithmetic
 
 
 def _splat(builder: Any, value: Any) -> Any:

@@ -194,7 +194,7 @@ _accepted: list[type] = []
 """Classes that are kept, so that their addresses are not reused."""
 
 
-# ------------------------------------------------------------------------------------------------ finding the layout
+# --------------------------------------------------------------------------------------------------- finding the layout
 
 
 def current_layout() -> np.ndarray | None:

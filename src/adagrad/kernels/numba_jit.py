@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 from adagrad.kernels.disk_cache import Cache
 from adagrad.kernels.interrupts import uninterrupted
 
-# -------------------------------------------------------------------------------------------------------- compilation
+# ---------------------------------------------------------------------------------------------------------- compilation
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,7 +50,7 @@ def jit(*, parallel: bool = False, helper: bool = False, holds_gil: bool = False
     return compile_lazily
 
 
-# ------------------------------------------------------------------------------------------------------------ workers
+# -------------------------------------------------------------------------------------------------------------- workers
 #
 # Work for several threads is compiled once, as a C function `work(arguments, k, count)` that does the k-th of count
 # parts; one serial and one parallel driver call it by address. Otherwise every kernel would be compiled into two

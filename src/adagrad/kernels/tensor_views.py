@@ -111,7 +111,7 @@ def mark_changed(tensors: list[Tensor]) -> None:
             increment_version(tensor)
 
 
-# ------------------------------------------------------------------------------------------------------------ DTensors
+# ------------------------------------------------------------------------------------------------------------- DTensors
 
 
 def _local(at: str, weight: Any, grad: Any, history: Any, master: Any, *, row_wise: bool) -> Operands:
