@@ -11,7 +11,7 @@ import pytest
 
 # Their assertions show values, too, when they fail.
 pytest.register_assert_rewrite(
-    "bad_updates", "mxnet_files", "processes", "support", "torch_oracle", "training", "trajectories"
+    "bad_updates", "mxnet_files", "oracle", "processes", "support", "torch_oracle", "training"
 )
 
 with suppress(ImportError):  # the oldest versions are tested without it
