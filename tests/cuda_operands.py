@@ -12,6 +12,9 @@ import pytest
 torch = pytest.importorskip("torch")
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+ON_THE_GPU = [pytest.mark.gpu] if GPU else []
+"""Marks of a module whose tests run on a device where there is one, else in Triton's interpreter."""
+
 needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device")
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported

@@ -22,6 +22,7 @@ from cuda_operands import (
     DTYPES,
     GPU,
     HERE,
+    ON_THE_GPU,
     DenseUpdate,
     as_numpy,
     assert_same,
@@ -36,6 +37,8 @@ torch = pytest.importorskip("torch")
 
 from adagrad.kernels import cuda, cuda_dense  # noqa: E402
 from adagrad.rule import Rule  # noqa: E402
+
+pytestmark = ON_THE_GPU
 
 BLOCK = cuda_dense.BLOCK
 

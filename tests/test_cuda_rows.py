@@ -12,7 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuda_operands import DEVICE, DTYPES, RowUpdate, as_numpy, assert_same, expected, make, needs_gpu, rounded, run
+from cuda_operands import (
+    DEVICE,
+    DTYPES,
+    ON_THE_GPU,
+    RowUpdate,
+    as_numpy,
+    assert_same,
+    expected,
+    make,
+    needs_gpu,
+    rounded,
+    run,
+)
 
 torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
@@ -22,6 +34,8 @@ from adagrad.kernels import cuda, cuda_row_lists, cuda_rows  # noqa: E402
 from adagrad.kernels.cuda_launch import Kernel  # noqa: E402
 from adagrad.rule import CHUNK, Rule, sum_duplicates  # noqa: E402
 from adagrad.torch import check_row_ids  # noqa: E402
+
+pytestmark = ON_THE_GPU
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +104,28 @@ def test_frequent_and_rare_rows(dtype: str, row_wise: bool) -> None:
 def test_row_lengths(columns: tuple[int, ...], row_wise: bool) -> None:
     ids = [*[3] * 130, 1, 0, 3, 5, 1]
     check_rows([make_rows(ids, (7, *columns), row_wise=row_wise)], Rule(row_wise=row_wise))
+
+
+@pytest.mark.parametrize("row_wise", [False, True])
+@pytest.mark.parametrize("n", [2175, 2176, 2177, 2305, 6000])
+def test_one_row_longer_than_all_that_is_added_at_once(n: int, row_wise: bool) -> None:
+    check_rows([make_rows([4] * n, (6, 3), row_wise=row_wise)], Rule(row_wise=row_wise))
+
+
+@pytest.mark.parametrize("n", [1023, 1024, 1025, 2049])
+@pytest.mark.parametrize("index_dtype", ["int32", "int64"])
+def test_ids_around_the_borders_of_blocks_of_ids(n: int, index_dtype: str) -> None:
+    check_rows([make_rows(np.random.default_rng(0).integers(0, 300, n), (300, 3), index_dtype=index_dtype)], Rule())
+
+
+def test_a_bad_id_beyond_the_first_block_of_ids() -> None:
+    u = make_rows([*[0] * 1500, 7], (7, 3))
+    before = u.weight.clone(), u.history.clone()
+    run(Rule(), [], [u])
+    assert torch.equal(u.weight, before[0])
+    assert torch.equal(u.history, before[1])
+    with pytest.raises(IndexError, match="row 7"):
+        cuda.check()
 
 
 @pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000])

@@ -151,9 +151,7 @@ def test_example() -> None:
             process.kill()
             out, err = "", "torchrun did not end when asked to"
         pytest.fail(f"still running after {LIMIT} s\n{out}\n{err}")
-    # On a busy machine PyTorch's gloo was seen to abort like this while a process ended that had destroyed its group.
-    is_teardown = "terminate called without an active exception" in err
-    assert process.returncode == 0 or is_teardown, f"{out}\n{err}"
+    assert process.returncode == 0, f"{out}\n{err}"
     assert "equal to one process, bit for bit" in out
     sent, predicted = (int(n.replace(",", "")) for n in re.search(r"sent ([\d,]+) .* predicts ([\d,]+)", out).groups())  # type: ignore[union-attr]
     assert abs(sent / predicted - 1) < 0.05

@@ -135,6 +135,38 @@ def test_the_core_makes_the_same_calls(as_if_on_cuda: list[Any]) -> None:
     assert [h.tolist() for h in histories] == [[4.0] * 3, [0.0, 4.0, 0.0], [4.0] * 3]
 
 
+def test_a_bad_row_id_on_one_device_stops_the_call_on_all(
+    as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if what is dense were on another device: the call waits, because the other device cannot see the bad id."""
+    from adagrad.kernels import general_path
+
+    updates_on, add_table = general_path._Plan.updates_on, general_path._CheckedBatch._add_table
+    number = 0
+
+    def adds_table(*given: Any) -> None:
+        nonlocal number
+        number = 1
+        add_table(*given)
+        number = 0
+
+    monkeypatch.setattr(general_path._CheckedBatch, "_add_table", adds_table)
+    monkeypatch.setattr(general_path._Plan, "updates_on", lambda plan, _: updates_on(plan, torch.device("cpu", number)))
+    weights, histories = [torch.ones(3, 2), torch.ones(4, 2)], [torch.zeros(3, 2), torch.zeros(4, 2)]
+    for row in (9, 3):
+        grads = [torch.ones(3, 2), RowSparse(torch.ones(1, 2), torch.tensor([row]), (4, 2))]
+        optimizer = AdaGrad(0.5, epsilon=0.0)
+        if row == 9:
+            with pytest.raises(IndexError, match="row 9: must be in"):
+                optimizer.update([0, 1], weights, grads, histories)
+            assert all((w == 1).all() for w in weights)
+            assert optimizer.num_update == 0
+        else:
+            optimizer.update([0, 1], weights, grads, histories)
+            assert [w.sum().item() for w in weights] == [3, 7]
+    assert [dense for dense, *_ in as_if_on_cuda] == [1, 0] * 2, "a call for each device"
+
+
 def test_grad_scale_and_found_inf_reach_the_kernels(as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from adagrad.torch_step import Part
 

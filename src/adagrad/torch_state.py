@@ -146,7 +146,7 @@ class Counts:
 
 def _is_known(count: Tensor, wait: bool) -> bool:
     """Whether the host may read the value of a count."""
-    return (wait or count.device.type == "cpu") and not isinstance(count, FakeTensor)
+    return (wait or count.device.type == "cpu") and not count.is_meta and not isinstance(count, FakeTensor)
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
