@@ -153,7 +153,7 @@ class JaxRows:
 
 
 class TensorFlow:
-    """TensorFlow's AdaGrad ops, duplicates summed as in its optimizers; TensorFlow uses its own memory."""
+    """TensorFlow's fused AdaGrad ops, duplicates summed as in tf.compat.v1's optimizers; it uses its own memory."""
 
     name = "TensorFlow"
 

@@ -57,7 +57,7 @@ class Adagrad(Optimizer):
 
     Sparse COO gradients, as from ``nn.Embedding(sparse=True)``, are not coalesced: duplicate rows are summed in their
     order, and only the rows present are updated, also by ``weight_decay``. There are kernels for CPU and CUDA; on other
-    devices, and for tensor subclasses, the rule is computed by PyTorch's own operations.
+    devices, for tensor subclasses, and on CUDA for memory with gaps, PyTorch's own operations compute the rule.
 
     Parameters
     ----------
@@ -239,9 +239,8 @@ class Adagrad(Optimizer):
         TypeError, ValueError, IndexError
             If a parameter cannot be updated; nothing is changed. The message gives its position among the parameters of
             all groups. (If a tensor subclass itself raises, earlier parameters of such classes may have changed.) On
-            CUDA a row id outside its parameter makes the step a no-op on that device, and a later step, or
-            :func:`check_row_ids`, raises; this step itself, after waiting for the device, if it also updates what the
-            CUDA kernels do not take.
+            CUDA a row id outside its parameter makes the step a no-op, and a later step, or :func:`check_row_ids`,
+            raises; this step itself, after waiting, if it updates several devices or what the CUDA kernels do not take.
         """
         loss = None
         if closure is not None:

@@ -98,7 +98,7 @@ class Updater:
         for index in indices if self._loaded else ():
             self._loaded.pop(index, None)
 
-    # ----------------------------------------------------------------------------------------------------- checkpoints
+    # ------------------------------------------------------------------------------------------------------ checkpoints
 
     def get_states(self, dump_optimizer: bool = False) -> bytes:
         """Return the states as safetensors bytes; with hyper-parameters, counts and schedule if ``dump_optimizer``.

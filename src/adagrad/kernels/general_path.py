@@ -58,7 +58,7 @@ def prepare(
     ------
     TypeError, ValueError, IndexError
         Names the argument, its value and the rule it broke. A row id outside a weight on a CUDA device is reported by
-        a later call instead, if the CUDA kernels take every weight and need not ``wait``.
+        a later call instead, if the CUDA kernels take every weight, on one device, and need not ``wait``.
     """
     checked = [_CheckedBatch(batch) for batch in batches if batch.weights]
     _refuse_shared(checked)
