@@ -14,6 +14,7 @@ import torch
 
 from adagrad import AdaGrad, GroupAdaGrad, convert
 from adagrad.dialects import DIALECTS
+from processes import run
 from support import assert_same_bits
 from trajectories import f32
 
@@ -150,7 +151,7 @@ def test_without_weight_decay_its_place_is_no_matter() -> None:
 
 def test_no_framework_is_imported() -> None:
     code = "import sys, adagrad.convert; assert not {'torch', 'jax', 'optax', 'keras', 'numba'} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run(code)
 
 
 def test_the_module_is_imported_when_it_is_asked_for() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from adagrad.kernels import fast_path, general_path
 from adagrad.torch import Adagrad
+from processes import run
 from support import assert_same_bits, to_numpy
 from torch_oracle import HYPERS, LOW, Expected, coo, gradient, parameter
 
@@ -406,5 +405,4 @@ assert torch.isfinite(p.detach()).all()
 
 
 def test_a_gradient_that_another_thread_empties_meanwhile_is_read_to_its_end() -> None:
-    done = subprocess.run([sys.executable, "-c", FREED], timeout=300, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run(FREED)

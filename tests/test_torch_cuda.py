@@ -23,13 +23,12 @@ from adagrad import AdaGrad, RowSparse, get_updater, torch_step
 from adagrad.kernels import device_updates, fast_path, general_path, table
 from adagrad.kernels.batch import Batch
 from adagrad.torch import Adagrad
+from cuda_operands import needs_gpu
 from support import assert_same_bits
 
 pytest.importorskip("triton")
 
 from adagrad.kernels.cuda_launch import Kernel
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -174,8 +174,8 @@ class Optimizer(Rates):
         ------
         TypeError, ValueError, IndexError
             If an argument is invalid; the message names it, and nothing is changed. On CUDA a row id out of range makes
-            the call a no-op; a later call, or :func:`adagrad.torch.check_row_ids`, raises; or this one, if it also
-            updates what the CUDA kernels do not take.
+            the call a no-op; a later call, or :func:`adagrad.torch.check_row_ids`, raises; or this one, if it updates
+            several devices or what the CUDA kernels do not take.
         MemoryError
             No memory is left. Of several row-sparse or strided weights, some may be updated; none is counted.
         """

@@ -110,12 +110,12 @@ def _update(weights: int, values: int, histories: int, masters: int, steps: int,
     ids, found = np.empty(entries, np.int64), np.empty((max(count, 1), FINDINGS), np.int64)
     kept, scratch = room(max(count, 1))
     handles, state = np.zeros((n if count > 0 else 0, 2), np.int64), np.int64(0)
+    # From here on nothing may raise: threads would stay claimed, without a GIL. A worker without memory sets a flag.
     claimed = claim(notes, count)
     if count > 0:
         for i in range(n):
             hold_parts(sparse_body(list_item(values, i), layout), layout, handles[i])
         state = release_gil()
-    # From here on nothing may raise: an exception would find no GIL. A worker without memory sets a flag instead.
     done, which, bad, row = _check_ids_and_carry_out(
         facts, numbers, known, np.int64(ids.ctypes.data), found, kept, scratch, parallel_min, claimed
     )
