@@ -168,9 +168,9 @@ HYPERS = {
     "all": oracle.Hyper(lr=0.05, wd=0.01, rescale_grad=1 / 7, clip_gradient=0.9, epsilon=1e-3),
     "unclipped": oracle.Hyper(lr=0.05, wd=0.01, rescale_grad=1 / 7, epsilon=1e-3),  # which no sum of a row saturates
     "inside": oracle.Hyper(epsilon_inside=True, epsilon=1e-2, wd=0.1),
-    "decoupled": oracle.Hyper(decoupled_decay=True, wd=0.1, clip_gradient=0.5),
+    "decoupled": oracle.Hyper(decoupled_decay=True, wd=0.1),
     "inside, decoupled": oracle.Hyper(
-        epsilon_inside=True, epsilon=1e-5, decoupled_decay=True, wd=0.02, rescale_grad=3.0
+        epsilon_inside=True, epsilon=1e-5, decoupled_decay=True, wd=0.02, rescale_grad=3.0, clip_gradient=0.5
     ),
     "no epsilon": oracle.Hyper(epsilon=0.0),
     "no rate": oracle.Hyper(lr=0.0, wd=0.1),

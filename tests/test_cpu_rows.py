@@ -13,7 +13,7 @@ import pytest
 
 import oracle
 from adagrad import GroupAdaGrad, RowSparse
-from adagrad.kernels import cpu_rows, general_path
+from adagrad.kernels import cpu_rows, general_path, row_passes
 from adagrad.kernels.batch import Batch
 from adagrad.rule import Rule
 from row_operands import FLOAT32, FLOAT64, HALF, MASTER, rows, some
@@ -74,7 +74,7 @@ def test_runs_row_wise(run: int) -> None:
 def test_rows_of_one_element(kind: Kind, row_wise: bool) -> None:
     """They are packed: as many as fit in a tile, in a batch of positions, and around; NaN and infinity among them."""
     rng, hyper = np.random.default_rng(21), replace(HYPERS["all"], row_wise=row_wise)
-    borders = (cpu_rows.TILE, cpu_rows.BATCH, cpu_rows.BATCH + cpu_rows.TILE)
+    borders = (row_passes.TILE, cpu_rows.BATCH, cpu_rows.BATCH + row_passes.TILE)
     for n in (border + beside for border in borders for beside in (-1, 0, 1)):
         ascending = np.sort(rng.permutation(n + 50)[:n])
         often = np.concatenate([ascending, ascending[::3], [ascending[0]] * 300, [ascending[-1]] * 127])

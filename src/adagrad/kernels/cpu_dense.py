@@ -17,7 +17,15 @@ from llvmlite import binding as llvm
 
 from adagrad.arrays import row_length
 from adagrad.kernels.blocks import broadcast, constant, keep_first, load_block, prefetch, store_block, sum_by_halves
-from adagrad.kernels.cpu_rule import constants, effective_gradient, new_weight
+from adagrad.kernels.cpu_rule import (
+    common_terms,
+    constants,
+    effective_gradient,
+    has_decay,
+    has_rare_terms,
+    new_weight,
+    plain_terms,
+)
 from adagrad.kernels.formats import TOKENS, load, master_or, pointer, store
 from adagrad.kernels.numba_jit import jit, pointer_to, run, worker
 from adagrad.kernels.records import COLUMNS, GRAD, HISTORY, MASTER, ROW_LENGTH, SIZE, WEIGHT
@@ -51,10 +59,15 @@ def update_elements(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, fixed
     ``fixed`` are :func:`constants`; the operands ``coming``, needed soon, are prefetched likewise, block by block.
     """
     whole = stop - (stop - start) % LANES
-    for i in range(start, whole, LANES):
-        update_block(w, g, h, m, i, None, fixed, coming)
+    update_blocks(w, g, h, m, start, whole, fixed, coming)
     if whole < stop:
         update_block(w, g, h, m, whole, stop - whole, fixed, coming)
+
+
+@jit(helper=True)
+def update_blocks(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, fixed: Any, coming: Any) -> None:
+    for i in range(start, stop, LANES):
+        update_block(w, g, h, m, i, None, fixed, coming)
 
 
 @jit(helper=True)
@@ -163,7 +176,15 @@ def _share(
         soon_w, soon_g, soon_h, soon_m = _operands(table[i], AHEAD_BYTES, tw, tg, th, tm)
         fixed = constants(scalars, rates[i if len(rates) > 1 else 0], th)
         if row_wise is None:
-            update_elements(w, g, h, m, start, stop, fixed, (soon_w, soon_g, soon_h, soon_m))
+            coming, whole = (soon_w, soon_g, soon_h, soon_m), stop - (stop - start) % LANES
+            if has_rare_terms(fixed):
+                update_blocks(w, g, h, m, start, whole, fixed, coming)
+            elif has_decay(fixed):
+                update_blocks(w, g, h, m, start, whole, common_terms(fixed), coming)
+            else:
+                update_blocks(w, g, h, m, start, whole, plain_terms(fixed), coming)
+            if whole < stop:
+                update_block(w, g, h, m, whole, stop - whole, fixed, coming)
         else:
             for r in range(start // length, stop // length):
                 update_row(w, g, h, m, r * length, length, r, fixed, (soon_w, soon_g, None, soon_m))

@@ -3,6 +3,10 @@
 Numba adds no fused multiply-add and reorders nothing, so each operation below is rounded on its own. ``rescale``,
 ``clip``, ``eps_inside`` and ``eps_outside`` are :attr:`adagrad.rule.Rule.scalars`. ``wd``, which is coupled, or
 ``decoupled_wd`` is 0.
+
+A term without effect, such as clipping at infinity, takes as many instructions as any other; one that is None is left
+out. Loops are therefore compiled for :func:`plain_terms`, too, and some for :func:`common_terms`: a quarter of the
+instructions less is a quarter of the time where another thread shares the core, and the data is in a cache.
 """
 
 from __future__ import annotations
@@ -45,9 +49,40 @@ def constants(scalars: Any, rates: Any, token: Any) -> Any:
 
 
 @jit(helper=True)
+def has_rare_terms(fixed: Any) -> Any:
+    """Whether there is clipping, an epsilon inside the root or decoupled weight decay; ``fixed`` are the constants."""
+    _, clip, eps_inside, _, _, _, decoupled_wd = fixed
+    return clip != np.inf or eps_inside != 0 or decoupled_wd != 0
+
+
+@jit(helper=True)
+def has_decay(fixed: Any) -> Any:
+    """Whether there is coupled weight decay."""
+    return fixed[5] != 0
+
+
+@jit(helper=True)
+def common_terms(fixed: Any) -> Any:
+    """The constants of a rule without rare terms, which are None."""
+    rescale, _, _, eps_outside, lr, wd, _ = fixed
+    return rescale, None, None, eps_outside, lr, wd, None
+
+
+@jit(helper=True)
+def plain_terms(fixed: Any) -> Any:
+    """The constants of a rule with neither rare terms nor weight decay, which are None."""
+    rescale, _, _, eps_outside, lr, _, _ = fixed
+    return rescale, None, None, eps_outside, lr, None, None
+
+
+@jit(helper=True)
 def effective_gradient(grad: Any, weight: Any, wd: Any, rescale: Any, clip: Any) -> Any:
     """The gradient that enters the history."""
-    grad = clamp(grad * rescale, clip)
+    grad = grad * rescale
+    if clip is not None:
+        grad = clamp(grad, clip)
+    if wd is None:
+        return grad
     return grad + wd * weight if wd != 0 else grad
 
 
@@ -56,6 +91,10 @@ def new_weight(
     weight: Any, grad: Any, history: Any, lr: Any, decoupled_wd: Any, eps_inside: Any, eps_outside: Any
 ) -> Any:
     """The new weight; ``history`` is a block, or one number for all."""
-    step = grad / (sqrt(history + eps_inside) + eps_outside)
+    if eps_inside is not None:
+        history = history + eps_inside
+    step = grad / (sqrt(history) + eps_outside)
+    if decoupled_wd is None:
+        return weight - lr * step
     step = step + decoupled_wd * weight if decoupled_wd != 0 else step
     return weight - lr * step
