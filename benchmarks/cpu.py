@@ -24,6 +24,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import binding as llvm
 from tqdm import tqdm
 
 from cases import CASES, SCALING, SEED, Case
@@ -143,11 +144,12 @@ def write_csv(
 
 
 def _processor() -> str:
-    try:
+    """The processor's name and, because virtual machines call several generations alike, LLVM's name for its kind."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return f"{name} ({llvm.get_host_cpu_name()})"
 
 
 def main() -> None:

@@ -66,6 +66,7 @@ def update_elements(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, fixed
 
 @jit(helper=True)
 def update_blocks(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, fixed: Any, coming: Any) -> None:
+    """:func:`update_elements` for whole blocks; ``fixed`` may lack terms."""
     for i in range(start, stop, LANES):
         update_block(w, g, h, m, i, None, fixed, coming)
 

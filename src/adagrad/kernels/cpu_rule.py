@@ -6,7 +6,7 @@ Numba adds no fused multiply-add and reorders nothing, so each operation below i
 
 A term without effect, such as clipping at infinity, takes as many instructions as any other; one that is None is left
 out. Loops are therefore compiled for :func:`plain_terms`, too, and some for :func:`common_terms`: a quarter of the
-instructions less is a quarter of the time where another thread shares the core, and the data is in a cache.
+instructions less is up to a quarter of the time, where the data is in a cache.
 """
 
 from __future__ import annotations
