@@ -66,7 +66,7 @@ def update_elements(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, fixed
 
 @jit(helper=True)
 def update_blocks(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, fixed: Any, coming: Any) -> None:
-    """:func:`update_elements` for whole blocks; ``fixed`` may lack terms."""
+    """:func:`update_elements` for a multiple of LANES; ``fixed`` may lack terms."""
     for i in range(start, stop, LANES):
         update_block(w, g, h, m, i, None, fixed, coming)
 
@@ -184,7 +184,7 @@ def _share(
                 update_blocks(w, g, h, m, start, whole, common_terms(fixed), coming)
             else:
                 update_blocks(w, g, h, m, start, whole, plain_terms(fixed), coming)
-            if whole < stop:
+            if whole < stop:  # with all terms, because the code for partial blocks is long
                 update_block(w, g, h, m, whole, stop - whole, fixed, coming)
         else:
             for r in range(start // length, stop // length):

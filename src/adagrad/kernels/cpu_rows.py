@@ -1,8 +1,8 @@
 """Row-sparse updates on the CPU: each row present is updated once, with the sum of its occurrences.
 
 Rows that occur once are updated straight from their values. The values of the others are added to sums, from which
-their rows are updated at the end. Both passes, see :mod:`adagrad.kernels.row_passes`, read the gradient from front to
-back.
+their rows are updated at the end. The passes are in :mod:`adagrad.kernels.row_passes`; the two over the gradient read
+it from front to back.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ Numba adds no fused multiply-add and reorders nothing, so each operation below i
 ``decoupled_wd`` is 0.
 
 A term without effect, such as clipping at infinity, takes as many instructions as any other; one that is None is left
-out. Loops are therefore compiled for :func:`plain_terms`, too, and some for :func:`common_terms`: a quarter of the
-instructions less is up to a quarter of the time, where the data is in a cache.
+out. Loops are therefore compiled for :func:`plain_terms`, too, and some for :func:`common_terms`: a quarter fewer
+instructions save up to a quarter of the time where the data is in a cache.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ def constants(scalars: Any, rates: Any, token: Any) -> Any:
 
 @jit(helper=True)
 def has_rare_terms(fixed: Any) -> Any:
-    """Whether there is clipping, an epsilon inside the root or decoupled weight decay; ``fixed`` are the constants."""
+    """Whether there is clipping, an epsilon inside the root or decoupled weight decay; ``fixed`` are the constants.
+
+    They are rounded already: a bound that rounds to infinity, or a decay to 0, has no effect.
+    """
     _, clip, eps_inside, _, _, _, decoupled_wd = fixed
     return clip != np.inf or eps_inside != 0 or decoupled_wd != 0
 

@@ -1,7 +1,8 @@
 """The passes over the rows of a row-sparse update: rows that occur once, sums of the others, rows updated from sums.
 
 While one row is computed, a later one is prefetched, block by block. ``operands`` are what :func:`places` returns and
-the tokens of weight, values, history and master copy.
+the tokens of weight, values, history and master copy; ``kept`` is what the worker grouped, see
+:mod:`adagrad.kernels.row_sums`.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def update_short_rows(rows: Any, positions: Any, operands: Any, fixed: Any, tile
 
 @jit(helper=True)
 def add_up(kept: Any, operands: Any, length: int) -> None:
-    """Add the values at ``positions[j]`` to the sum ``to[j]``, and each complete chunk to the row's second sum."""
+    """Add the values of rows that occur several times to their sums, each complete chunk to the row's second sum."""
     base, stride, _, tv, th, _ = operands
     positions, to, memory = grouped(kept, ADDED, np.int32), grouped(kept, TO, np.uint32), kept[SUMS, ADDRESS]
     missing, second = grouped(kept, MISSING, np.int32), grouped(kept, SECOND, np.int32)
