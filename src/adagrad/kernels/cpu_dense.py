@@ -53,20 +53,12 @@ def table_row(
 
 
 @jit(helper=True)
-def update_elements(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, fixed: Any, coming: Any) -> None:
-    """Update the elements from ``start`` to ``stop``, each with its own history value.
-
-    ``fixed`` are :func:`constants`; the operands ``coming``, needed soon, are prefetched likewise, block by block.
-    """
-    whole = stop - (stop - start) % LANES
-    update_blocks(w, g, h, m, start, whole, fixed, coming)
-    if whole < stop:
-        update_block(w, g, h, m, whole, stop - whole, fixed, coming)
-
-
-@jit(helper=True)
 def update_blocks(w: Any, g: Any, h: Any, m: Any, start: int, stop: int, fixed: Any, coming: Any) -> None:
-    """:func:`update_elements` for a multiple of LANES; ``fixed`` may lack terms."""
+    """Update whole blocks, the elements from ``start`` to ``stop``, each with its own history value.
+
+    ``fixed`` are :func:`constants`, and may lack terms; the operands ``coming``, needed soon, are prefetched likewise,
+    block by block.
+    """
     for i in range(start, stop, LANES):
         update_block(w, g, h, m, i, None, fixed, coming)
 

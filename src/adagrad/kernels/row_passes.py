@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from adagrad.kernels.blocks import load_block, prefetch, store_block
-from adagrad.kernels.cpu_dense import prefetch_operands, update_block, update_blocks, update_elements, update_row
+from adagrad.kernels.cpu_dense import prefetch_operands, update_block, update_blocks, update_row
 from adagrad.kernels.formats import load, pointer, store
 from adagrad.kernels.numba_jit import jit
 from adagrad.kernels.records import BASE, GRAD, HISTORY, MASTER, STRIDE, WEIGHT
@@ -68,18 +68,21 @@ def _row_at(base: Any, stride: Any, row: Any, tw: Any, th: Any, tm: Any) -> Any:
 
 
 @jit(helper=True)
-def by_elements(at: Any, g: Any, coming: Any, coming_g: Any, length: int, fixed: Any) -> None:
-    w, h, m = at
-    next_w, next_h, next_m = coming
-    update_elements(w, g, h, m, 0, length, fixed, (next_w, coming_g, next_h, next_m))
-
-
-@jit(helper=True)
 def by_blocks(at: Any, g: Any, coming: Any, coming_g: Any, length: int, fixed: Any) -> None:
-    """:func:`by_elements` for a multiple of LANES, which is all that is compiled for plain terms."""
+    """For a length that is a multiple of LANES, which is all that is compiled for plain terms."""
     w, h, m = at
     next_w, next_h, next_m = coming
     update_blocks(w, g, h, m, 0, length, fixed, (next_w, coming_g, next_h, next_m))
+
+
+@jit(helper=True)
+def by_elements(at: Any, g: Any, coming: Any, coming_g: Any, length: int, fixed: Any) -> None:
+    w, h, m = at
+    next_w, next_h, next_m = coming
+    whole = length - length % LANES
+    by_blocks(at, g, coming, coming_g, whole, fixed)
+    if whole < length:
+        update_block(w, g, h, m, whole, length - whole, fixed, (next_w, coming_g, next_h, next_m))
 
 
 @jit(helper=True)
