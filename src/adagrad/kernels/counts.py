@@ -8,33 +8,33 @@ import numpy as np
 
 from adagrad.kernels.formats import load, pointer, store
 from adagrad.kernels.layout import COUNT, DEVICE, FLOAT32, FLOAT64, FORMAT, INFO, KIND, START, describe, list_item
-from adagrad.kernels.numba_jit import jit, keep_alive, uncounted
+from adagrad.kernels.memory import keep_alive, words
+from adagrad.kernels.numba_jit import entry, jit
 
 _single, _double = np.empty(0, np.float32), np.empty(0, np.float64)
 
 
-@jit(holds_gil=True)
+@jit(helper=True)
 def find_counts(counts: int, layout: Any, addresses: Any) -> bool:
     """Fill ``addresses`` with those of the counts (negated for float64) in the list at the address ``counts``.
 
     False unless all are plain float32 or float64 tensors of one number on the CPU.
     """
-    own_out, own_info = np.empty(1, np.int64), np.zeros(INFO, np.int64)
-    out, info, layout = uncounted(own_out), uncounted(own_info), uncounted(layout)
+    info = words(INFO)
+    layout_at, info_at = layout.ctypes.data, info.ctypes.data
     for i in range(len(addresses)):
-        is_plain = describe(list_item(counts, i), layout, out, info)
+        is_plain = describe(list_item(counts, i), layout_at, info_at)
         if not is_plain or info[KIND] != 1 or info[DEVICE] != 0 or info[COUNT] != 1:
             return False
         if info[FORMAT] != FLOAT32 and info[FORMAT] != FLOAT64:
             return False
         addresses[i] = info[START] if info[FORMAT] == FLOAT32 else -info[START]
-    keep_alive(own_out)
-    keep_alive(own_info)
+    keep_alive(info)
     return True
 
 
 @jit()
-def read_counts(addresses: Any, values: Any) -> None:
+def read(addresses: Any, values: Any) -> None:
     """Fill ``values``, float64, with the counts at the addresses from :func:`find_counts`."""
     for i, address in enumerate(addresses):
         if address > 0:
@@ -43,7 +43,7 @@ def read_counts(addresses: Any, values: Any) -> None:
             values[i] = load(pointer(-address, _double, "history"), 0)
 
 
-@jit()
+@jit(helper=True)
 def advance_counts(addresses: Any) -> None:
     """Add 1 to each of the counts at the addresses from :func:`find_counts`."""
     for address in addresses:
@@ -53,3 +53,7 @@ def advance_counts(addresses: Any) -> None:
         else:
             double = pointer(-address, _double, "history")
             store(double, 0, load(double, 0) + 1.0)
+
+
+# For Python:
+find, advance = entry(find_counts, holds_gil=True), entry(advance_counts)

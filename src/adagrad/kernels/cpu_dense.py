@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import binding as llvm
 
@@ -27,7 +26,8 @@ from adagrad.kernels.cpu_rule import (
     plain_terms,
 )
 from adagrad.kernels.formats import TOKENS, load, master_or, pointer, store
-from adagrad.kernels.numba_jit import jit, pointer_to, run, worker
+from adagrad.kernels.memory import array_at, words
+from adagrad.kernels.numba_jit import jit, run, worker
 from adagrad.kernels.records import COLUMNS, GRAD, HISTORY, MASTER, ROW_LENGTH, SIZE, WEIGHT
 from adagrad.kernels.threads import claim, give_back, new_notes, on_threads
 from adagrad.rule import LANES, Rule
@@ -234,17 +234,17 @@ def row_part_kernel(weight: str, grad: str, history: str, master: str | None, de
 @jit(helper=True)
 def _given(arguments: Any) -> Any:
     """Table, rates, scalars and the number of elements, from the address of a block of :func:`arguments`."""
-    given = numba.carray(pointer_to(arguments), GIVEN, np.int64)
-    table = numba.carray(pointer_to(given[TABLE_AT]), (given[TABLE_ROWS], COLUMNS), np.int64)
-    rates = numba.carray(pointer_to(given[RATES_AT]), (given[RATES_ROWS], 3), np.float64)
-    scalars = numba.carray(pointer_to(given[SCALARS_AT]), 4, np.float64)
+    given = array_at(arguments, GIVEN, np.int64)
+    table = array_at(given[TABLE_AT], (given[TABLE_ROWS], COLUMNS), np.int64)
+    rates = array_at(given[RATES_AT], (given[RATES_ROWS], 3), np.float64)
+    scalars = array_at(given[SCALARS_AT], 4, np.float64)
     return table, rates, scalars, given[TOTAL]
 
 
 @jit()
 def arguments(table: Any, rates: Any, scalars: Any, total: int) -> Any:
     """The workers' arguments as one block of GIVEN words, which holds addresses: the arrays must outlive it."""
-    block = np.empty(GIVEN, np.int64)
+    block = words(GIVEN)
     put_arguments(block, table, 0, len(table), rates, scalars, total)
     return block
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numba
 import numpy as np
 
 from adagrad.kernels.cpu_rule import constants, has_decay, has_rare_terms, plain_terms
 from adagrad.kernels.formats import TOKENS
-from adagrad.kernels.numba_jit import decref, jit, pointer_to, run, worker
+from adagrad.kernels.memory import array_at, decref, word_table
+from adagrad.kernels.numba_jit import entry, jit, run, worker
 from adagrad.kernels.records import (
     ARE_INCREASING,
     CHECKED_IDS,
@@ -58,7 +58,7 @@ SCRATCH_WORDS = BATCH // 2 + 4 * TILE
 """Words of a worker's scratch memory: a batch of 4-byte positions and a tile of four operands of up to 8 bytes."""
 
 
-@jit()
+@jit(helper=True)
 def work_of(facts: Any) -> Any:
     """The cost of an update, in elements."""
     return facts[ENTRIES] * (facts[LENGTH] + ROW_COST)
@@ -72,23 +72,23 @@ def kernel(needs_int64: bool, weight: str, values: str, history: str, master: st
     dtype = np.int64 if needs_int64 else np.int32
 
     def update(arguments: Any, k: Any, count: Any) -> None:
-        facts = numba.carray(pointer_to(arguments), FACTS, np.int64)
+        facts = array_at(arguments, FACTS, np.int64)
         n, length, increasing = facts[ENTRIES], facts[LENGTH], facts[ARE_INCREASING]
-        ids = numba.carray(pointer_to(facts[CHECKED_IDS]), n, dtype)
+        ids = array_at(facts[CHECKED_IDS], n, dtype)
         base, stride = places(facts)
         operands = base, stride, tw, tv, th, tm
-        rates = numba.carray(pointer_to(facts[RATES]), 3, np.float64)
-        scalars = numba.carray(pointer_to(facts[SCALARS]), 4, np.float64)
+        rates = array_at(facts[RATES], 3, np.float64)
+        scalars = array_at(facts[SCALARS], 4, np.float64)
         fixed = constants(scalars, rates, th)
-        kept = numba.carray(pointer_to(facts[GROUPS]), (count, GROUPED, 3), np.int64)[k]
-        scratch = numba.carray(pointer_to(facts[SCRATCH]), (count, SCRATCH_WORDS), np.int64)[k]
-        own_positions = numba.carray(pointer_to(scratch.ctypes.data), BATCH, np.int32)
+        kept = array_at(facts[GROUPS], (count, GROUPED, 3), np.int64)[k]
+        scratch = array_at(facts[SCRATCH], (count, SCRATCH_WORDS), np.int64)[k]
+        own_positions = array_at(scratch.ctypes.data, BATCH, np.int32)
         tile = scratch[BATCH // 2 :].ctypes.data
         are_plain = may_be_plain and length % LANES == 0 and not has_rare_terms(fixed) and not has_decay(fixed)
         # Workers divide ids that increase by position, others by owner.
         first, last = n * k // count, n * (k + 1) // count
-        rows = ids[first:last] if increasing else grouped(kept, SINGLE, dtype)
-        positions = grouped(kept, POSITIONS, np.int32)
+        rows = ids[first:last] if increasing else grouped(kept[SINGLE], dtype)
+        positions = grouped(kept[POSITIONS], np.int32)
         for start in range(0, len(rows), BATCH):
             stop = min(start + BATCH, len(rows))
             if increasing:
@@ -112,7 +112,7 @@ def kernel(needs_int64: bool, weight: str, values: str, history: str, master: st
     return worker(update)
 
 
-@jit()
+@jit(helper=True)
 def carry_out(facts: Any, kept: Any, scratch: Any, group: int, update: int, count: int) -> bool:
     """Group and update by ``count`` workers; False if memory ran out, and then nothing has changed.
 
@@ -135,10 +135,13 @@ def carry_out(facts: Any, kept: Any, scratch: Any, group: int, update: int, coun
     return are_grouped
 
 
-@jit()
+@jit(helper=True)
 def room(count: int) -> Any:
     """Memory for ``count`` workers: for what they group, and scratch memory for positions and a tile."""
-    return np.empty((count, GROUPED, 3), np.int64), np.empty((count, SCRATCH_WORDS), np.int64)
+    return np.empty((count, GROUPED, 3), np.int64), word_table(count, SCRATCH_WORDS)
+
+
+_work_of = entry(work_of)
 
 
 def out_of_memory(at: str, entries: int) -> MemoryError:
@@ -157,7 +160,7 @@ def launch(at: str, facts: Any, rows: Any, formats: Any, row_wise: bool, rates: 
     MemoryError
         No memory is left for grouping and summing the rows; nothing has changed.
     """
-    work = int(work_of(facts))
+    work = int(_work_of(facts))
     needs_int64 = rows.itemsize == 8
     group = 0 if facts[ARE_INCREASING] else grouping(needs_int64, formats[2])
     update = kernel(needs_int64, *formats, row_wise)

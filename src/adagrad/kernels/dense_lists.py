@@ -15,7 +15,8 @@ from adagrad.kernels import cpu_dense
 from adagrad.kernels.counts import advance_counts, find_counts
 from adagrad.kernels.cpu_dense import GIVEN, kernel, put_arguments
 from adagrad.kernels.layout import current_layout
-from adagrad.kernels.numba_jit import acquire_gil, jit, keep_alive, release_gil, run, worker_count
+from adagrad.kernels.memory import keep_alive, word_table, words, zero_words
+from adagrad.kernels.numba_jit import acquire_gil, jit, release_gil, run, worker_count
 from adagrad.kernels.outcomes import DONE, LISTS_DONE, NOT_PLAIN, NOT_SMALL, attempt, remembered
 from adagrad.kernels.records import COLUMNS, SIZE
 from adagrad.kernels.spans import disjoint
@@ -32,9 +33,9 @@ def _update(weights: int, grads: int, histories: int, masters: int, steps: int, 
 
     Lists are given by ``id``, ``masters`` and ``steps`` as 0 for none; the work of a list is its number of elements.
     """
-    table, codes, spans = np.empty((n, COLUMNS), np.int64), np.empty(n, np.int64), np.empty((2, len(guess)), np.int64)
-    step_at, blocks = np.empty(n if steps else 0, np.int64), np.empty((CODES_PER_DEVICE, GIVEN), np.int64)
-    counts, elements = np.zeros(CODES_PER_DEVICE, np.int64), np.zeros(CODES_PER_DEVICE, np.int64)
+    table, codes, spans = word_table(n, COLUMNS), words(n), word_table(2, len(guess))
+    step_at, blocks = words(n if steps else 0), word_table(CODES_PER_DEVICE, GIVEN)
+    counts, elements = zero_words(CODES_PER_DEVICE), zero_words(CODES_PER_DEVICE)
     _, total = fill(weights, grads, histories, masters, layout, row_wise != 0, table, codes, spans)
     for i in range(n):
         if codes[i] < 0 or codes[i] >= CODES_PER_DEVICE:
@@ -73,7 +74,7 @@ def _update(weights: int, grads: int, histories: int, masters: int, steps: int, 
 @jit(helper=True)
 def _by_code(table: Any, codes: Any, rates: Any, counts: Any) -> Any:
     """Rows and their rates (one for all stays one) sorted by code; ``counts[code]`` rows have a code."""
-    rows, rows_rates, next_row = np.empty(table.shape, np.int64), np.empty(rates.shape), np.zeros(len(counts), np.int64)
+    rows, rows_rates, next_row = word_table(len(table), COLUMNS), np.empty(rates.shape), zero_words(len(counts))
     for code in range(1, len(counts)):
         next_row[code] = next_row[code - 1] + counts[code - 1]
     for i in range(len(codes)):

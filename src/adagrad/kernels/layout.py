@@ -21,6 +21,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from adagrad.kernels.memory import array_at
 from adagrad.kernels.numba_jit import jit
 
 ELEMENT_FORMATS = ("float16", "bfloat16", "float32", "float64", "int32", "int64")
@@ -94,9 +95,9 @@ call_c: Any = intrinsic(_call_code)
 
 
 @jit(helper=True)
-def _ask(function: int, tensor: int, out: Any) -> Any:
-    out[0] = 0
-    return out[0] if call_c(function, tensor, out.ctypes.data) == 0 else -1
+def _ask(function: int, tensor: int, info: Any) -> Any:
+    info[START] = 0
+    return info[START] if call_c(function, tensor, info[START:].ctypes.data) == 0 else -1
 
 
 @jit(helper=True)
@@ -118,7 +119,7 @@ def _describe_array(array: int, layout: Any, info: Any) -> bool:
 
 
 @jit(helper=True)
-def describe_tensor(tensor: int, layout: Any, out: Any, info: Any) -> bool:
+def describe_tensor(tensor: int, layout: Any, info: Any) -> bool:
     """See :func:`describe`; ``tensor`` is the address of a C++ ``Tensor``, as PyTorch's C functions take it."""
     body = read_word(tensor, 0)
     # One word tells most: the dispatch keys distinguish plain memory on a device from sparse layouts, wrappers, negated
@@ -127,7 +128,7 @@ def describe_tensor(tensor: int, layout: Any, out: Any, info: Any) -> bool:
     if keys == layout[ON_CPU]:
         info[DEVICE] = 0
     elif keys == layout[ON_CUDA]:
-        info[DEVICE] = 1 + (_ask(layout[GET_INDEX], tensor, out) & 0xFFFF)
+        info[DEVICE] = 1 + (_ask(layout[GET_INDEX], tensor, info) & 0xFFFF)
     else:
         return False
     dtype = read_word(body, layout[DTYPE_AT]) & 0xFFFF
@@ -148,16 +149,17 @@ def describe_tensor(tensor: int, layout: Any, out: Any, info: Any) -> bool:
     info[RANK], info[SIZES], info[STRIDES], info[COUNT] = rank, sizes, strides, count
     # The address comes from the C function that PyTorch exports for compiled models, because getting it may have a side
     # effect: it unshares copy-on-write memory.
-    info[CONTIGUOUS], info[START] = contiguous or count == 0, _ask(layout[GET_ADDRESS], tensor, out)
+    info[CONTIGUOUS], info[START] = contiguous or count == 0, _ask(layout[GET_ADDRESS], tensor, info)
     return count == 0 or (info[START] > 0 and info[START] % item_size(info[FORMAT]) == 0)
 
 
-@jit(helper=True)
-def describe(thing: int, layout: Any, out: Any, info: Any) -> bool:
-    """Fill ``info``, INFO words; False for anything that is not plain (then ``info`` is undefined).
+@jit(helper=True, inline=False)
+def describe(thing: int, layout_at: int, info_at: int) -> bool:
+    """Fill INFO words at ``info_at``; False for anything that is not plain (then they are undefined).
 
-    ``thing`` is the address of a Python object, ``layout`` a layout, ``out`` room for one word. The GIL must be held.
+    ``thing`` is the address of a Python object, ``layout_at`` that of a layout. The GIL must be held.
     """
+    layout, info = array_at(layout_at, WORDS, np.int64), array_at(info_at, INFO, np.int64)
     kind = read_word(thing, TYPE)
     if kind == layout[ARRAY] or kind == layout[MEMMAP]:
         return _describe_array(thing, layout, info)
@@ -165,18 +167,18 @@ def describe(thing: int, layout: Any, out: Any, info: Any) -> bool:
     if not is_tensor:
         for k in range(MOST_ACCEPTED):
             is_tensor |= kind == layout[ACCEPTED + k]
-    return is_tensor and describe_tensor(thing + layout[HOLDER], layout, out, info)
+    return is_tensor and describe_tensor(thing + layout[HOLDER], layout, info)
 
 
 @jit(holds_gil=True)
-def _describe(thing: int, layout: Any, out: Any, info: Any) -> bool:
-    return describe(thing, layout, out, info)
+def _describe(thing: int, layout: Any, info: Any) -> bool:
+    return describe(thing, layout.ctypes.data, info.ctypes.data)
 
 
 def describe_once(thing: object, layout: np.ndarray) -> np.ndarray | None:
     """What :func:`describe` fills in for ``thing``; None if it is not plain."""
     info = np.zeros(INFO, np.int64)
-    return info if _describe(id(thing), layout, np.empty(1, np.int64), info) else None
+    return info if _describe(id(thing), layout, info) else None
 
 
 def accept(kind: type) -> None:

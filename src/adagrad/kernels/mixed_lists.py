@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
 from adagrad.kernels import cpu_dense
 from adagrad.kernels.cpu_dense import GIVEN, arguments, kernel
-from adagrad.kernels.numba_jit import jit, pointer_to, run, worker_count
+from adagrad.kernels.memory import array_at
+from adagrad.kernels.numba_jit import jit, run, worker_count
 from adagrad.kernels.table import CODES_PER_DEVICE, build_table, decode
 from adagrad.rule import Rule
 
@@ -84,5 +84,5 @@ def update_dense_part(words: Any, count: int) -> None:
     for j in range(words[LAUNCHES]):
         launch = words[ABOUT + LAUNCH * j :]
         if launch[WORK] > 0:
-            block = numba.carray(pointer_to(launch[ARGUMENTS]), GIVEN, np.int64)
+            block = array_at(launch[ARGUMENTS], GIVEN, np.int64)
             run(launch[WORKER], block, worker_count(launch[WORK], words[THRESHOLD], count))

@@ -16,6 +16,8 @@ from llvmlite import binding as llvm
 from llvmlite import ir
 from numba.core import cgutils
 from numba.core.ccallback import CFunc
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
 from numba.extending import intrinsic
 
 from adagrad.kernels.disk_cache import Cache
@@ -28,19 +30,59 @@ F = TypeVar("F", bound=Callable[..., Any])
 _OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": False, "boundscheck": False}
 
 
-def jit(*, parallel: bool = False, helper: bool = False, holds_gil: bool = False) -> Callable[[F], F]:
+class _NoMachineCode:
+    @staticmethod
+    def set_env(env_name: str, env: object) -> None:
+        """Helpers need no environment, which would hold Python's objects."""
+
+
+class _HelperLibrary(JITCodeLibrary):  # type: ignore[misc]
+    """A helper's code, optimised and ready to be linked into its callers'.
+
+    Numba would also generate its machine code, with that of all it calls; nobody runs that, and it would be a fifth of
+    the compile time.
+    """
+
+    codegen = _NoMachineCode
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+    def get_pointer_to_function(self, name: str) -> int:
+        return 0
+
+
+class _HelperCompiler(Compiler):  # type: ignore[misc]
+    def compile_extra(self, func: Callable[..., Any]) -> Any:
+        self.state.library = _HelperLibrary(self.state.targetctx.codegen(), func.__qualname__)
+        return super().compile_extra(func)
+
+
+def jit(
+    *, parallel: bool = False, helper: bool = False, inline: bool = True, holds_gil: bool = False
+) -> Callable[[F], F]:
     """Decorator: compile at the first call with new argument types, and keep the machine code for the next process.
 
     A ``helper`` is called only by other kernels: it is compiled into them, so that what is the same for all of its
-    calls is computed once, and it needs no cache file. Code that reads Python's objects ``holds_gil``.
+    calls is computed once, and it needs no cache file; not ``inline`` if it is called from many places. Code that reads
+    Python's objects ``holds_gil``.
     """
 
     def compile_lazily(function: F) -> F:
-        options = {**_OPTIONS, "parallel": parallel, "forceinline": helper, "nogil": not holds_gil}
+        options: dict[str, Any] = {**_OPTIONS, "parallel": parallel, "nogil": not holds_gil}
         # Wrappers that nobody calls would be 10 to 20% of compile time.
         options |= {"no_cpython_wrapper": helper, "no_cfunc_wrapper": True}
+        if helper:
+            options |= {"forceinline": inline, "pipeline_class": _HelperCompiler}
         dispatcher = numba.jit(nopython=True, **options)(function)
-        if not helper:
+        if helper:
+            template_for = dispatcher.get_call_template
+            # Numba would compile it again for each constant that it is called with.
+            dispatcher.get_call_template = lambda args, kws: template_for(
+                tuple(map(numba.types.unliteral, args)), {name: numba.types.unliteral(arg) for name, arg in kws.items()}
+            )
+        else:
             compile_for = dispatcher._compile_for_args
             dispatcher._compile_for_args = lambda *args, **kws: uninterrupted(lambda: compile_for(*args, **kws))
             with suppress(Exception):  # without a cache it is slower, not wrong
@@ -48,6 +90,11 @@ def jit(*, parallel: bool = False, helper: bool = False, holds_gil: bool = False
         return cast(F, dispatcher)
 
     return compile_lazily
+
+
+def entry(helper: F, *, holds_gil: bool = False) -> F:
+    """The same function for calls from Python."""
+    return cast(F, jit(holds_gil=holds_gil)(cast(Any, helper).py_func))
 
 
 # -------------------------------------------------------------------------------------------------------------- workers
@@ -129,32 +176,6 @@ call_worker: Any = intrinsic(_call_code)
 """``call_worker(work, arguments, k, count)``: call the worker at an address, subnormal numbers not flushed."""
 
 
-def _place_code(typing: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], _BYTES)
-
-    return numba.types.voidptr(numba.types.int64), generate
-
-
-pointer_to: Any = intrinsic(_place_code)
-"""An address as a pointer, for ``numba.carray``."""
-
-
-@jit(helper=True)
-def uncounted(words: Any) -> Any:
-    """The same int64 array without reference counting, as its atomic instructions cost more than the work itself.
-
-    For passing on to other compiled functions; ``words`` must outlive it.
-    """
-    return numba.carray(pointer_to(words.ctypes.data), words.shape, np.int64)
-
-
-@jit(helper=True)
-def keep_alive(array: Any) -> None:
-    """Keep an array that is used by address until here: otherwise Numba frees it after its last use by name."""
-    array[:0] = 0
-
-
 def _release_gil_code(typing: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.ptrtoint(context.get_python_api(builder).save_thread(), ir.IntType(64))
@@ -174,50 +195,6 @@ release_gil: Any = intrinsic(_release_gil_code)
 """Release the GIL, which must be held; pass the result to ``acquire_gil``."""
 
 acquire_gil: Any = intrinsic(_acquire_gil_code)
-
-
-def _incref_code(typing: Any, array: Any) -> Any:
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        owner = context.make_array(array)(context, builder, args[0]).meminfo
-        # The reference count is the first word. Numba's own function would not do: some versions of Numba prune its
-        # increment together with a decrement, unaware that the reference lives on.
-        word = ir.IntType(64)
-        builder.atomic_rmw("add", builder.bitcast(owner, word.as_pointer()), word(1), "monotonic")
-        return builder.ptrtoint(owner, word)
-
-    return numba.types.int64(array), generate
-
-
-def _decref_code(typing: Any, owner: Any) -> Any:
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        # Numba's own function would not do, either: before 0.66, it is removed from functions that allocate nothing.
-        owner, word = builder.inttoptr(args[0], _BYTES), ir.IntType(64)
-        before = builder.atomic_rmw("sub", builder.bitcast(owner, word.as_pointer()), word(1), "acq_rel")
-        with builder.if_then(builder.icmp_unsigned("==", before, word(1)), likely=True):
-            kind = ir.FunctionType(ir.VoidType(), [_BYTES])
-            release = cgutils.get_or_insert_function(builder.module, kind, "NRT_MemInfo_call_dtor")
-            builder.call(release, [owner])
-        return context.get_dummy_value()
-
-    return numba.types.void(numba.types.int64), generate
-
-
-incref: Any = intrinsic(_incref_code)
-"""Keep an array's memory after the end of the worker that made it; pass the result to ``decref``, once."""
-
-decref: Any = intrinsic(_decref_code)
-
-
-def _exchange_code(typing: Any, address: Any, value: Any) -> Any:
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        word = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("xchg", word, args[1], "acq_rel")
-
-    return numba.types.int64(numba.types.int64, numba.types.int64), generate
-
-
-exchange: Any = intrinsic(_exchange_code)
-"""``exchange(address, value)``: store an int64 and return the one before, atomically."""
 
 
 @jit(parallel=True)

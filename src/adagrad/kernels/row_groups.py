@@ -12,12 +12,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numba
 import numpy as np
 
 from adagrad.kernels.blocks import prefetch
 from adagrad.kernels.formats import pointer
-from adagrad.kernels.numba_jit import jit, pointer_to, run, worker
+from adagrad.kernels.memory import array_at, zero_words
+from adagrad.kernels.numba_jit import entry, jit, run, worker
 from adagrad.kernels.records import ARE_INCREASING, ARE_LONG, BASE, CHECKED_IDS, ENTRIES, FACTS, FOUND, HEIGHT, IDS
 from adagrad.kernels.validate import refuse_row
 
@@ -90,20 +90,20 @@ def checking(needs_int64: bool) -> int:
     dtype = np.int64 if needs_int64 else np.int32
 
     def check(arguments: Any, k: Any, count: Any) -> None:
-        facts = numba.carray(pointer_to(arguments), FACTS, np.int64)
+        facts = array_at(arguments, FACTS, np.int64)
         address, n, height = facts[BASE + IDS], facts[ENTRIES], facts[HEIGHT]
-        rows = numba.carray(pointer_to(facts[CHECKED_IDS]), n, dtype)
-        found = numba.carray(pointer_to(facts[FOUND]), (count, FINDINGS), np.int64)[k]
+        rows = array_at(facts[CHECKED_IDS], n, dtype)
+        found = array_at(facts[FOUND], (count, FINDINGS), np.int64)[k]
         start, stop = n * k // count, n * (k + 1) // count
         if facts[ARE_LONG]:
-            _copy(numba.carray(pointer_to(address), n, np.int64), rows, start, stop, height, found)
+            _copy(array_at(address, n, np.int64), rows, start, stop, height, found)
         else:
-            _copy(numba.carray(pointer_to(address), n, np.int32), rows, start, stop, height, found)
+            _copy(array_at(address, n, np.int32), rows, start, stop, height, found)
 
     return worker(check)
 
 
-@jit()
+@jit(helper=True)
 def check_ids(facts: Any, rows: int, found: Any, check: int, count: int) -> Any:
     """Copy the ids to the address ``rows``; return position and value of one outside the weight, or -1 and 0.
 
@@ -123,6 +123,9 @@ def check_ids(facts: Any, rows: int, found: Any, check: int, count: int) -> Any:
     return np.int64(-1), np.int64(0)
 
 
+_check_ids = entry(check_ids)
+
+
 def checked_rows(at: str, facts: Any) -> Any:
     """A copy of the row ids of an update, because what is checked must be what is used; its address goes to ``facts``.
 
@@ -135,7 +138,7 @@ def checked_rows(at: str, facts: Any) -> Any:
     """
     needs_int64 = bool(facts[HEIGHT] > INT32_ROWS)
     rows = np.empty(facts[ENTRIES], np.int64 if needs_int64 else np.int32)
-    bad, row = check_ids(facts, rows.ctypes.data, np.empty((1, FINDINGS), np.int64), checking(needs_int64), 1)
+    bad, row = _check_ids(facts, rows.ctypes.data, np.empty((1, FINDINGS), np.int64), checking(needs_int64), 1)
     if bad >= 0:
         refuse_row(at, bad, row, int(facts[HEIGHT]))
     return rows
@@ -185,7 +188,7 @@ def _own_buckets(ids: Any, k: int, count: int) -> Any:
     for i in range(min(len(ids), SAMPLE)):
         at = ((_hash(i, _NO_SEED) >> np.uint64(32)) * n) >> np.uint64(32)
         counts[_hash(ids[at], _NO_SEED) >> _BUCKET] += 1
-    is_mine, loads, total = np.zeros(BUCKETS, np.bool_), np.zeros(count, np.int64), 0
+    is_mine, loads, total = np.zeros(BUCKETS, np.bool_), zero_words(count), 0
     for bucket in range(BUCKETS):
         total += counts[bucket]
     for bucket in range(BUCKETS):

@@ -14,6 +14,7 @@ from adagrad.kernels.counts import advance_counts, find_counts
 from adagrad.kernels.cpu_rows import ID_COST, carry_out, kernel, room, work_of
 from adagrad.kernels.cpu_rule import rate_table
 from adagrad.kernels.layout import NONE, current_layout, list_item
+from adagrad.kernels.memory import keep_alive, uncounted, word_table, words
 from adagrad.kernels.mixed_lists import (
     ELEMENTS,
     NOTHING,
@@ -24,7 +25,7 @@ from adagrad.kernels.mixed_lists import (
     put_spans,
     update_dense_part,
 )
-from adagrad.kernels.numba_jit import acquire_gil, jit, keep_alive, release_gil, uncounted, worker_count
+from adagrad.kernels.numba_jit import acquire_gil, jit, release_gil, worker_count
 from adagrad.kernels.outcomes import (
     DONE,
     LISTS_DONE,
@@ -77,10 +78,10 @@ def _update(weights: int, values: int, histories: int, masters: int, steps: int,
     Lists are given by ``id``, ``masters`` and ``steps`` as 0 for none. ``dense`` is the dense part of a mixed list, see
     :mod:`adagrad.kernels.mixed_lists`.
     """
-    own_facts = np.empty((n, FACTS), np.int64)
+    own_facts = word_table(n, FACTS)
     entries, facts, layout, dense = 0, uncounted(own_facts), uncounted(layout), uncounted(dense)
-    work, numbers, spans = 0, np.empty(n, np.int64), np.empty((2, len(guess)), np.int64)
-    step_at = np.empty(n + dense[WEIGHTS] if steps else 0, np.int64)
+    work, numbers, spans = 0, words(n), word_table(2, len(guess))
+    step_at = words(n + dense[WEIGHTS] if steps else 0)
     # Spans of what rows write to, of all that the dense part writes to and reads, of what rows read.
     written = (3 if masters else 2) * n
     theirs, written_in_all = put_spans(dense, spans, written), written + dense[WRITTEN]
@@ -107,9 +108,9 @@ def _update(weights: int, values: int, histories: int, masters: int, steps: int,
     for i in range(n):
         if known[numbers[i], UPDATE] == 0:
             return numbers[i], i, 0, 0
-    ids, found = np.empty(entries, np.int64), np.empty((max(count, 1), FINDINGS), np.int64)
+    ids, found = words(entries), word_table(max(count, 1), FINDINGS)
     kept, scratch = room(max(count, 1))
-    handles, state = np.zeros((n if count > 0 else 0, 2), np.int64), np.int64(0)
+    handles, state = word_table(n if count > 0 else 0, 2), np.int64(0)
     # From here on nothing may raise: threads would stay claimed, without a GIL. A worker without memory sets a flag.
     claimed = claim(notes, count)
     if count > 0:
@@ -133,7 +134,7 @@ def _update(weights: int, values: int, histories: int, masters: int, steps: int,
     return done, which, bad, row
 
 
-@jit()
+@jit(helper=True)
 def _check_ids_and_carry_out(facts: Any, numbers: Any, known: Any, ids: Any, found: Any, kept: Any, scratch: Any,
                              parallel_min: int, count: int) -> Any:  # fmt: skip
     """What was done, see :func:`_update`; all ids are copied to the address ``ids`` first."""

@@ -174,8 +174,8 @@ def update_short_rows(rows: Any, positions: Any, operands: Any, fixed: Any, tile
 def add_up(kept: Any, operands: Any, length: int) -> None:
     """Add the values of rows that occur several times to their sums, each complete chunk to the row's second sum."""
     base, stride, _, tv, th, _ = operands
-    positions, to, memory = grouped(kept, ADDED, np.int32), grouped(kept, TO, np.uint32), kept[SUMS, ADDRESS]
-    missing, second = grouped(kept, MISSING, np.int32), grouped(kept, SECOND, np.int32)
+    positions, to, memory = grouped(kept[ADDED], np.int32), grouped(kept[TO], np.uint32), kept[SUMS, ADDRESS]
+    missing, second = grouped(kept[MISSING], np.int32), grouped(kept[SECOND], np.int32)
     n, ahead = len(positions), _ahead(SUMS_AHEAD, length, tv)
     for j in range(n):
         mine, then = np.uint64(to[j]), min(j + ahead, n - 1)
@@ -193,8 +193,8 @@ def add_up(kept: Any, operands: Any, length: int) -> None:
 def update_from_sums(kept: Any, dtype: Any, operands: Any, length: int, fixed: Any, update: Any) -> None:
     """Update rows, by ``update``, from their sums, to which an incomplete last chunk is added first."""
     base, stride, tw, _, th, tm = operands
-    rows, counts, memory = grouped(kept, SUMMED, dtype), grouped(kept, COUNTS, np.int32), kept[SUMS, ADDRESS]
-    missing, second = grouped(kept, MISSING, np.int32), grouped(kept, SECOND, np.int32)
+    rows, counts, memory = grouped(kept[SUMMED], dtype), grouped(kept[COUNTS], np.int32), kept[SUMS, ADDRESS]
+    missing, second = grouped(kept[MISSING], np.int32), grouped(kept[SECOND], np.int32)
     n, ahead = len(rows), _ahead(AHEAD, length, tw)
     for i in range(n):
         then, g = min(i + ahead, n - 1), sum_at(memory, i, length, th)

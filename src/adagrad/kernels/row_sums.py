@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numba
 import numpy as np
 
 from adagrad.kernels.blocks import broadcast, store_block
 from adagrad.kernels.formats import TOKENS, pointer
-from adagrad.kernels.numba_jit import incref, jit, pointer_to, worker
+from adagrad.kernels.memory import array_at, incref
+from adagrad.kernels.numba_jit import jit, worker
 from adagrad.kernels.records import CHECKED_IDS, ENTRIES, FACTS, GROUPS, LENGTH
 from adagrad.kernels.row_groups import group
 from adagrad.rule import CHUNK, LANES
@@ -66,8 +66,8 @@ ADDRESS, ELEMENTS, OWNER = range(3)
 
 
 @jit(helper=True)
-def _hand_over(kept: Any, what: int, array: Any) -> None:
-    kept[what, ADDRESS], kept[what, ELEMENTS], kept[what, OWNER] = array.ctypes.data, array.size, incref(array)
+def _hand_over(place: Any, array: Any) -> None:
+    place[ADDRESS], place[ELEMENTS], place[OWNER] = array.ctypes.data, array.size, incref(array)
 
 
 @functools.cache
@@ -76,26 +76,26 @@ def grouping(needs_int64: bool, history: str) -> int:
     th, dtype = TOKENS[history], np.int64 if needs_int64 else np.int32
 
     def group_ids(arguments: Any, k: Any, count: Any) -> None:
-        facts = numba.carray(pointer_to(arguments), FACTS, np.int64)
-        ids = numba.carray(pointer_to(facts[CHECKED_IDS]), facts[ENTRIES], dtype)
-        kept = numba.carray(pointer_to(facts[GROUPS]), (count, GROUPED, 3), np.int64)[k]
+        facts = array_at(arguments, FACTS, np.int64)
+        ids = array_at(facts[CHECKED_IDS], facts[ENTRIES], dtype)
+        kept = array_at(facts[GROUPS], (count, GROUPED, 3), np.int64)[k]
         # The caller releases what is handed over, even if no memory is left for the next.
         single, positions, added, to, summed, counts = group(ids, k, count)
-        _hand_over(kept, SINGLE, single)
-        _hand_over(kept, POSITIONS, positions)
-        _hand_over(kept, ADDED, added)
-        _hand_over(kept, TO, to)
-        _hand_over(kept, SUMMED, summed)
-        _hand_over(kept, COUNTS, counts)
+        _hand_over(kept[SINGLE], single)
+        _hand_over(kept[POSITIONS], positions)
+        _hand_over(kept[ADDED], added)
+        _hand_over(kept[TO], to)
+        _hand_over(kept[SUMMED], summed)
+        _hand_over(kept[COUNTS], counts)
         missing, second, total = plan_sums(counts)
-        _hand_over(kept, MISSING, missing)
-        _hand_over(kept, SECOND, second)
-        _hand_over(kept, SUMS, begin_sums(total, facts[LENGTH], th))
+        _hand_over(kept[MISSING], missing)
+        _hand_over(kept[SECOND], second)
+        _hand_over(kept[SUMS], begin_sums(total, facts[LENGTH], th))
 
     return worker(group_ids)
 
 
 @jit(helper=True)
-def grouped(kept: Any, what: int, dtype: Any) -> Any:
-    """The array that was handed over as ``what``."""
-    return numba.carray(pointer_to(kept[what, ADDRESS]), kept[what, ELEMENTS], dtype)
+def grouped(place: Any, dtype: Any) -> Any:
+    """The array that was handed over there."""
+    return array_at(place[ADDRESS], place[ELEMENTS], dtype)

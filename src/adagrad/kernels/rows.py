@@ -36,7 +36,8 @@ from adagrad.kernels.layout import (
     list_item,
     read_word,
 )
-from adagrad.kernels.numba_jit import jit, keep_alive, uncounted
+from adagrad.kernels.memory import keep_alive, uncounted, word_table
+from adagrad.kernels.numba_jit import jit
 from adagrad.kernels.records import (
     ARE_LONG,
     BASE,
@@ -59,7 +60,7 @@ from adagrad.row_sparse import RowSparse
 from adagrad.rule import Rule
 
 
-@jit(holds_gil=True)
+@jit(helper=True)
 def describe_rows(weight: int, values: int, history: int, master: int, indices: int, layout: Any, row_wise: bool,
                  facts: Any) -> Any:  # fmt: skip
     """The code of an update (-1 if it is not plain); fills its ``facts``, FACTS words.
@@ -67,15 +68,15 @@ def describe_rows(weight: int, values: int, history: int, master: int, indices: 
     The operands are addresses of objects, ``master`` that of None for none. ``values`` and ``indices`` may be one and
     the same sparse COO tensor, which has both; its shape is then checked.
     """
-    own_out, own_info = np.empty(1, np.int64), np.zeros((5, INFO), np.int64)
-    out, info, layout = uncounted(own_out), uncounted(own_info), uncounted(layout)
+    own_info = word_table(5, INFO)
+    info, layout = uncounted(own_info), uncounted(layout)
     things, has_master = (weight, values, history, master, indices), master != layout[NONE]
     body = sparse_body(values, layout) if values == indices else 0
     for k in range(5):
         if body and k in (GRAD, IDS):
-            if not describe_part(body, VALUES_AT if k == GRAD else INDICES_AT, layout, out, info[k]):
+            if not describe_part(body, VALUES_AT if k == GRAD else INDICES_AT, layout.ctypes.data, info[k].ctypes.data):
                 return -1
-        elif (k != MASTER or has_master) and not describe(things[k], layout, out, info[k]):
+        elif (k != MASTER or has_master) and not describe(things[k], layout.ctypes.data, info[k].ctypes.data):
             return -1
     w, v, ids = info[WEIGHT], info[GRAD], info[IDS]
     # Ids have one dimension, or, as in a sparse tensor, two, and vary along the last.
@@ -107,8 +108,7 @@ def describe_rows(weight: int, values: int, history: int, master: int, indices: 
                 facts[STRIDE + k] = size * (1 if row_wise and k == HISTORY else length)
                 if not info[k, CONTIGUOUS]:
                     return -1
-    code = code_of(info, has_master, row_wise)
-    keep_alive(own_out)
+    code = code_of(info, has_master, row_wise, False)
     keep_alive(own_info)
     return code
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from adagrad.kernels.numba_jit import jit
+from adagrad.kernels.memory import words
+from adagrad.kernels.numba_jit import entry, jit
 
 
 @jit(helper=True)
@@ -27,7 +28,7 @@ def _sort(starts: Any, order: Any) -> None:
         gap = gap * 5 // 11 if gap > 2 else gap - 1
 
 
-@jit()
+@jit(helper=True)
 def disjoint(starts: Any, ends: Any, written: int, guess: Any) -> bool:
     """See :func:`are_disjoint`. Empty spans share nothing.
 
@@ -35,7 +36,7 @@ def disjoint(starts: Any, ends: Any, written: int, guess: Any) -> bool:
     order, whatever other threads did to it; else the spans are sorted and the guess is updated.
     """
     n = len(starts)
-    order, before = np.empty(n, np.int64), np.int64(-1)
+    order, before = words(n), np.int64(-1)
     for k in range(n):
         i = guess[k]
         if i < 0 or i >= n or starts[i] <= before:
@@ -58,9 +59,12 @@ def disjoint(starts: Any, ends: Any, written: int, guess: Any) -> bool:
     return True
 
 
+_disjoint = entry(disjoint)
+
+
 def are_disjoint(spans: np.ndarray, written: int) -> bool:
     """Whether the first ``written`` of ``spans``, (2, n) starts and ends, share no byte with any other span."""
-    return bool(disjoint(spans[0], spans[1], written, _guess(spans.shape[1])))
+    return bool(_disjoint(spans[0], spans[1], written, _guess(spans.shape[1])))
 
 
 def concatenate(pieces: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, int]:

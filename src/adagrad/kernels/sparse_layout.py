@@ -9,23 +9,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
 from adagrad.kernels.layout import (
     DELETE_HANDLE,
     HOLDER,
+    INFO,
     KEYS_AT,
     NEW_HANDLE,
     SPARSE,
     TENSOR,
     TYPE,
     VALUES_AT,
+    WORDS,
     call_c,
     describe_tensor,
     generate_call,
     read_word,
 )
+from adagrad.kernels.memory import array_at
 from adagrad.kernels.numba_jit import jit
 
 
@@ -46,10 +50,11 @@ def sparse_body(thing: int, layout: Any) -> int:
     return body if read_word(body, layout[KEYS_AT]) == layout[SPARSE] else 0
 
 
-@jit(helper=True)
-def describe_part(body: int, at: int, layout: Any, out: Any, info: Any) -> bool:
-    """Describe the part of a sparse tensor, see :func:`sparse_body`, that ``at`` names: VALUES_AT or INDICES_AT."""
-    return describe_tensor(body + layout[at], layout, out, info)
+@jit(helper=True, inline=False)
+def describe_part(body: int, at: int, layout_at: int, info_at: int) -> bool:
+    """:func:`describe` for the part of a sparse tensor, see :func:`sparse_body`, at VALUES_AT or INDICES_AT."""
+    layout = array_at(layout_at, WORDS, np.int64)
+    return describe_tensor(body + layout[at], layout, array_at(info_at, INFO, np.int64))
 
 
 @jit(helper=True)

@@ -35,7 +35,8 @@ from adagrad.kernels.layout import (
     list_item,
     read_word,
 )
-from adagrad.kernels.numba_jit import jit, keep_alive, uncounted
+from adagrad.kernels.memory import keep_alive, uncounted, word_table, words
+from adagrad.kernels.numba_jit import entry, jit
 from adagrad.kernels.records import COLUMNS, GRAD, HISTORY, MASTER, ROW_LENGTH, SIZE, WEIGHT
 
 Formats: TypeAlias = "tuple[str, str, str, str | None]"
@@ -51,10 +52,10 @@ WITH_MASTER, WIDE_GRAD, CODES_PER_DEVICE = 4, 8, 16
 @jit(helper=True)
 def _same_shape(a: Any, b: Any, row_wise: bool) -> Any:
     """Whether ``b`` has the shape of ``a``, or of its row-wise history."""
-    same = a[RANK] == b[RANK]
-    for d in range(a[RANK] if same else 0):
-        same &= read_word(b[SIZES], 8 * d) == (1 if row_wise and d > 0 else read_word(a[SIZES], 8 * d))
-    return same
+    d = 0 if a[RANK] == b[RANK] else a[RANK] + 1
+    while d < a[RANK] and read_word(b[SIZES], 8 * d) == (1 if row_wise and d > 0 else read_word(a[SIZES], 8 * d)):
+        d += 1
+    return d == a[RANK]
 
 
 @jit(helper=True)
@@ -62,10 +63,10 @@ def _same_order(a: Any, b: Any) -> Any:
     """Whether the elements of two arrays of one shape lie in the same order."""
     if a[CONTIGUOUS]:
         return b[CONTIGUOUS] != 0
-    same = True
-    for d in range(a[RANK]):
-        same &= read_word(a[STRIDES], 8 * d) * b[UNIT] == read_word(b[STRIDES], 8 * d) * a[UNIT]
-    return same
+    d = 0
+    while d < a[RANK] and read_word(a[STRIDES], 8 * d) * b[UNIT] == read_word(b[STRIDES], 8 * d) * a[UNIT]:
+        d += 1
+    return d == a[RANK]
 
 
 @jit(helper=True)
@@ -89,8 +90,8 @@ def _fits(a: Any, b: Any, row_wise: bool, shared: bool) -> Any:
 
 
 @jit(helper=True)
-def code_of(info: Any, has_master: bool, row_wise: bool) -> Any:
-    """The code of an update whose arrays fit together, else -1; the gradient's shape is not checked.
+def code_of(info: Any, has_master: bool, row_wise: bool, is_dense: bool) -> Any:
+    """The code of an update whose arrays fit together, else -1; only a dense gradient's shape is checked.
 
     ``info[k]`` is what :func:`adagrad.kernels.layout.describe` filled in for weight, gradient, history, master copy.
     """
@@ -107,7 +108,9 @@ def code_of(info: Any, has_master: bool, row_wise: bool) -> Any:
             return -1
         if a[FORMAT] != computing and (a[FORMAT] != w[FORMAT] or k > GRAD):
             return -1
-        if k != GRAD and not (a[WRITEABLE] and _fits(w, a, row_wise, row_wise and k == HISTORY)):
+        if k != GRAD and not a[WRITEABLE]:
+            return -1
+        if (k != GRAD or is_dense) and not _fits(w, a, row_wise, row_wise and k == HISTORY):
             return -1
     code = w[DEVICE] * CODES_PER_DEVICE + w[FORMAT]
     code += WITH_MASTER if has_master else 0
@@ -132,7 +135,7 @@ def code_of_formats(weight: str, grad: str, *, has_master: bool) -> int:
 # ------------------------------------------------------------------------------------------------------------- the list
 
 
-@jit(holds_gil=True)
+@jit(helper=True)
 def fill(weights: int, grads: int, histories: int, masters: int, layout: Any, row_wise: bool, table: Any, codes: Any,
          spans: Any) -> Any:  # fmt: skip
     """Fill ``table``, the ``codes`` of its rows and the ``spans`` of memory, from four lists, given by ``id``.
@@ -144,8 +147,8 @@ def fill(weights: int, grads: int, histories: int, masters: int, layout: Any, ro
     """
     n, total = len(table), 0
     columns = spans.shape[1] // n
-    own_out, own_info, own_things = np.empty(1, np.int64), np.zeros((4, INFO), np.int64), np.empty(4, np.int64)
-    out, info, things, layout = uncounted(own_out), uncounted(own_info), uncounted(own_things), uncounted(layout)
+    own_info, own_things = word_table(4, INFO), words(4)
+    info, things, layout = uncounted(own_info), uncounted(own_things), uncounted(layout)
     for i in range(n):
         things[WEIGHT], things[GRAD] = list_item(weights, i), list_item(grads, i)
         things[HISTORY] = list_item(histories, i)
@@ -153,9 +156,8 @@ def fill(weights: int, grads: int, histories: int, masters: int, layout: Any, ro
         has_master, plain = things[MASTER] != layout[NONE], True
         for k in range(4):
             if plain and (k != MASTER or has_master):
-                plain = describe(things[k], layout, out, info[k])
-        plain = plain and _fits(info[WEIGHT], info[GRAD], row_wise, False)
-        codes[i] = code_of(info, has_master, row_wise) if plain else -1
+                plain = describe(things[k], layout.ctypes.data, info[k].ctypes.data)
+        codes[i] = code_of(info, has_master, row_wise, True) if plain else -1
         table[i] = 0
         for at in range(i, n * columns, n):
             spans[0, at], spans[1, at] = 0, 0
@@ -174,10 +176,12 @@ def fill(weights: int, grads: int, histories: int, masters: int, layout: Any, ro
     same = codes[0]
     for i in range(n):
         same = same if codes[i] == same else -1
-    keep_alive(own_out)
     keep_alive(own_info)
     keep_alive(own_things)
     return same, total
+
+
+_fill = entry(fill, holds_gil=True)
 
 
 class Table(NamedTuple):
@@ -228,7 +232,7 @@ def build_table(
     if layout is None or not fit(weights, grads, histories, masters):
         codes[:], spans[:] = -1, 0
         return Table(rows, codes, -1, 0, spans, (columns - 1) * n)
-    common, total = fill(
+    common, total = _fill(
         id(weights), id(grads), id(histories), id(masters) if masters else 0, layout, row_wise, rows, codes, spans
     )
     return Table(rows, codes, common, total, spans, (columns - 1) * n)

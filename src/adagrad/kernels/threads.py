@@ -12,7 +12,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from adagrad.kernels.numba_jit import exchange, jit
+from adagrad.kernels.memory import exchange
+from adagrad.kernels.numba_jit import jit
 
 # ------------------------------------------------------------------------------------------------- one launch at a time
 
