@@ -49,3 +49,23 @@ def test_the_public_names() -> None:
         "AdaGrad", "GroupAdaGrad", "Optimizer", "register", "create", "Updater", "get_updater", "RowSparse",
         "lr_scheduler",
     }  # fmt: skip
+
+
+def test_without_numbas_compiler() -> None:
+    """As debuggers and coverage of Numba's users have it: the array expressions still work."""
+    code = """
+        import numpy as np
+        from adagrad import AdaGrad
+        weight, history = np.ones(2), np.zeros(2)
+        for _ in range(2):
+            try:
+                AdaGrad(0.5).update(0, weight, np.ones(2), history)
+            except RuntimeError as error:
+                assert "NUMBA_DISABLE_JIT is set: the kernels must be compiled" in str(error), error
+                assert weight.tolist() == [1, 1]
+            else:
+                raise AssertionError
+        AdaGrad(0.5, use_fused_step=False).update(0, weight, np.ones(2), history)
+        print(weight.round(3).tolist())
+    """
+    assert run(code, NUMBA_DISABLE_JIT="1") == "[0.5, 0.5]"

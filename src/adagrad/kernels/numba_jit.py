@@ -23,6 +23,11 @@ from numba.extending import intrinsic
 from adagrad.kernels.disk_cache import Cache
 from adagrad.kernels.interrupts import uninterrupted
 
+if numba.config.DISABLE_JIT:
+    raise RuntimeError(
+        "NUMBA_DISABLE_JIT is set: the kernels must be compiled; AdaGrad(use_fused_step=False) needs none"
+    )
+
 # ---------------------------------------------------------------------------------------------------------- compilation
 
 F = TypeVar("F", bound=Callable[..., Any])
