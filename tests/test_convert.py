@@ -80,6 +80,8 @@ def test_arrays_are_checked() -> None:
         convert.from_arrays([], AdaGrad(), "x")
     with pytest.raises(ValueError, match="history 0: masked: must be an array"):
         convert.from_arrays([np.ma.masked_less(f32(1, 2), 2)], AdaGrad(), "mxnet")
+    with pytest.raises(ValueError, match=r"history 0: -2.0: must be >= 0, as a sum of squares is"):
+        convert.from_arrays([f32(1, -2, np.nan)], AdaGrad(), "mxnet")
     for pair in ((f32(1), f32(1)), [f32(1), f32(1)]):
         with pytest.raises(ValueError, match=r"states\[0\]: a pair \(master copy, history\): must be one history"):
             convert.to_arrays({0: pair}, AdaGrad(), "mxnet")

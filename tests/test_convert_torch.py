@@ -197,6 +197,9 @@ def test_what_is_no_state_dict_is_refused(other: Any) -> None:
     adam.step()
     with pytest.raises(ValueError, match=r"KeyError.'sum'."):
         convert.from_torch(adam.state_dict(), AdaGrad(dialect="torch"))
+    for before_a_step in (torch.optim.Adam([p]), torch.optim.SGD([p])):
+        with pytest.raises(ValueError, match="no parameter has a state"):
+            convert.from_torch(before_a_step.state_dict(), AdaGrad(dialect="torch"))
 
 
 @pytest.mark.parametrize(("off", "is_same"), [(0.0, True), (6e-8, True), (5e-7, False)])

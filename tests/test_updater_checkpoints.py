@@ -278,6 +278,30 @@ def test_states_of_another_kind_are_refused() -> None:
     again([0, 1], [np.ones_like(half), np.ones_like(single)], [half, single])
 
 
+class Momentum(AdaGrad):
+    """Its states may be anything."""
+
+
+@pytest.mark.parametrize("klass", [AdaGrad, GroupAdaGrad])
+@pytest.mark.parametrize("has_master", [False, True])
+def test_a_negative_history_is_refused(klass: type[AdaGrad], has_master: bool) -> None:
+    """As momentum in a file of MXNet, which does not say which optimizer wrote it; a master copy may be negative."""
+    weight = np.full((2, 3), -1, np.float16 if has_master else np.float32)
+    updater = get_updater(klass(0.1, multi_precision=has_master))
+    updater(0, weight * 0.5, weight)
+    data = updater.get_states()
+    updater.set_states(data)
+    bad = copy.deepcopy(updater.states)
+    history = bad[0][1] if has_master else bad[0]
+    history[1, 0] = -0.25
+    other = get_updater(Momentum(0.1))
+    other.states = bad
+    with pytest.raises(ValueError, match=r"states\[0\]: -0.25: a history must be >= 0"):
+        updater.set_states(other.get_states())
+    assert updater.get_states() == data, "nothing has changed"
+    other.set_states(other.get_states())
+
+
 class OtherAdaGrad(AdaGrad):
     pass
 

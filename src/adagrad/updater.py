@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -16,8 +16,10 @@ from adagrad.optimizer import Optimizer
 from adagrad.rates import Index
 from adagrad.rule import is_torch
 
+OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
-class Updater:
+
+class Updater(Generic[OptimizerT]):
     """Apply an optimizer to weights by index and own their states, like ``mxnet.optimizer.Updater`` (2.0).
 
     Parameters
@@ -46,10 +48,10 @@ class Updater:
     array([0.5000005, 1.4999995], dtype=float32)
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: OptimizerT) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer={checks.describe(optimizer)}: must be an adagrad.Optimizer")
-        self.optimizer = optimizer
+        self.optimizer: OptimizerT = optimizer
         self.states: dict[Index, Any] = {}
         # States not used since loading, and whether rows may change; a state replaced since then does not count.
         self._loaded: dict[Index, tuple[Any, bool]] = {}
@@ -103,6 +105,9 @@ class Updater:
     def get_states(self, dump_optimizer: bool = False) -> bytes:
         """Return the states as safetensors bytes; with hyper-parameters, counts and schedule if ``dump_optimizer``.
 
+        Without it, counts start again at ``begin_num_update`` when the states are loaded in a new process, and so does
+        a schedule.
+
         Custom schedulers (not from :mod:`adagrad.lr_scheduler`), ``param_dict`` and ``sym`` are never saved; attributes
         that a subclass adds only if it overrides :meth:`Optimizer.config`.
         """
@@ -129,10 +134,12 @@ class Updater:
             If ``states`` is not bytes.
         ValueError
             If the bytes are truncated, altered, not a state file, of a newer version or of another optimizer class, or
-            if a state has another dtype or shape than the one here (apart from its rows if ``resize_rows``); nothing is
-            changed.
+            if a state has another dtype or shape than the one here (apart from its rows if ``resize_rows``), or a
+            history of AdaGrad is negative anywhere, as momentum from MXNet's files is; nothing is changed.
         """
         from adagrad import checkpoint, mxnet_states
+        from adagrad.adagrad import AdaGrad
+        from adagrad.group_adagrad import GroupAdaGrad
 
         if not isinstance(states, (bytes, bytearray, memoryview)):
             raise TypeError(f"states={checks.describe(states)}: must be bytes, not {type(states).__name__}")
@@ -149,6 +156,9 @@ class Updater:
                 differ_in_rows = len({_forms(state, any_rows=True) for state in given}) == 1
                 hint = "; resize_rows=True lets the number of rows change" if differ_in_rows else ""
                 raise ValueError(f"states[{index!r}]: {found}: must be {expected}, like the one here{hint}")
+        if type(self.optimizer) in (AdaGrad, GroupAdaGrad):  # the states of a subclass may be anything
+            for index, state in loaded.items():
+                _check_history(f"states[{index!r}]", state)
         if config is not None:
             self.optimizer.set_config(config)
         self.states = dict(loaded)
@@ -171,6 +181,13 @@ class Updater:
             self.set_states(data, resize_rows=resize_rows)
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+
+def _check_history(at: str, state: Any) -> None:
+    """Refuse what is no sum of squares. A file from MXNet does not say by itself which optimizer wrote it."""
+    history = state[-1] if isinstance(state, (tuple, list)) and state else state
+    if isinstance(history, np.ndarray) and (history < 0).any():
+        raise ValueError(f"{at}: {np.nanmin(history)}: a history must be >= 0; was it written by AdaGrad?")
 
 
 def _is_list(index: Any) -> bool:
@@ -220,6 +237,6 @@ def _into(loaded: Any, fresh: Any, *, resize: bool) -> Any:
     return fresh
 
 
-def get_updater(optimizer: Optimizer) -> Updater:
+def get_updater(optimizer: OptimizerT) -> Updater[OptimizerT]:
     """Return an :class:`Updater` for ``optimizer``."""
     return Updater(optimizer)

@@ -41,8 +41,8 @@ def from_arrays(histories: Iterable[Any] | Mapping[Index, Any], optimizer: AdaGr
         If ``histories`` is not iterable, or a single array.
     ValueError
         If the optimizer has epsilon or weight decay in another place than the dialect, or an array is not float32 or
-        float64, is masked or only a part of a tensor, or not ``(n, 1, ...)`` for a row-wise optimizer. Histories in
-        half precision are refused, because they were rounded at every step.
+        float64, is masked, only a part of a tensor or negative anywhere, or not ``(n, 1, ...)`` for a row-wise
+        optimizer. Histories in half precision are refused, because they were rounded at every step.
 
     Examples
     --------
@@ -76,7 +76,20 @@ def to_arrays(states: Mapping[Index, Any], optimizer: AdaGrad, dialect: str) -> 
 
 
 def history(what: str, value: Any, optimizer: AdaGrad | None = None) -> History:
-    """Return a copy of ``value`` as a float32 or float64 array, checked to be row-wise if ``optimizer`` is."""
+    """Return a copy of ``value`` as :func:`floats` does, checked to be one, and row-wise if ``optimizer`` is."""
+    array = floats(what, value)
+    if (array < 0).any():
+        raise ValueError(f"{what}: {np.nanmin(array)}: must be >= 0, as a sum of squares is")
+    if optimizer is not None and optimizer.row_wise and (array.ndim == 0 or math.prod(array.shape[1:]) != 1):
+        raise ValueError(
+            f"{what}: shape {array.shape}: must be (n, 1, ...), one value for each row of its weight; "
+            "a history of elements continues with AdaGrad"
+        )
+    return array
+
+
+def floats(what: str, value: Any) -> History:
+    """Return a copy of ``value``, a history or a master copy, as a float32 or float64 array."""
     low = re.search(r"b?float(16|8)\w*|complex32", str(getattr(value, "dtype", "")))
     if low is not None:
         raise ValueError(
@@ -91,11 +104,6 @@ def history(what: str, value: Any, optimizer: AdaGrad | None = None) -> History:
     native = array.dtype.newbyteorder("=")
     if native not in (np.dtype(np.float32), np.dtype(np.float64)):
         raise ValueError(f"{what}: {array.dtype}: must be an array of float32 or float64")
-    if optimizer is not None and optimizer.row_wise and (array.ndim == 0 or math.prod(array.shape[1:]) != 1):
-        raise ValueError(
-            f"{what}: shape {array.shape}: must be (n, 1, ...), one value for each row of its weight; "
-            "a history of elements continues with AdaGrad"
-        )
     return array.astype(native, copy=False)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from adagrad import checks
 from adagrad.adagrad import AdaGrad
-from adagrad.convert.arrays import States, history, single
+from adagrad.convert.arrays import States, floats, history, single
 from adagrad.convert.trajectory import count, next_lr, ordered, require_adagrad, require_rate, require_rule
 from adagrad.rates import Index
 
@@ -56,6 +56,8 @@ def from_torch(state_dict: Mapping[str, Any], optimizer: AdaGrad) -> States:
             for index in group["params"]
             if index in saved
         ]
+        if not found and any(group["params"] for group in state_dict["param_groups"]):
+            raise KeyError("no parameter has a state; torch.optim.Adagrad's have one from the start")
         states: States = {}
         for index, group, step, array in found:
             what = f"parameter {index}"
@@ -65,7 +67,7 @@ def from_torch(state_dict: Mapping[str, Any], optimizer: AdaGrad) -> States:
             if "master" in saved[index]:
                 if not optimizer.multi_precision:
                     raise ValueError(f"master of {what}: the optimizer must keep it, too: pass multi_precision=True")
-                states[index] = (history(f"master of {what}", saved[index]["master"]), states[index])
+                states[index] = (floats(f"master of {what}", saved[index]["master"]), states[index])
     except (TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError) as error:
         need = "must be what torch.optim.Adagrad.state_dict() returns, with nothing around it"
         raise ValueError(f"state_dict: {need}: {error!r}") from error
@@ -135,7 +137,7 @@ def to_torch(
         saved[number] = {"step": torch.tensor(float(count(optimizer, index)))}
         saved[number]["sum"] = torch.from_numpy(single(index, state[1] if pair else state))
         if pair:
-            saved[number]["master"] = torch.from_numpy(single(index, state[0]))
+            saved[number]["master"] = torch.from_numpy(floats(f"master of states[{index!r}]", state[0]))
     made = [_group(optimizer, group, ours) | {"params": [numbers[index] for index in group]} for group in groups]
     return {"state": saved, "param_groups": made}
 
