@@ -13,7 +13,7 @@ import numpy as np
 from adagrad import checks, saved_schedules
 from adagrad.arguments import as_lists, cast_gradient, check_low_precision
 from adagrad.arrays import LOW_PRECISION, operand
-from adagrad.rates import Index, Rates
+from adagrad.rates import ByIndex, Index, Rates
 from adagrad.rule import Array, cast, is_torch
 
 O = TypeVar("O", bound="type[Optimizer]")  # noqa: E741
@@ -30,7 +30,7 @@ class Options(TypedDict, total=False):
     sym: Any
     begin_num_update: int
     multi_precision: bool
-    param_dict: Mapping[Index, Any] | None
+    param_dict: ByIndex | None
     aggregate_num: float | None
 
 
@@ -59,7 +59,8 @@ class Optimizer(Rates):
     begin_num_update : int, default 0
         The initial update count of every weight.
     multi_precision : bool, default False
-        Whether to keep a float32 master copy of float16 and bfloat16 weights, to which the rule is applied.
+        Whether to keep a float32 master copy of float16 and bfloat16 weights, to which the rule is applied. The next
+        update overwrites what others write to such a weight; after loading weights, load their states or create them.
     param_dict : mapping of index to object, optional
         Objects with ``lr_mult`` and ``wd_mult``, read at every step; they override all other multipliers.
     aggregate_num : int or numpy.inf, optional
@@ -95,7 +96,7 @@ class Optimizer(Rates):
         sym: Any = None,
         begin_num_update: int = 0,
         multi_precision: bool = False,
-        param_dict: Mapping[Index, Any] | None = None,
+        param_dict: ByIndex | None = None,
         aggregate_num: float | None = None,
         use_fused_step: bool | None = None,
     ) -> None:

@@ -13,6 +13,7 @@ from adagrad import checks, saved_schedules
 from adagrad.lr_scheduler import LRScheduler
 
 Index = int | str
+ByIndex = Mapping[Any, Any]  # by Index; as the keys of a Mapping are invariant, a dict[str, float] would be refused
 """Key of a weight in an optimizer."""
 
 _KEYS = frozenset([int, str])
@@ -30,7 +31,7 @@ class Rates:
         learning_rate: float | None,
         lr_scheduler: Callable[[int], float] | None,
         param_idx2name: Mapping[int, str] | None,
-        param_dict: Mapping[Index, Any] | None,
+        param_dict: ByIndex | None,
         sym: Any,
         begin_num_update: int,
     ) -> None:
@@ -43,7 +44,7 @@ class Rates:
         self.idx2name: dict[Index, str] = {
             index: checks.string(f"param_idx2name[{index!r}]", name) for index, name in (param_idx2name or {}).items()
         }
-        self.param_dict = param_dict if param_dict is not None else {}
+        self.param_dict: Mapping[Any, Any] = param_dict if param_dict is not None else {}
         if sym is not None and not all(callable(getattr(sym, name, None)) for name in ("attr_dict", "list_arguments")):
             raise TypeError(f"sym={checks.describe(sym)}: must have attr_dict() and list_arguments()")
         self.sym_info = () if sym is None else (sym.attr_dict(), sym.list_arguments())
@@ -105,15 +106,15 @@ class Rates:
             raise UserWarning(f"lr={lr!r}: the learning rate is set by the optimizer's lr_scheduler")
         self.lr = checks.non_negative("lr", lr)
 
-    def set_lr_mult(self, args_lr_mult: Mapping[Index, float]) -> None:
+    def set_lr_mult(self, args_lr_mult: ByIndex) -> None:
         """Replace the learning-rate multipliers, by index or name; those of ``sym`` stay unless given here."""
         self.lr_mult = self._multipliers("args_lr_mult", "__lr_mult__", args_lr_mult)
 
-    def set_wd_mult(self, args_wd_mult: Mapping[Index, float]) -> None:
+    def set_wd_mult(self, args_wd_mult: ByIndex) -> None:
         """Replace the weight-decay multipliers, by index or name; those of ``sym`` stay unless given here."""
         self.wd_mult = self._multipliers("args_wd_mult", "__wd_mult__", args_wd_mult)
 
-    def _multipliers(self, argument: str, attribute: str, given: Mapping[Index, float]) -> dict[Index, float]:
+    def _multipliers(self, argument: str, attribute: str, given: ByIndex) -> dict[Index, float]:
         if not isinstance(given, Mapping):
             raise TypeError(f"{argument}={checks.describe(given)}: must be a dict, not {type(given).__name__}")
         check_indices(given, f"a key of {argument}")

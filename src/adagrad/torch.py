@@ -226,7 +226,7 @@ class Adagrad(Optimizer):
 
         return step
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         Parameters
