@@ -1,6 +1,6 @@
 """Train a recommender with torch.optim.Adagrad and with adagrad.torch.Adagrad: the same model, one import changed.
 
-    python examples/torch_recommender.py        # takes about a minute on two cores
+    python examples/torch_recommender.py        # takes about a minute on two cores; needs ".[torch,examples]"
 
 The model is a small DLRM (Naumov et al., 2019): a table of vectors for each of 8 categorical features, a network for
 the numerical features, the inner products of all these vectors, and a network on top that predicts the odds of a click.
