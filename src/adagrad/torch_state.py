@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from adagrad import checks
-from adagrad.kernels import counts as plain
+from adagrad.kernels import counts as plain_counts
 from adagrad.kernels.dtensor import from_local, has_whole_rows, is_dtensor, local, moved, spread
 from adagrad.kernels.layout import current_layout
 from adagrad.kernels.tensor_checks import PLAIN_TYPES
@@ -119,7 +119,7 @@ class Counts:
         self._counts = counts
         self._addresses = np.empty(len(counts), np.int64)
         layout = current_layout()
-        self._plain = layout is not None and plain.find(id(counts), layout, self._addresses)
+        self._plain = layout is not None and plain_counts.find(id(counts), layout, self._addresses)
         for i, count in enumerate(() if self._plain else counts):
             _check(f"state of parameter{at(i)}", count)
 
@@ -128,7 +128,7 @@ class Counts:
         values: list[Any]
         if self._plain:
             numbers = np.empty(len(self._counts))
-            plain.read(self._addresses, numbers)
+            plain_counts.read(self._addresses, numbers)
             values = numbers.tolist()
         else:
             values = [float(count) if _is_known(count, wait) else count.double() for count in self._counts]
@@ -138,7 +138,7 @@ class Counts:
     def advance(self) -> None:
         """Add 1 to each count."""
         if self._plain:
-            plain.advance(self._addresses)
+            plain_counts.advance(self._addresses)
         elif self._counts:
             with torch.inference_mode():  # for parameters made in it, counts are inference tensors
                 torch._foreach_add_(self._counts, 1)

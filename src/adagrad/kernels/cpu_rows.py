@@ -8,14 +8,14 @@ it from front to back.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from adagrad.kernels.cpu_rule import constants, has_decay, has_rare_terms, plain_terms
 from adagrad.kernels.formats import TOKENS
 from adagrad.kernels.memory import array_at, decref, word_table
-from adagrad.kernels.numba_jit import entry, jit, run, worker
+from adagrad.kernels.numba_jit import jit, run, worker
 from adagrad.kernels.records import (
     ARE_INCREASING,
     CHECKED_IDS,
@@ -141,9 +141,6 @@ def room(count: int) -> Any:
     return np.empty((count, GROUPED, 3), np.int64), word_table(count, SCRATCH_WORDS)
 
 
-_work_of = entry(work_of)
-
-
 def out_of_memory(at: str, entries: int) -> MemoryError:
     return MemoryError(f"indices of grads{at}: {entries} row ids: too many for the memory that is left")
 
@@ -160,7 +157,7 @@ def launch(at: str, facts: Any, rows: Any, formats: Any, row_wise: bool, rates: 
     MemoryError
         No memory is left for grouping and summing the rows; nothing has changed.
     """
-    work = int(_work_of(facts))
+    work = int(cast(Any, work_of).py_func(facts))
     needs_int64 = rows.itemsize == 8
     group = 0 if facts[ARE_INCREASING] else grouping(needs_int64, formats[2])
     update = kernel(needs_int64, *formats, row_wise)

@@ -96,7 +96,7 @@ call_c: Any = intrinsic(_call_code)
 
 @jit(helper=True)
 def _ask(function: int, tensor: int, info: Any) -> Any:
-    info[START] = 0
+    info[START] = 0  # room for the answer; the start is asked for last
     return info[START] if call_c(function, tensor, info[START:].ctypes.data) == 0 else -1
 
 

@@ -18,8 +18,8 @@ _WORD, _BYTES = ir.IntType(64), ir.IntType(8).as_pointer()
 
 # --------------------------------------------------------------------------------------------------------------- arrays
 #
-# These cost compile time, too: Numba compiles functions of its own for `np.empty` and `numba.carray`, again for each
-# kind of caller.
+# For `np.empty` and `numba.carray`, Numba compiles functions of its own, again for each kind of caller. These take less
+# time to compile.
 
 
 def _array_at_code(typing: Any, address: Any, shape: Any, dtype: Any) -> Any:
@@ -89,9 +89,8 @@ def _incref_code(typing: Any, array: Any) -> Any:
         owner = context.make_array(array)(context, builder, args[0]).meminfo
         # The reference count is the first word. Numba's own function would not do: some versions of Numba prune its
         # increment together with a decrement, unaware that the reference lives on.
-        word = ir.IntType(64)
-        builder.atomic_rmw("add", builder.bitcast(owner, word.as_pointer()), word(1), "monotonic")
-        return builder.ptrtoint(owner, word)
+        builder.atomic_rmw("add", builder.bitcast(owner, _WORD.as_pointer()), _WORD(1), "monotonic")
+        return builder.ptrtoint(owner, _WORD)
 
     return types.int64(array), generate
 
@@ -99,9 +98,9 @@ def _incref_code(typing: Any, array: Any) -> Any:
 def _decref_code(typing: Any, owner: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         # Numba's own function would not do, either: before 0.66, it is removed from functions that allocate nothing.
-        owner, word = builder.inttoptr(args[0], _BYTES), ir.IntType(64)
-        before = builder.atomic_rmw("sub", builder.bitcast(owner, word.as_pointer()), word(1), "acq_rel")
-        with builder.if_then(builder.icmp_unsigned("==", before, word(1)), likely=True):
+        owner = builder.inttoptr(args[0], _BYTES)
+        before = builder.atomic_rmw("sub", builder.bitcast(owner, _WORD.as_pointer()), _WORD(1), "acq_rel")
+        with builder.if_then(builder.icmp_unsigned("==", before, _WORD(1)), likely=True):
             kind = ir.FunctionType(ir.VoidType(), [_BYTES])
             release = cgutils.get_or_insert_function(builder.module, kind, "NRT_MemInfo_call_dtor")
             builder.call(release, [owner])
@@ -116,12 +115,12 @@ incref: Any = intrinsic(_incref_code)
 decref: Any = intrinsic(_decref_code)
 
 
-# ---------------------------------------------------------------------------------------------------------------- words
+# -------------------------------------------------------------------------------------------------------------- atomics
 
 
 def _exchange_code(typing: Any, address: Any, value: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        word = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        word = builder.inttoptr(args[0], _WORD.as_pointer())
         return builder.atomic_rmw("xchg", word, args[1], "acq_rel")
 
     return types.int64(types.int64, types.int64), generate

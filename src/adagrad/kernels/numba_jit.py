@@ -35,10 +35,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 _OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": False, "boundscheck": False}
 
 
-class _NoMachineCode:
+class _NoEnvironments:
+    """In place of Numba's ``codegen``, which would look for a helper's environment in its machine code.
+
+    An environment holds Python's objects. Without it, a helper must neither print nor raise an exception with an
+    argument that is computed when it runs; constant messages, as those of ``np.empty``, need none.
+    """
+
     @staticmethod
     def set_env(env_name: str, env: object) -> None:
-        """Helpers need no environment, which would hold Python's objects."""
+        pass
 
 
 class _HelperLibrary(JITCodeLibrary):  # type: ignore[misc]
@@ -48,14 +54,11 @@ class _HelperLibrary(JITCodeLibrary):  # type: ignore[misc]
     the compile time.
     """
 
-    codegen = _NoMachineCode
+    codegen = _NoEnvironments
 
     def _finalize_final_module(self) -> None:
         self._finalize_dynamic_globals()
         self._finalized = True
-
-    def get_pointer_to_function(self, name: str) -> int:
-        return 0
 
 
 class _HelperCompiler(Compiler):  # type: ignore[misc]

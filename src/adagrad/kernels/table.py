@@ -52,7 +52,9 @@ WITH_MASTER, WIDE_GRAD, CODES_PER_DEVICE = 4, 8, 16
 @jit(helper=True)
 def _same_shape(a: Any, b: Any, row_wise: bool) -> Any:
     """Whether ``b`` has the shape of ``a``, or of its row-wise history."""
-    d = 0 if a[RANK] == b[RANK] else a[RANK] + 1
+    if a[RANK] != b[RANK]:
+        return False
+    d = 0
     while d < a[RANK] and read_word(b[SIZES], 8 * d) == (1 if row_wise and d > 0 else read_word(a[SIZES], 8 * d)):
         d += 1
     return d == a[RANK]
@@ -91,7 +93,7 @@ def _fits(a: Any, b: Any, row_wise: bool, shared: bool) -> Any:
 
 @jit(helper=True)
 def code_of(info: Any, has_master: bool, row_wise: bool, is_dense: bool) -> Any:
-    """The code of an update whose arrays fit together, else -1; only a dense gradient's shape is checked.
+    """The code of an update whose arrays fit together, else -1; of gradients, only a dense one's shape is checked.
 
     ``info[k]`` is what :func:`adagrad.kernels.layout.describe` filled in for weight, gradient, history, master copy.
     """
