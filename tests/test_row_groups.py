@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from adagrad.kernels import records, row_groups
-from adagrad.kernels.numba_jit import entry
 from row_operands import FLOAT32, rows
 from support import HYPERS, update_plain
 
@@ -172,7 +171,7 @@ def test_row_ids_are_copied_and_checked(dtype: Any) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 16])
 def test_workers_check_the_row_ids_together(dtype: Any, height: int, count: int) -> None:
     """What is found does not depend on who looks at which part, an empty one included."""
-    check, check_ids = row_groups.checking(height > 2**31), entry(row_groups.check_ids)
+    check = row_groups.checking(height > 2**31)
 
     def found(ids: list[int]) -> tuple[int, int, bool]:
         given, facts = np.array(ids, dtype), np.zeros(records.FACTS, np.int64)
@@ -181,7 +180,7 @@ def test_workers_check_the_row_ids_together(dtype: Any, height: int, count: int)
         facts[records.ARE_LONG] = dtype == np.int64
         facts[records.BASE + records.IDS] = given.ctypes.data
         room = np.full((count, row_groups.FINDINGS), 77)
-        bad, row = check_ids(facts, rows.ctypes.data, room, check, count)
+        bad, row = row_groups._check_ids(facts, rows.ctypes.data, room, check, count)
         if bad < 0:
             assert rows.tolist() == ids
         return bad, row, bool(facts[records.ARE_INCREASING])

@@ -13,8 +13,10 @@ from adagrad import checks, saved_schedules
 from adagrad.lr_scheduler import LRScheduler
 
 Index = int | str
-ByIndex = Mapping[Any, Any]  # by Index; as the keys of a Mapping are invariant, a dict[str, float] would be refused
 """Key of a weight in an optimizer."""
+
+ByIndex = Mapping[Any, Any]
+"""What is given for each index. A type checker would refuse a ``dict[str, ...]`` for a ``Mapping[Index, ...]``."""
 
 _KEYS = frozenset([int, str])
 
