@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,10 @@ def _find_parts(layout: np.ndarray) -> None:
 
 def _sparse(first: int) -> torch.Tensor:
     indices, values = torch.arange(first, first + 3, device="cpu")[None], torch.ones(3, 2, device="cpu")
-    return torch.sparse_coo_tensor(indices, values, (9, 2), device="cpu", is_coalesced=True, check_invariants=False)
+    with warnings.catch_warnings():
+        # PyTorch 2.11 warns whoever makes the first sparse tensor that it is not checked, even if that was asked for.
+        warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled", UserWarning)
+        return torch.sparse_coo_tensor(indices, values, (9, 2), device="cpu", is_coalesced=True, check_invariants=False)
 
 
 @functools.cache
