@@ -32,7 +32,7 @@ tl = pytest.importorskip("triton.language")
 
 from adagrad.kernels import cuda, cuda_row_lists, cuda_rows  # noqa: E402
 from adagrad.kernels.cuda_launch import Kernel  # noqa: E402
-from adagrad.rule import CHUNK, Rule, sum_duplicates  # noqa: E402
+from adagrad.rule import Rule, sum_duplicates  # noqa: E402
 from adagrad.torch import check_row_ids  # noqa: E402
 
 pytestmark = ON_THE_GPU
@@ -128,22 +128,26 @@ def test_a_bad_id_beyond_the_first_block_of_ids() -> None:
         cuda.check()
 
 
-@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000])
+@pytest.mark.parametrize("count", [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000])
 def test_all_occurrences_of_one_row(count: int) -> None:
     check_rows([make_rows([4] * count, (6, 3))], Rule())
 
 
 @pytest.mark.parametrize("row_wise", [False, True])
-@pytest.mark.parametrize("counts", [(127, 130, 1), (5, 300, 128, 129, 2), (129, 129, 129), (1, 257, 1, 256, 1, 2)])
+@pytest.mark.parametrize(
+    "counts",
+    [(127, 130, 1), (5, 300, 128, 129, 2), (129, 129, 129), (1, 257, 1, 256, 1, 2), (33, 1, 32, 65, 33, 31, 33, 160)],
+)
 def test_runs_across_pieces(counts: tuple[int, ...], row_wise: bool) -> None:
-    """Runs that begin and end everywhere in the pieces of 128 positions that the kernels divide the work by."""
+    """Short and long runs, chunks that begin everywhere in the pieces of 32 positions that the work is divided by."""
     ids = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
     check_rows([make_rows(ids, (len(counts), 3), row_wise=row_wise)], Rule(row_wise=row_wise))
 
 
 @triton.jit
 def find_first(ids: tl.tensor, end: tl.tensor, row: tl.tensor, found: tl.tensor) -> None:
-    tl.store(found, cuda_rows.first_position(ids, tl.full([], 0, tl.int64) + end, row))
+    zero = tl.full([], 0, tl.int64)
+    tl.store(found, cuda_rows.first_position(ids, zero, zero + end, row))
 
 
 @pytest.mark.parametrize("count", [1, 127, 128, 129, 16383, 16384, 16385, 50_000])
@@ -262,7 +266,7 @@ def test_tables_of_one_form_share_their_launches(dtype: str, row_wise: bool, lau
         u = make_rows(ids, (rows, 6), dtype, i, index_dtype=index_dtype, row_wise=row_wise)
         updates.append(u._replace(lr=lr if i == 2 else 0.1 * (i + 1), wd=0.1 * (i % 3)))
     check_rows(updates, Rule(row_wise=row_wise))
-    assert launched == ["check_ids_of_all", "update_runs", "update_runs"]
+    assert launched == ["check_ids_of_all", "update_runs", "sum_chunks", "update_runs"]
 
 
 @pytest.mark.parametrize("columns", [4, 130])
@@ -271,7 +275,7 @@ def test_more_tables_than_are_looked_at_together(columns: int, master: bool, lau
     dtype = "bfloat16" if master else "float32"
     heights = np.random.default_rng(3).integers(1, 9, 40).tolist()
     check_rows([make_rows(zipf(5, n, n), (n, columns), dtype, n, master=master) for n in heights], Rule())
-    assert launched == ["check_ids_of_all", "update_runs", "update_runs"]
+    assert launched == ["check_ids_of_all", "update_runs", "sum_chunks", "update_runs"]
 
 
 def test_forms_that_differ_are_launched_apart(launched: list[str]) -> None:
@@ -403,7 +407,7 @@ def test_the_next_call_raises_and_changes_nothing(row: int) -> None:
 def test_a_call_without_memory_for_its_sums_changes_nothing(tables: int, monkeypatch: pytest.MonkeyPatch) -> None:
     updates, dense = [make_rows([0] * 300, (4, 3), seed=i) for i in range(tables)], [make((5, 2), "float32")]
     before = copies([*updates, *dense])
-    empty, large = torch.Tensor.new_empty, 2 * -(-300 * tables // CHUNK)
+    empty, large = torch.Tensor.new_empty, cuda_row_lists.slots(300 * tables)
 
     def none_left(self: torch.Tensor, size: Any, **options: Any) -> torch.Tensor:
         if size == (large, 3):

@@ -24,7 +24,7 @@ from adagrad.arrays import row_length, tensor_format
 from adagrad.kernels import cuda_rows
 from adagrad.kernels.cuda_dense import RECORD, each
 from adagrad.kernels.cuda_launch import Kernel
-from adagrad.kernels.cuda_rows import CHUNK
+from adagrad.kernels.cuda_rows import SHORT
 from adagrad.kernels.cuda_rule import LANES, TRITON_DTYPE
 from adagrad.kernels.records import (
     ARE_LONG,
@@ -50,8 +50,9 @@ if TYPE_CHECKING:
 BLOCK = 1024
 """Row ids that one program checks."""
 
-ELEMENTS = 1024
-"""Elements in the tile of a program: enough bytes in flight, few enough registers."""
+ELEMENTS = 512
+"""Elements in the tile of a program, which is one warp: its parts never wait for each other, and each thread has four
+16-byte accesses in flight for each operand."""
 
 
 class RowUpdates(NamedTuple):
@@ -128,7 +129,7 @@ class Launch(NamedTuple):
     """The table of several weights, in device memory."""
     are_aligned: bool
     sums: Tensor
-    """(n, length): slots for the sums of chunks of long runs, two for every CHUNK sorted positions."""
+    """(n, length): slots for the sums of chunks of long runs, see :mod:`adagrad.kernels.cuda_rows`."""
 
 
 def by_form(updates: RowUpdates, rule: Rule) -> dict[Form, list[int]]:
@@ -161,13 +162,13 @@ def sort_ids(updates: RowUpdates, form: Form, which: Sequence[int], index: int, 
         records = upload(words)
         _CHECK_ALL.launch(blocks, records, len(which), keys, skip, report)
     ids, order = torch.sort(keys, stable=True)
-    sums = first[3].new_empty((2 * chunks(count), form.length))
+    sums = first[3].new_empty((slots(count), form.length))
     return Launch(form, first, index + which[0], ids, order, rows, len(which), records, are_aligned, sums)
 
 
-def chunks(count: int) -> int:
-    """The number of chunks of CHUNK sorted positions; 0 for a single one, whose border no run can cross."""
-    return -(-count // CHUNK.value) if count > CHUNK.value else 0
+def slots(count: int) -> int:
+    """The number of slots for sums of chunks: 2 for every SHORT sorted positions; 0 if there can be no long run."""
+    return 2 * -(-count // SHORT.value) if count > SHORT.value else 0
 
 
 _CHECK, _CHECK_ALL = Kernel(cuda_rows.check_ids, 4, BLOCK=BLOCK), Kernel(cuda_rows.check_ids_of_all, 4, BLOCK=BLOCK)
@@ -191,34 +192,45 @@ def plan(facts: np.ndarray, settings: np.ndarray, form: Form) -> tuple[np.ndarra
 
 
 class Kernels(NamedTuple):
-    """The kernels that update rows of one form."""
+    """The kernels that update rows of one form, and how many columns a program takes.
 
-    first: Kernel
+    Where the history has one value a row, a program of an update takes all of them, so many at a time.
+    """
+
+    short: Kernel
     tile: int
-    """Sorted positions that a program of ``first`` takes."""
+    """Sorted positions that a program of ``short`` takes."""
     columns: int
-    """Columns that it takes; if the history has one value a row, it takes all, so many at a time."""
-    later: Kernel
-    later_columns: int
+    chunks: Kernel
+    chunk_columns: int
+    long: Kernel
+    long_columns: int
 
 
 @functools.lru_cache(maxsize=256)
 def _kernels(form: Form, are_aligned: bool) -> Kernels:
     _, (weight, values, history, master) = decode(form.code)
     columns = min(1 << (form.length - 1).bit_length(), 128)
+    chunk_columns = min(columns, 64)
     if form.row_wise:
         columns = max(columns, LANES.value)
-    constants: dict[str, Any] = {
-        "WEIGHT": TRITON_DTYPE[weight], "GRAD": TRITON_DTYPE[values], "COMPUTE": TRITON_DTYPE[history],
-        "HAS_MASTER": master is not None, "ALIGNED": are_aligned, "ROW_WISE": form.row_wise,
+    long_columns = columns if form.row_wise else chunk_columns
+    of_sums = {"GRAD": TRITON_DTYPE[values], "COMPUTE": TRITON_DTYPE[history], "ALIGNED": are_aligned}
+    constants: dict[str, Any] = of_sums | {
+        "WEIGHT": TRITON_DTYPE[weight], "HAS_MASTER": master is not None, "ROW_WISE": form.row_wise,
         "ONE_PASS": form.row_wise and form.length <= columns,
     }  # fmt: skip
     tile = min(ELEMENTS // columns, 64)
-    later_columns = columns if form.row_wise else min(columns, 32)
-    first = Kernel(cuda_rows.update_runs, max(1, tile * columns // 256), LATER=False, TILE=tile, COLUMNS=columns,
-                   UNROLL=4, **constants)  # fmt: skip
-    later = Kernel(cuda_rows.update_runs, 1, LATER=True, TILE=1, COLUMNS=later_columns, UNROLL=16, **constants)
-    return Kernels(first, tile, columns, later, later_columns)
+    update = cuda_rows.update_runs
+    return Kernels(
+        Kernel(update, 1, LONG=False, TILE=tile, COLUMNS=columns, UNROLL=2, **constants),
+        tile,
+        columns,
+        Kernel(cuda_rows.sum_chunks, 1, COLUMNS=chunk_columns, **of_sums),
+        chunk_columns,
+        Kernel(update, 1, LONG=True, TILE=1, COLUMNS=long_columns, UNROLL=1, **constants),
+        long_columns,
+    )
 
 
 def bind(launch: Launch, table: Tensor, grad_scale: Tensor | None, skip: Tensor | None, found_inf: Tensor | None
@@ -233,12 +245,15 @@ def bind(launch: Launch, table: Tensor, grad_scale: Tensor | None, skip: Tensor 
     operands = alone if records is None else (None, sums, None, None, None, records)
     kernels = _kernels(form, are_aligned)
 
-    def bound(kernel: Kernel, programs: int, columns: int) -> Callable[[], object]:
+    def update(kernel: Kernel, programs: int, columns: int) -> Callable[[], object]:
         windows = 1 if form.row_wise else -(-form.length // columns)
         return kernel.bind(programs * windows, ids, order, *operands, weights, table, settings, count, rows,
                            form.length, grad_scale, skip, found_inf)  # fmt: skip
 
-    first_of_all = bound(kernels.first, -(-count // kernels.tile), kernels.columns)
-    if not chunks(count):
-        return [first_of_all]
-    return [first_of_all, bound(kernels.later, chunks(count), kernels.later_columns)]
+    short = update(kernels.short, -(-count // kernels.tile), kernels.columns)
+    slots = len(sums)
+    if not slots:
+        return [short]
+    programs = slots * -(-form.length // kernels.chunk_columns)
+    chunks = kernels.chunks.bind(programs, ids, order, operands[0], sums, records, weights, count, form.length)
+    return [short, chunks, update(kernels.long, slots // 2, kernels.long_columns)]

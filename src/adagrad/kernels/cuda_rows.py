@@ -3,16 +3,18 @@
 Any number of weights of one form share the launches: their rows are numbered consecutively across weights, and if there
 are several, kernels find operands and settings of each in a table (see :mod:`adagrad.kernels.cuda_row_lists`).
 
-The row ids are sorted stably, so that a row's occurrences form a run, in their original order. A run is cut into chunks
-of CHUNK occurrences from its first one. Work is divided by sorted position, not by row: a program takes TILE positions
-and sums the chunks that begin there. Runs of one chunk, which most are, it applies at once; chunks of longer runs leave
-their sums for a second launch, which adds them in order and applies them. So however frequent a row is, no program adds
-more than CHUNK occurrences, or one chunk sum per CHUNK occurrences, in sequence; and a row's bits depend on its own
-values alone: the additions are those of :func:`adagrad.rule.sum_duplicates`. Nothing comes back to the host.
+The row ids are sorted stably, so that a row's occurrences form a run, in their original order. Work is divided by
+sorted position, not by row, so that no program waits for a frequent row. A short run, of at most SHORT occurrences, is
+summed and applied by the program of the TILE positions among which it begins. A long one is cut into chunks of CHUNK
+occurrences from its first: :func:`sum_chunks` adds up each of them in a program of its own and leaves the sum in a
+slot, and another launch of :func:`update_runs` adds the sums in order and applies them. So however frequent a row is,
+no program adds more than CHUNK occurrences, or one chunk sum per CHUNK occurrences, in sequence; and a row's bits
+depend on its own values alone: the additions are those of :func:`adagrad.rule.sum_duplicates`. Nothing comes back to
+the host.
 
-The sum of a chunk whose first position is p goes to slot ``2 (p // CHUNK) + (1 if it is its run's first)``. Among CHUNK
-neighbouring positions at most one chunk continues a run and at most one begins a run of several chunks, so no two
-chunks share a slot, and the slots of a run's later chunks are 2 apart.
+The sum of a chunk whose first position is p goes to slot ``2 (p // SHORT) + (1 if it is its run's first)``. Among SHORT
+neighbouring positions at most one long run begins and at most one chunk continues a run, so no two chunks share a slot;
+the slots of a run's later chunks are STRIDE apart.
 """
 
 from __future__ import annotations
@@ -37,6 +39,9 @@ from adagrad.kernels.cuda_rule import (
 )
 
 CHUNK = tl.constexpr(rule.CHUNK)
+SHORT = tl.constexpr(32)
+"""The most occurrences of a short run. CHUNK is a multiple of it."""
+STRIDE = tl.constexpr(2 * rule.CHUNK // 32)
 LOWEST = tl.constexpr(-(2**63) + 1)
 """The lowest row id that is reported as it is: the one below it means that there is no report."""
 PROBES = tl.constexpr(128)
@@ -108,12 +113,12 @@ def operand(word: tl.tensor, TYPE: tl.constexpr, ALIGNED: tl.constexpr) -> tl.te
 
 
 @triton.jit
-def first_position(ids: tl.tensor, end: tl.tensor, row: tl.tensor) -> tl.tensor:
-    """The first position of ``row`` among the sorted ids before ``end``.
+def first_position(ids: tl.tensor, begin: tl.tensor, end: tl.tensor, row: tl.tensor) -> tl.tensor:
+    """The first position of the sorted ids in [begin, end) that has ``row`` or a higher one; else ``end``.
 
     PROBES at a time, because each step waits for memory: 3 steps for a million ids, where bisection would take 20.
     """
-    low = tl.full([], 0, tl.int64)
+    low = begin
     high = end
     while low < high:
         step = tl.cdiv(high - low, PROBES)
@@ -126,70 +131,177 @@ def first_position(ids: tl.tensor, end: tl.tensor, row: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def find_chunks(ids: tl.tensor, count: tl.tensor, tile: tl.tensor, TILE: tl.constexpr) -> tl.tensor:
-    """Positions (TILE,), their rows, whether a chunk begins there, if it is a whole run, and the slot for its sum."""
-    begin = tile * TILE
-    lane = tl.arange(0, TILE)
-    position = begin + lane
+def find_heads(ids: tl.tensor, count: tl.tensor, begin: tl.tensor, LONG: tl.constexpr, TILE: tl.constexpr
+               ) -> tl.tensor:  # fmt: skip
+    """Positions (TILE,) from ``begin``, their rows, and whether a short or a LONG run begins there.
+
+    Where the row is negative, there is no id, or a bad one.
+    """
+    position = begin + tl.arange(0, TILE)
     row = tl.load(ids + position, mask=position < count, other=-1)
-    first = tl.load(ids + begin)
-    before = tl.load(ids + begin - 1, mask=begin > 0, other=-1)
-    # Rank within the run: the equal ids to the left, in this tile and, for the run that crosses its border, before it.
-    rank = tl.sum(((row[:, None] == row[None, :]) & (lane[None, :] < lane[:, None])).to(tl.int32), axis=1).to(tl.int64)
-    border = tl.where(before == first, begin, 0)
-    rank += tl.where(row == first, border - first_position(ids, border, first), 0)
-    far = position - rank + CHUNK
-    whole = tl.load(ids + far, mask=far < count, other=-1) != row
-    return position, row, (position < count) & (rank % CHUNK == 0), whole, 2 * (position // CHUNK) + (rank == 0)
+    before = tl.load(ids + position - 1, mask=(position > 0) & (position <= count), other=-1)
+    far = tl.load(ids + position + SHORT, mask=position + SHORT < count, other=-1)
+    return position, row, (row >= 0) & (row != before) & ((row == far) == LONG)
 
 
 @triton.jit
-def find_long_run(ids: tl.tensor, count: tl.tensor, tile: tl.tensor) -> tl.tensor:
-    """Position (1,) and row of the run of several chunks that begins among CHUNK positions; -1 if there is none."""
-    position = tile * CHUNK + tl.arange(0, CHUNK)
-    row = tl.load(ids + position, mask=position < count, other=-1)
-    before = tl.load(ids + position - 1, mask=(position > 0) & (position <= count), other=-1)
-    far = tl.load(ids + position + CHUNK, mask=position + CHUNK < count, other=-1)
-    begins = (row >= 0) & (row != before) & (row == far)
-    position = tl.max(tl.where(begins, position, -1), axis=0) + tl.arange(0, 1)
-    row = tl.load(ids + position, mask=position >= 0, other=-1)
+def find_long_run(ids: tl.tensor, count: tl.tensor, begin: tl.tensor) -> tl.tensor:
+    """The position and the row of the long run that begins among the SHORT positions from ``begin``; -1 if none."""
+    position, row, head = find_heads(ids, count, begin, True, SHORT)
+    return tl.max(tl.where(head, position, -1), axis=0), tl.max(tl.where(head, row, -1), axis=0)
+
+
+@triton.jit
+def find_chunk(ids: tl.tensor, count: tl.tensor, slot: tl.tensor) -> tl.tensor:
+    """The position and the row of the chunk whose sum goes to ``slot``; a negative row if there is none."""
+    begin = slot // 2 * SHORT
+    if slot % 2 == 1:
+        position, row = find_long_run(ids, count, begin)
+    else:
+        position = begin
+        row = tl.load(ids + begin)
+        before = tl.load(ids + begin - 1, mask=begin > 0, other=-1)
+        if (row >= 0) & (row == before):
+            rank = begin - first_position(ids, begin * 0, begin, row)
+            position = begin + (CHUNK - rank % CHUNK) % CHUNK
+            inside = (position < begin + SHORT) & (position < count)
+            if tl.load(ids + position, mask=inside, other=-1) != row:
+                row = row * 0 - 1
+        else:
+            row = row * 0 - 1
     return position, row
 
 
 @triton.jit
-def add_up(source: tl.tensor, order: tl.tensor, ids: tl.tensor, count: tl.tensor, position: tl.tensor, row: tl.tensor,
-           head: tl.tensor, column: tl.tensor, length: tl.tensor, COMPUTE: tl.constexpr, LATER: tl.constexpr,
-           UNROLL: tl.constexpr) -> tl.tensor:  # fmt: skip
-    """The sums (TILE, COLUMNS) that begin at ``position`` where ``head``, one addition after the other.
+def load_occurrences(values: tl.tensor, order: tl.tensor, position: tl.tensor, end: tl.tensor, column: tl.tensor,
+                     length: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """The values (1, COLUMNS) at 4 sorted positions from ``position``; those before ``end`` count."""
+    a = tl.load(order + position, mask=position < end, other=0)
+    b = tl.load(order + position + 1, mask=position + 1 < end, other=0)
+    c = tl.load(order + position + 2, mask=position + 2 < end, other=0)
+    d = tl.load(order + position + 3, mask=position + 3 < end, other=0)
+    inside = column < length
+    a = tl.load(values + a * length + column, mask=inside)
+    b = tl.load(values + b * length + column, mask=inside)
+    c = tl.load(values + c * length + column, mask=inside)
+    d = tl.load(values + d * length + column, mask=inside)
+    return widen(a, COMPUTE), widen(b, COMPUTE), widen(c, COMPUTE), widen(d, COMPUTE)
 
-    They add the occurrences of one chunk, or (LATER) the chunk sums of one run. UNROLL loads are in flight at once.
+
+@triton.jit
+def load_sums(sums: tl.tensor, k: tl.tensor, end: tl.tensor, column: tl.tensor, length: tl.tensor) -> tl.tensor:
+    """The sums (1, COLUMNS) of 4 chunks from the ``k``-th of a run, whose first is at ``sums``; those before ``end``
+    count."""
+    at = sums + STRIDE * k * length + column
+    a = tl.load(at, mask=column < tl.where(k < end, length, 0))
+    b = tl.load(at + STRIDE * length, mask=column < tl.where(k + 1 < end, length, 0))
+    c = tl.load(at + 2 * STRIDE * length, mask=column < tl.where(k + 2 < end, length, 0))
+    d = tl.load(at + 3 * STRIDE * length, mask=column < tl.where(k + 3 < end, length, 0))
+    return a, b, c, d
+
+
+@triton.jit
+def add_first(total: tl.tensor, a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor, n: tl.tensor) -> tl.tensor:
+    """``total`` plus the first ``n`` of 4 terms, one after the other."""
+    total = tl.where(n > 0, total + a, total)
+    total = tl.where(n > 1, total + b, total)
+    total = tl.where(n > 2, total + c, total)
+    return tl.where(n > 3, total + d, total)
+
+
+@triton.jit(do_not_specialize=["weights", "count"])
+def sum_chunks(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.tensor, records: tl.tensor,
+               weights: tl.tensor, count: tl.tensor, length: tl.tensor, GRAD: tl.constexpr, COMPUTE: tl.constexpr,
+               ALIGNED: tl.constexpr, COLUMNS: tl.constexpr) -> None:  # fmt: skip
+    """Put COLUMNS columns of the sum of a chunk, added one occurrence after the other, into its slot.
+
+    The address of the values is an argument, or for several weights in ``records``.
     """
-    STEP: tl.constexpr = CHUNK if LATER else 1
-    if LATER:
-        end = position * 0 + count
-        begin = 2 * (position // CHUNK) + 1
-    else:
-        end = tl.minimum(position + CHUNK, count)
-        begin = tl.load(order + position, mask=head, other=0)
+    windows = (length - 1) // COLUMNS + 1  # length + COLUMNS could overflow 32 bits
+    slot = (tl.program_id(0) // windows).to(tl.int64)
+    position, row = find_chunk(ids, count, slot)
+    if row < 0:
+        return
+    if records is not None:
+        values = operand(find_operands(records, weights, row + tl.arange(0, 1), 1) + 1, GRAD, ALIGNED)
+    column = (tl.program_id(0) % windows * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    ahead = position + tl.arange(0, CHUNK)
+    end = position + tl.sum((tl.load(ids + ahead, mask=ahead < count, other=-1) == row).to(tl.int32), axis=0)
+    total = widen(tl.load(values + tl.load(order + position) * length + column, mask=column < length), COMPUTE)
+    k = position + 1
+    while k < end:
+        # All loads before the first addition: only then does the compiler have all of them in flight at once.
+        a, b, c, d = load_occurrences(values, order, k, end, column, length, COMPUTE)
+        e, f, g, h = load_occurrences(values, order, k + 4, end, column, length, COMPUTE)
+        p, q, r, s = load_occurrences(values, order, k + 8, end, column, length, COMPUTE)
+        t, u, v, w = load_occurrences(values, order, k + 12, end, column, length, COMPUTE)
+        total = add_first(total, a, b, c, d, end - k)
+        total = add_first(total, e, f, g, h, end - k - 4)
+        total = add_first(total, p, q, r, s, end - k - 8)
+        total = add_first(total, t, u, v, w, end - k - 12)
+        k += 16
+    tl.store(sums + slot * length + column, total, mask=column < length)
+
+
+@triton.jit
+def add_sums(sums: tl.tensor, position: tl.tensor, end: tl.tensor, column: tl.tensor, length: tl.tensor) -> tl.tensor:
+    """The sum (1, COLUMNS) of the long run that begins at ``position``: that of its ``end`` chunks, in order."""
+    column = column[None, :]
+    sums += 2 * (position // SHORT)[:, None] * length
+    total = tl.load(sums + length + column, mask=column < length)
+    k = end * 0 + 1
+    while k < end:
+        # As in sum_chunks.
+        a, b, c, d = load_sums(sums, k, end, column, length)
+        e, f, g, h = load_sums(sums, k + 4, end, column, length)
+        p, q, r, s = load_sums(sums, k + 8, end, column, length)
+        t, u, v, w = load_sums(sums, k + 12, end, column, length)
+        total = add_first(total, a, b, c, d, end - k)
+        total = add_first(total, e, f, g, h, end - k - 4)
+        total = add_first(total, p, q, r, s, end - k - 8)
+        total = add_first(total, t, u, v, w, end - k - 12)
+        k += 16
+    return total
+
+
+@triton.jit
+def add_occurrences(values: tl.tensor, order: tl.tensor, ids: tl.tensor, count: tl.tensor, position: tl.tensor,
+                    row: tl.tensor, head: tl.tensor, column: tl.tensor, length: tl.tensor, COMPUTE: tl.constexpr,
+                    UNROLL: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """The sums (TILE, COLUMNS) of the runs that begin at ``position`` where ``head``, one addition after the other.
+
+    UNROLL loads are in flight at once.
+    """
     inside_row = (column < length)[None, :]
-    total = widen(tl.load(source + begin[:, None] * length + column[None, :], mask=head[:, None] & inside_row), COMPUTE)
-    after = position + STEP
-    inside = head & (after < end)
+    place = tl.load(order + position, mask=head, other=0)
+    mask = head[:, None] & inside_row
+    total = widen(tl.load(values + place[:, None] * length + column[None, :], mask=mask), COMPUTE)
+    after = position + 1
+    inside = head & (after < count)
     # The condition is a number: Triton 3.2 to 3.7 cannot compile a loop whose condition is a tensor that it carries.
     more = tl.max((inside & (tl.load(ids + after, mask=inside, other=-1) == row)).to(tl.int32), axis=0)
     while more > 0:
         for _ in tl.static_range(UNROLL):
-            inside = head & (after < end)
+            inside = head & (after < count)
             going = inside & (tl.load(ids + after, mask=inside, other=-1) == row)
-            if LATER:
-                place = 2 * (after // CHUNK)
-            else:
-                place = tl.load(order + after, mask=inside, other=0)
+            place = tl.load(order + after, mask=going, other=0)
             mask = going[:, None] & inside_row
-            value = widen(tl.load(source + place[:, None] * length + column[None, :], mask=mask), COMPUTE)
+            value = widen(tl.load(values + place[:, None] * length + column[None, :], mask=mask), COMPUTE)
             total = tl.where(mask, total + value, total)
-            after += STEP
+            after += 1
         more = tl.max(going.to(tl.int32), axis=0)
+    return total
+
+
+@triton.jit
+def add_up(values: tl.tensor, sums: tl.tensor, chunks: tl.tensor, order: tl.tensor, ids: tl.tensor, count: tl.tensor,
+           position: tl.tensor, row: tl.tensor, head: tl.tensor, column: tl.tensor, length: tl.tensor,
+           COMPUTE: tl.constexpr, LONG: tl.constexpr, UNROLL: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """The sums (TILE, COLUMNS) of the runs that begin at ``position`` where ``head``."""
+    if LONG:
+        total = add_sums(sums, position, chunks, column, length)
+    else:
+        total = add_occurrences(values, order, ids, count, position, row, head, column, length, COMPUTE, UNROLL)
     return total
 
 
@@ -199,66 +311,66 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
                 index: tl.tensor, count: tl.tensor, rows: tl.tensor, length: tl.tensor, grad_scale: tl.tensor,
                 skip: tl.tensor, found_inf: tl.tensor, WEIGHT: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr,
                 HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr, ROW_WISE: tl.constexpr, ONE_PASS: tl.constexpr,
-                LATER: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr
+                LONG: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr
                 ) -> None:  # fmt: skip
-    """Sum the values of the runs that begin in a tile of positions and update their rows, or leave sums of chunks.
+    """Sum the values of the runs that begin in a tile of positions and update their rows.
 
-    It sums the gradient's values, or (LATER) the sums of chunks. A program takes COLUMNS columns, or all of them if the
-    history has one value a row: then, unless the row fits COLUMNS (ONE_PASS), a first pass is for the mean of squares.
-    Operands and the index of their settings are arguments, or for several weights in ``records``.
+    It takes short runs among TILE positions, or adds the sums of chunks of the LONG run that begins among SHORT ones.
+    A program takes COLUMNS columns, or all of them if the history has one value a row: then, unless the row fits
+    COLUMNS (ONE_PASS), a first pass is for the mean of squares. Operands and the index of their settings are arguments,
+    or for several weights in ``records``.
     """
     windows = 1 if ROW_WISE else (length - 1) // COLUMNS + 1  # length + COLUMNS could overflow 32 bits; likewise below
     tile = (tl.program_id(0) // windows).to(tl.int64)
     left = tl.program_id(0) % windows * COLUMNS
-    if LATER:
-        position, row = find_long_run(ids, count, tile)
-        head = position >= 0
-        whole = head
+    if LONG:
+        first, its_row = find_long_run(ids, count, tile * SHORT)
+        position, row = first + tl.arange(0, 1), its_row + tl.arange(0, 1)
+        head = row >= 0
     else:
-        position, row, head, whole, slot = find_chunks(ids, count, tile, TILE)
+        position, row, head = find_heads(ids, count, tile * TILE, False, TILE)
     # A halted call counts as having no rows: tested here, not by a return at the top, so that no load waits for it.
-    head = head & (row >= 0) & (row < tl.where(halted(skip, found_inf), 0, rows))
+    head = head & (row < tl.where(halted(skip, found_inf), 0, rows))
     if tl.max(head.to(tl.int32), axis=0) == 0:
         return
-    whole = head & whole
     if records is not None:
         record = find_operands(records, weights, row, TILE)
         weight, values = operand(record, WEIGHT, ALIGNED), operand(record + 1, GRAD, ALIGNED)
         history, master = operand(record + 2, COMPUTE, ALIGNED and not ROW_WISE), operand(record + 3, COMPUTE, ALIGNED)
         index = tl.load(record + 4)
-    source = sums if LATER else values
     row_start = row.to(tl.int64)[:, None] * length
     rescale, clip, wd = gradient_scalars(table, index, COMPUTE)
     lr, decoupled_wd, eps_inside, eps_outside = step_scalars(table, index, COMPUTE)
+    chunks = None
+    if LONG:
+        chunks = tl.cdiv(first_position(ids, first, first * 0 + count, its_row + 1) - first, CHUNK)
 
     if ROW_WISE:
-        h = tl.load(history + row[:, None], mask=whole[:, None], other=0.0)
+        h = tl.load(history + row[:, None], mask=head[:, None], other=0.0)
         lanes = tl.zeros([TILE, LANES], COMPUTE)
     if ROW_WISE and not ONE_PASS:
         for k in range((length - 1) // COLUMNS + 1):
             column = k * COLUMNS + tl.arange(0, COLUMNS)
-            mask = whole[:, None] & (column < length)[None, :]
+            mask = head[:, None] & (column < length)[None, :]
             w = read_weight(weight, master, row_start + column[None, :], mask, COMPUTE, HAS_MASTER)
-            g = add_up(source, order, ids, count, position, row, whole, column, length, COMPUTE, LATER, UNROLL)
+            g = add_up(values, sums, chunks, order, ids, count, position, row, head, column, length, COMPUTE, LONG,
+                       UNROLL)  # fmt: skip
             g = effective_gradient(g, w, grad_scale, rescale, clip, wd)
             lanes = add_to_lanes(lanes, tl.where(mask, g * g, 0.0), TILE, COLUMNS)
-        h = add_mean(history, row[:, None], h, lanes, length, whole[:, None], TILE)
+        h = add_mean(history, row[:, None], h, lanes, length, head[:, None], TILE)
 
     for k in range((length - 1) // COLUMNS + 1 if ROW_WISE and not ONE_PASS else 1):
         column = left + k * COLUMNS + tl.arange(0, COLUMNS)
         at = row_start + column[None, :]
-        mask = whole[:, None] & (column < length)[None, :]
+        mask = head[:, None] & (column < length)[None, :]
         w = read_weight(weight, master, at, mask, COMPUTE, HAS_MASTER)
         if not ROW_WISE:
             h = tl.load(history + at, mask=mask)
-        g = add_up(source, order, ids, count, position, row, head, column, length, COMPUTE, LATER, UNROLL)
-        if not LATER:
-            partial = (head & ~whole)[:, None] & (column < length)[None, :]
-            tl.store(sums + slot[:, None] * length + column[None, :], g, mask=partial)
+        g = add_up(values, sums, chunks, order, ids, count, position, row, head, column, length, COMPUTE, LONG, UNROLL)
         g = effective_gradient(g, w, grad_scale, rescale, clip, wd)
         if ROW_WISE and ONE_PASS:
             lanes = add_to_lanes(lanes, tl.where(mask, g * g, 0.0), TILE, COLUMNS)
-            h = add_mean(history, row[:, None], h, lanes, length, whole[:, None], TILE)
+            h = add_mean(history, row[:, None], h, lanes, length, head[:, None], TILE)
         if not ROW_WISE:
             h = h + g * g
             tl.store(history + at, h, mask=mask)
