@@ -1,4 +1,4 @@
-"""Time this and other implementations on a CUDA device, and write CSV and a table.
+"""Time this and other implementations on a CUDA device, and write CSV, a table and a plot.
 
     python benchmarks/cuda.py [--quick] [--only TEXT] [--out FOLDER]
 
@@ -6,6 +6,9 @@ Times are those of CUDA events around one step, in rounds that take the contende
 are percentiles over all rounds. The limit is a device copy of the same bytes; for row-sparse cases a sort of the row
 ids plus a copy of the bytes of the rows. The bytes assume a float32 history value for each element; row-wise histories
 have fewer, and so has torch.optim.Adagrad for 16-bit parameters, whose histories have 16 bits there.
+
+Steps follow each other without a pause, so the time of a small one is that of the host. "graph" means a step captured
+in a CUDA graph and replayed, which takes the host a few microseconds: what is left is the time of the device.
 
 An implementation that fails is left out with a note. The CSV is written after each case.
 """
@@ -31,10 +34,12 @@ from tqdm import tqdm
 
 from cases import SEED, Dense, Rows
 from contenders import LEARNING_RATE, versions
-from report import folder
+from report import folder, plot_ratios
 from report import table as markdown
 
 DEVICE = "cuda"
+ROUND_SECONDS = 0.05
+"""The longest that a contender is timed in a round, unless one step takes longer."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +127,10 @@ def parameters(case: Case, device: torch.device) -> list[torch.nn.Parameter]:
     return params
 
 
-def step_of(optimizer: torch.optim.Optimizer, case: Case, step: Callable[[], Any] | None = None) -> Callable[[], Any]:
+def step_of(optimizer: torch.optim.Optimizer, case: Case) -> Callable[[], Any]:
     """Return a step of the optimizer; for a :class:`Fresh` case with the changes before it."""
-    step = step or optimizer.step
     if not isinstance(case, Fresh):
-        return step
+        return optimizer.step
     (group,) = optimizer.param_groups
     params = group["params"]
     sets = [[torch.rand_like(param) for param in params] for _ in range(20)]  # more than any cache keeps
@@ -136,21 +140,41 @@ def step_of(optimizer: torch.optim.Optimizer, case: Case, step: Callable[[], Any
         for param, grad in zip(params, sets[next(turn) % len(sets)], strict=True):
             param.grad = grad
         group["lr"] *= 0.9999
-        step()
+        optimizer.step()
 
     return changed
+
+
+def captured(step: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """Return the replay of a step, captured in a CUDA graph."""
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # what is compiled or allocated at first use is there before the capture
+            step()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    return graph.replay
 
 
 def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Any]]:
     """Return this library's and torch's steps and the copy; all optimizers share the same parameters.
 
-    Sparse gradients take torch's loop, also with ``foreach=True``; ``fused=True`` refuses them.
+    Sparse gradients take torch's loop, also with ``foreach=True``; ``fused=True`` refuses them. ``torch.compile``
+    leaves them to that loop, too, and compiles anew for new gradients.
     """
     from adagrad.torch import Adagrad
 
     params = parameters(case, device)
     ours = Adagrad(params, lr=LEARNING_RATE)
-    found: dict[str, Callable[[], Any]] = {"adagrad.torch": step_of(ours, case), "limit": Copy(case, device)}
+    limit = Copy(case, device)
+    found: dict[str, Callable[[], Any]] = {"adagrad.torch": step_of(ours, case), "limit": limit}
+    if not isinstance(case, Fresh):
+        for name, step in (("adagrad.torch graph", ours.step), ("limit graph", limit)):
+            replay = attempt(name, partial(captured, step, device))
+            if replay is not None:
+                found[name] = replay
     options: dict[str, dict[str, bool]] = {"torch sparse": {}}
     if isinstance(case, Dense):
         options = {
@@ -164,8 +188,9 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Any]]
         optimizer = attempt(name, partial(torch.optim.Adagrad, params, lr=LEARNING_RATE, **arguments))
         if optimizer is not None:
             found[name] = step_of(optimizer, case)
-    compiled = torch.optim.Adagrad(params, lr=torch.tensor(LEARNING_RATE), foreach=True)
-    found["torch.compile"] = step_of(compiled, case, torch.compile(compiled.step, fullgraph=False))
+    if isinstance(case, Dense) and not isinstance(case, Fresh):
+        compiled = torch.optim.Adagrad(params, lr=torch.tensor(LEARNING_RATE), foreach=True)
+        found["torch.compile"] = torch.compile(compiled.step, fullgraph=False)
     return found
 
 
@@ -195,18 +220,24 @@ def measure(case: Case, rounds: int, device: torch.device) -> dict[str, list[flo
             if name in ("adagrad.torch", "limit"):
                 raise RuntimeError(f"{case.name}: {name} must run")
             del found[name]
-    samples: dict[str, list[float]] = {name: [] for name in found}
+    samples: dict[str, list[float]] = {name: steps(found[name], 1, device) for name in found}
     for _ in range(rounds):
         for name in rng.sample(sorted(found), len(found)):
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(11)]
-            found[name]()
-            events[0].record()
-            for event in events[1:]:
-                found[name]()
-                event.record()
-            torch.cuda.synchronize(device)
-            samples[name] += [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
-    return samples
+            fit = int(ROUND_SECONDS / samples[name][0])
+            samples[name] += steps(found[name], min(max(fit, 1), 10), device)
+    return {name: times[1:] for name, times in samples.items()}
+
+
+def steps(step: Callable[[], Any], n: int, device: torch.device) -> list[float]:
+    """Return the seconds of each of ``n`` steps, after one that is not timed."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
+    step()
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    torch.cuda.synchronize(device)
+    return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
 
 
 def main() -> None:
@@ -245,6 +276,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     text = markdown(rows, set(), own="adagrad.torch")
     (out / "cuda.md").write_text(text)
+    plot_ratios(out / "cuda.png", rows, own="adagrad.torch")
     print(text)
 
 

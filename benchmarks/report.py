@@ -12,11 +12,12 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-OWN = ("adagrad", "adagrad.torch", "adagrad.torch row-wise")
+OWN = ("adagrad", "adagrad.torch", "adagrad.torch graph", "adagrad.torch row-wise")
 LIMITS = ("limit", "exact loop in L1")
 COLORS = {
     "adagrad": "#1b6ca8",
     "adagrad.torch": "#6fb1de",
+    "adagrad.torch graph": "#3d8fc4",
     "adagrad.torch row-wise": "#a9d2ee",
     "torch fused": "#d1495b",
     "torch foreach": "#e0672f",
@@ -27,8 +28,10 @@ COLORS = {
     "JAX": "#6a994e",
     "TensorFlow": "#d9a404",
     "FBGEMM exact": "#8d6a9f",
+    "limit graph": "#999999",
 }
 MARKERS = dict.fromkeys(OWN, "D") | {
+    "limit graph": "|",
     "torch foreach": "s",
     "torch.compile": "P",
     "torch loop": "v",
@@ -85,8 +88,8 @@ def table(rows: list[dict[str, Any]], notes: set[str], own: str = "adagrad") -> 
     return "\n".join(lines) + "\n"
 
 
-def plot_ratios(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Plot the time of each contender as a multiple of the limit, case by case."""
+def plot_ratios(path: Path, rows: list[dict[str, Any]], own: str = "adagrad") -> None:
+    """Plot the time of each contender as a multiple of the limit, case by case; the largest mark is ``own``."""
     found = medians(rows)
     height = 2.2 + 0.4 * len(found)
     figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
@@ -94,10 +97,10 @@ def plot_ratios(path: Path, rows: list[dict[str, Any]]) -> None:
         base = bound(times)
         others = [times[p] / base for p in times if p not in LIMITS and p not in OWN]
         if others:
-            axes.plot([times["adagrad"] / base, max(others)], [y, y], color="#dddddd", lw=1, zorder=1)
+            axes.plot([times[own] / base, max(others)], [y, y], color="#dddddd", lw=1, zorder=1)
         for peer, color in COLORS.items():
             if peer in times:
-                size = 80 if peer == "adagrad" else 30  # what another of ours covers shows around it
+                size = 80 if peer == own else 30  # what another of ours covers shows around it
                 axes.scatter(times[peer] / base, y, color=color, s=size, marker=MARKERS.get(peer, "o"),
                              zorder=3 if peer in OWN else 2)  # fmt: skip
     axes.axvline(1, color="black", lw=1)

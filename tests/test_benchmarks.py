@@ -199,6 +199,7 @@ def test_the_cuda_benchmark_runs(modules: Any, tmp_path: Path, monkeypatch: pyte
             expected = {"adagrad.torch row-wise", "torch sparse"}
         assert peers == {"adagrad.torch", "limit"} | expected, case.name
         assert f"| {case.name} |" in (tmp_path / "cuda.md").read_text()
+    assert (tmp_path / "cuda.png").stat().st_size > 10_000
     monkeypatch.setattr(sys, "argv", ["cuda.py", "--only", "nothing of the kind"])
     with pytest.raises(SystemExit):
         cuda.main()
