@@ -158,17 +158,12 @@ def find_chunk(ids: tl.tensor, count: tl.tensor, slot: tl.tensor) -> tl.tensor:
     if slot % 2 == 1:
         position, row = find_long_run(ids, count, begin)
     else:
-        position = begin
         row = tl.load(ids + begin)
         before = tl.load(ids + begin - 1, mask=begin > 0, other=-1)
-        if (row >= 0) & (row == before):
-            rank = begin - first_position(ids, begin * 0, begin, row)
-            position = begin + (CHUNK - rank % CHUNK) % CHUNK
-            inside = (position < begin + SHORT) & (position < count)
-            if tl.load(ids + position, mask=inside, other=-1) != row:
-                row = row * 0 - 1
-        else:
-            row = row * 0 - 1
+        rank = begin - first_position(ids, tl.where(row == before, 0, begin), begin, row)
+        position = begin + (CHUNK - rank % CHUNK) % CHUNK
+        inside = (rank > 0) & (position < begin + SHORT) & (position < count)
+        row = tl.where(tl.load(ids + position, mask=inside, other=-1) == row, row, -1)
     return position, row
 
 
