@@ -8,6 +8,7 @@ import os
 import pickle
 import stat
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile, _CacheLocator
+
+from adagrad import checks
 
 
 class _Locator(_CacheLocator):  # type: ignore[misc]
@@ -115,9 +118,18 @@ def cache_folder() -> Path | None:
     """The folder of the compiled kernels, or None if there is none that can be used.
 
     ``ADAGRAD_CACHE_DIR``, else Numba's ``NUMBA_CACHE_DIR``, else the user's cache folder. It holds pickles and machine
-    code, so one that another user could write to is not used.
+    code, so one that another user could write to is not used. A UserWarning tells whoever named one for this library.
     """
-    chosen = os.environ.get("ADAGRAD_CACHE_DIR") or os.environ.get("NUMBA_CACHE_DIR")
+    ours = os.environ.get("ADAGRAD_CACHE_DIR")
+    found = _usable(ours or os.environ.get("NUMBA_CACHE_DIR"))
+    if ours and found is None:
+        rule = "must be a folder that no other user can write to; each process compiles its kernels"
+        warnings.warn(f"ADAGRAD_CACHE_DIR: {ours!r}: {rule}", UserWarning, stacklevel=checks.caller())
+    return found
+
+
+def _usable(chosen: str | None) -> Path | None:
+    """The folder in ``chosen``, or in the user's cache folder, made if need be; None if it cannot be used."""
     try:
         root = Path(chosen) if chosen else _user_cache() / "adagrad"
         path = root.absolute() / f"kernels-{_source_hash()}"
