@@ -14,6 +14,8 @@ import numpy as np
 
 from adagrad import checks
 
+__all__ = ["CosineScheduler", "FactorScheduler", "LRScheduler", "MultiFactorScheduler", "PolyScheduler"]
+
 
 class LRScheduler:
     """Abstract base class: a warm-up, then :meth:`after_warmup`, which the subclass defines.
