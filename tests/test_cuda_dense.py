@@ -243,18 +243,9 @@ def test_many_tables_push_out_the_oldest() -> None:
     assert len(cuda._tables_of(HERE)._settings) == cuda.KEPT
 
 
-class OnAnyDevice(cuda._Tables):
-    """Tables that take the CPU for a CUDA device which captures when it is told to."""
-
-    is_capturing = False
-
-    def _capturing(self) -> bool:
-        return self.is_capturing
-
-
 def test_a_capture_finds_pinned_memory_after_another_took_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    tables = OnAnyDevice(SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
+    tables = cuda._Tables(SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
 
     def pinned(size: int) -> torch.Tensor:
         asked.append(tables.is_capturing)
