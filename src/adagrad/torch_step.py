@@ -26,6 +26,9 @@ _is_given = functools.partial(operator.is_not, None)
 _grad_of, _sum_of, _step_of = operator.attrgetter("grad"), operator.itemgetter("sum"), operator.itemgetter("step")
 
 
+_ON_CPU = {torch.device("cpu")}
+
+
 class Part(Batch):
     """The updates of a group, for those of its parameters that have gradients."""
 
@@ -98,6 +101,8 @@ class Part(Batch):
         stay unchanged if it found infinities, and move to the device, because the host does not wait for the result.
         """
         devices = {skip.device for skip in skips}
+        if self.counts.are_plain:
+            devices &= _ON_CPU
         if found_inf is None and not (devices and any(state["step"].device in devices for state in self.states)):
             self.counts.advance()
             return
