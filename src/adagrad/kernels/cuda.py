@@ -17,8 +17,8 @@ calls are in flight at once, the report of the second may be mixed with that of 
 
 from __future__ import annotations
 
+import struct
 import threading
-from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -96,7 +96,7 @@ def prepare(
             settings = tables.settings([*lrs, *row_lrs], [*wds, *row_wds], rule)
             if dense:
                 addresses, found = tables.addresses(dense)
-                launches += [partial(cuda_dense.bind, launch, addresses, settings) for launch in found]
+                launches.append(partial(tables.dense_launches, addresses, found, settings))
             if rows:
                 for form, which in cuda_row_lists.by_form(rows, rule).items():
                     # Every id of the call is checked before the first element changes.
@@ -252,6 +252,7 @@ class _Tables:
         self._addresses: list[tuple[Any, tuple[Tensor, list[cuda_dense.Launch]]]] = []
         self._rows: list[tuple[Any, tuple[Tensor, cuda_row_lists.Plan]]] = []
         self._settings: list[tuple[Any, Tensor]] = []
+        self._bound: list[tuple[Any, tuple[list[Callable[[], object]], Tensor, Tensor]]] = []
         self._flags: list[Tensor] = []
 
     def flag(self) -> Tensor:
@@ -272,6 +273,18 @@ class _Tables:
 
         key = updates.rows.tobytes(), updates.codes.tobytes(), updates.share_rates
         return self._recent(self._addresses, key, make)
+
+    def dense_launches(self, addresses: Tensor, launches: list[cuda_dense.Launch], settings: Tensor,
+                       *numbers: Tensor | None) -> list[Callable[[], object]]:  # fmt: skip
+        """What carries out the launches, with two tables that are known here; ``numbers`` as in the kernels."""
+
+        def make() -> tuple[list[Callable[[], object]], Tensor, Tensor]:
+            bound = [cuda_dense.bind(launch, addresses, settings, *numbers) for launch in launches]
+            return bound, addresses, settings  # held, so that no others can have their ids
+
+        if any(number is not None for number in numbers):
+            return make()[0]
+        return self._recent(self._bound, (id(addresses), id(settings)), make)[0]
 
     def rows(self, key: Any, plan: Callable[[], cuda_row_lists.Plan]) -> tuple[Tensor, cuda_row_lists.Plan]:
         """The table of several row-sparse updates and the plan for them, which ``key`` determines."""
@@ -300,9 +313,9 @@ class _Tables:
                 each.view(np.int64)[:, 2:] = pointers
             return self._upload(words.view(np.int64))
 
-        # By their bits: 0.0 and -0.0 compare equal but act differently.
-        bits = array("d", numbers).tobytes(), array("d", wds).tobytes(), rule.scalars.tobytes()
-        return self._recent(self._settings, (bits, pointers, rule.decoupled_decay), make)
+        # By their bits, as those of the rule.
+        key = struct.pack(f"{2 * len(lrs)}d", *numbers, *wds), pointers, rule.bits
+        return self._recent(self._settings, key, make)
 
     def _recent(self, kept: list[tuple[Any, T]], key: Any, make: Callable[[], T]) -> T:
         """What ``make`` recently made for ``key``, or makes now; a graph under capture gets its own."""

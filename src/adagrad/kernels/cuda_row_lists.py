@@ -134,7 +134,7 @@ class Launch(NamedTuple):
 def by_form(updates: RowUpdates, rule: Rule) -> dict[Form, list[int]]:
     """The positions of the updates that have ids, by form."""
     found: dict[tuple[int, int], list[int]] = {}
-    entries, lengths = updates.facts.T[[ENTRIES, LENGTH]].tolist()
+    entries, lengths = updates.facts[:, ENTRIES].tolist(), updates.facts[:, LENGTH].tolist()
     for i, code in enumerate(updates.codes):
         if entries[i]:
             found.setdefault((code % CODES_PER_DEVICE, lengths[i]), []).append(i)
