@@ -37,7 +37,7 @@ from adagrad.kernels.layout import (
     read_word,
 )
 from adagrad.kernels.memory import keep_alive, uncounted, word_table
-from adagrad.kernels.numba_jit import jit
+from adagrad.kernels.numba_jit import entry, jit
 from adagrad.kernels.records import (
     ARE_LONG,
     BASE,
@@ -113,8 +113,8 @@ def describe_rows(weight: int, values: int, history: int, master: int, indices: 
     return code
 
 
-@jit(holds_gil=True)
-def _describe_all(weights: int, values: int, histories: int, masters: int, indices: int, layout: Any, row_wise: bool,
+@jit(helper=True)
+def describe_all(weights: int, values: int, histories: int, masters: int, indices: int, layout: Any, row_wise: bool,
                  facts: Any, codes: Any) -> None:  # fmt: skip
     """:func:`describe_rows` for lists, given by ``id``; ``masters`` is 0 for no list."""
     facts, layout = uncounted(facts), uncounted(layout)
@@ -123,6 +123,8 @@ def _describe_all(weights: int, values: int, histories: int, masters: int, indic
         codes[i] = describe_rows(list_item(weights, i), list_item(values, i), list_item(histories, i), master,
                                  list_item(indices, i), layout, row_wise, facts[i])  # fmt: skip
 
+
+_describe_all = entry(describe_all, holds_gil=True)
 
 _SPANS = np.add.outer([BASE, ENDS], [WEIGHT, HISTORY, MASTER, GRAD, IDS]).ravel()
 
