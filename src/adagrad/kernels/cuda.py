@@ -6,9 +6,10 @@ fail on the host, such as compiling a kernel, is done before the first kernel th
 
 Kernels read their parameters from tables in device memory: the addresses of the dense tensors, those of several
 row-sparse updates, and the settings (the rule's scalars, lr and wd). A table is uploaded, from pinned memory and
-without waiting, only if no recent call used the same one. While a CUDA graph is captured, the tables are the graph's
-own: it copies them from pinned memory at each replay, so that later calls cannot change them.
-Hyper-parameters that are Python numbers are then frozen into the graph; an lr that is a tensor is read by each replay.
+without waiting, only if no recent call used the same one; dense launches are kept with their tables. While a CUDA graph
+is captured, the tables are the graph's own: it copies them from pinned memory at each replay, so that later calls
+cannot change them. Hyper-parameters that are Python numbers are then frozen into the graph; an lr that is a tensor is
+read by each replay.
 
 An id outside the weight turns the whole call into a no-op, on the device. The kernel that meets one writes it into
 pinned host memory; the next call raises IndexError if that has arrived, and :func:`check` waits for it. If two such
