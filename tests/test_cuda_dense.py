@@ -243,18 +243,9 @@ def test_many_tables_push_out_the_oldest() -> None:
     assert len(cuda._tables_of(HERE)._settings) == cuda.KEPT
 
 
-class OnAnyDevice(cuda._Tables):
-    """Tables that take the CPU for a CUDA device which captures when it is told to."""
-
-    is_capturing = False
-
-    def _capturing(self) -> bool:
-        return self.is_capturing
-
-
 def test_a_capture_finds_pinned_memory_after_another_took_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    tables = OnAnyDevice(SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
+    tables = cuda._Tables(SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
 
     def pinned(size: int) -> torch.Tensor:
         asked.append(tables.is_capturing)
@@ -516,6 +507,40 @@ def test_formats_at_the_same_addresses_have_launches_of_their_own() -> None:
         ((launch,),) = [tables.addresses(cuda.cuda_dense.of_tensors(low, low, h, None, 0.1, 0.0, Rule()))[1]]
         kernels.append(launch.kernel)
     assert kernels[0] is not kernels[1]
+
+
+def test_flags_are_zero_and_apart() -> None:
+    """Aligned like a number of its own, of which there is one for each replay of a graph."""
+    from adagrad.kernels import cuda
+
+    tables = cuda._Tables(torch.device("cpu"))
+    flags = [tables.flag() for _ in range(3 * cuda.FLAGS)]
+    assert all(flag.shape == (1,) and flag.dtype == torch.int32 and not flag.any() for flag in flags)
+    assert len({flag.data_ptr() for flag in flags}) == len(flags)
+    assert all((flag.data_ptr() - flags[0].data_ptr()) % 16 == 0 for flag in flags[: cuda.FLAGS])
+    tables.is_capturing = True
+    assert tables.flag().untyped_storage().nbytes() == 4
+
+
+def test_launches_are_bound_once_for_the_same_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But each time with other tensors beside them, and in a capture."""
+    from adagrad.kernels import cuda
+    from adagrad.rule import Rule
+
+    bound: list[Any] = []
+    monkeypatch.setattr(cuda.cuda_dense, "bind", lambda *arguments: bound.append(arguments) or len(bound))
+    tables, given = cuda._Tables(torch.device("cpu")), [torch.ones(4) for _ in range(3)]
+    updates, number = cuda.cuda_dense.of_tensors(*given, None, 0.1, 0.0, Rule()), torch.zeros(())
+
+    def launches(lr: float, *numbers: Any) -> Any:
+        return tables.dense_launches(*tables.addresses(updates), tables.settings([lr], [0.0], Rule()), *numbers)
+
+    assert [launches(lr, None, None, None) for lr in (0.1, 0.1, 0.2, 0.1)] == [[1], [1], [2], [1]]
+    assert [launches(0.1, None, None, number) for _ in range(2)] == [[3], [4]]
+    tables.is_capturing = True
+    assert [launches(0.1, None, None, None) for _ in range(2)] == [[5], [6]]
+    tables.is_capturing = False
+    assert launches(0.1, None, None, None) == [1]
 
 
 def test_half_a_slab_is_kept_for_captures(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
 
 from adagrad.kernels import cuda_launch  # noqa: E402
-from adagrad.kernels.cuda_launch import Kernel, form_of  # noqa: E402
+from adagrad.kernels.cuda_launch import Kernel, form_and_words  # noqa: E402
 
 
 class Function:
@@ -53,11 +54,11 @@ def test_triton_is_asked_once_for_each_form_of_arguments(monkeypatch: pytest.Mon
     kernel.launch(3, x, 48, y)
     options = {"BLOCK": 8, "LAST": True, "num_warps": 4, "enable_fp_fusion": False}
     assert function.asked == [((3,), (x, 48, y), options)]
-    assert function.direct.pop() == ((3, 1, 1), (x, 48, y, True, 8))
+    assert function.direct.pop() == ((3, 1, 1), (x.data_ptr(), 48, y.data_ptr(), True, 8))
     other = memory[32:40]
     kernel.launch(5, other, 16, x)
-    # All that it was called with, then the constants in the function's order.
-    assert function.direct == [((5, 1, 1), (other, 16, x, True, 8))]
+    # All that it was called with, tensors by address, then the constants in the function's order.
+    assert function.direct == [((5, 1, 1), (other.data_ptr(), 16, x.data_ptr(), True, 8))]
     assert len(function.asked) == 1
     for arguments in [(x, 17, y), (x, 1, y), (x, 2**31, y), (x, 48, None), (x, 48, y.double()), (x, 48, memory[1:9])]:
         before = len(function.asked)
@@ -86,8 +87,35 @@ def test_triton_launches_what_it_does_not_let_us_keep(kind: str, monkeypatch: py
     assert not function.direct
 
 
+def test_tensors_live_until_they_are_launched_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_launch, "_KEEPS", True)
+    function, tensors = Function(), [torch.zeros(8), torch.zeros(8)]
+    gone = [weakref.ref(t) for t in tensors]
+    start = Kernel(function, 4, BLOCK=8, LAST=True).bind(1, tensors[0], 16, tensors[1])
+    tensors.clear()
+    function.asked.clear()
+    start()
+    assert all(t() is not None for t in gone)
+    del start
+    assert all(t() is None for t in gone)
+
+
+def test_pinned_memory_is_not_launched_by_address() -> None:
+    """Its address on the device may be another, which the launcher asks the driver for."""
+
+    def tensor(device: int) -> Any:
+        return SimpleNamespace(get_device=lambda: device, dtype=torch.int64, data_ptr=lambda: 64)
+
+    report = tensor(-1)
+    assert form_and_words((tensor(0), report, 1, None))[1] == [64, report, 1, None]
+
+
 def test_forms() -> None:
     memory = torch.zeros(8, dtype=torch.int32)
+
+    def form_of(argument: Any) -> Any:
+        return form_and_words((memory, argument))[0]
+
     assert form_of(memory) == form_of(memory[4:]) != form_of(memory[1:])
     assert form_of(memory) != form_of(memory.long())
     assert len({form_of(n) for n in (1, 2, 16, 2**31, 2**31 + 1)}) == 5
@@ -195,7 +223,7 @@ def test_each_device_has_compiled_kernels_of_its_own(monkeypatch: pytest.MonkeyP
     function = Function()
     kernel = Kernel(function, 4, BLOCK=8, LAST=True)
     for index, asked in ((0, 1), (1, 2), (0, 2), (1, 2)):
-        x = SimpleNamespace(device=SimpleNamespace(index=index), dtype=torch.float32, data_ptr=lambda: 64)
+        x = SimpleNamespace(get_device=lambda: index, dtype=torch.float32, data_ptr=lambda: 64)  # noqa: B023
         kernel.launch(1, x, 16, None)  # type: ignore[arg-type]
         assert len(function.asked) == asked
 

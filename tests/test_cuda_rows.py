@@ -318,7 +318,7 @@ def test_what_is_promised_of_addresses(moved: str | None, columns: int, dtype: s
     rule = Rule(row_wise=row_wise)
     found = cuda_row_lists.concatenate([cuda_row_lists.of_tensors(*u, rule) for u in updates])
     ((form, which),) = cuda_row_lists.by_form(found, rule).items()
-    assert cuda_row_lists.plan(found.facts, np.array(which), form)[2] == promised
+    assert cuda_row_lists.plan(found.facts, np.array(which), form).are_aligned == promised
 
 
 def test_of_several_bad_ids_one_is_reported(launched: list[str]) -> None:
@@ -500,7 +500,7 @@ def test_a_table_of_more_than_2_to_the_31_elements() -> None:
 def test_a_report_of_which_one_word_has_arrived_waits_for_the_other() -> None:
     from adagrad.kernels import cuda
 
-    report = torch.tensor([cuda.NO_ROW, 8], dtype=torch.int64)
+    report = np.array([cuda.NO_ROW, 8], np.int64).data
     cuda._raise_reported(report, arrived=False)
     report[0] = 9
     with pytest.raises(IndexError, match=r"row 9: must be in \[0, 7\)"):

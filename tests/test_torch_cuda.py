@@ -111,6 +111,7 @@ def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     decode = table.decode
     monkeypatch.setattr(table, "decode", lambda code: (1, decode(code)[1]))
     monkeypatch.setattr(fast_path, "update_plain", lambda *lists: False)
+    monkeypatch.setattr(torch_step, "is_on_cuda", lambda tensor: True)
     with np.errstate(all="ignore"):
         yield calls
 
@@ -340,6 +341,74 @@ def test_an_updater_of_a_subclass_does_nothing_on_a_device_twice(as_if_on_cuda: 
     weights = [torch.ones(4, 2) for _ in range(2)]
     get_updater(Own(0.5))([0, 1], [sparse_grad(1), sparse_grad(2)], weights)
     assert [rows for _, rows, _ in as_if_on_cuda] == [1, 1]
+
+
+def plain_list(is_sparse: bool) -> list[nn.Parameter]:
+    params = [nn.Parameter(torch.ones(4, 2)) for _ in range(3)]
+    for p in params:
+        p.grad = sparse_grad(1, 3) if is_sparse else torch.ones(4, 2)
+    return params
+
+
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_plain_lists_do_not_take_the_general_path(
+    is_sparse: bool, fused: bool | None, as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("the general path")
+
+    monkeypatch.setattr(general_path, "prepare", fail)
+    params = plain_list(is_sparse)
+    optimizer = Adagrad(params, lr=0.5, eps=0.0, fused=fused)
+    versions = [p._version for p in params]
+    for step in range(3):
+        optimizer.step()
+        assert [optimizer.state[p]["step"].item() for p in params] == [step + 1] * 3
+    assert [dense for dense, *_ in as_if_on_cuda] == [0 if is_sparse else 3] * 3
+    changed = [False, True, False, True] if is_sparse else [True] * 4
+    assert all((p != 1).all(1).tolist() == changed for p in params)
+    assert all(p._version > version for p, version in zip(params, versions, strict=True))
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_what_the_general_path_refuses(is_sparse: bool, as_if_on_cuda: list[Any]) -> None:
+    """A list that is not all plain, and one that is but must not be updated."""
+
+    def shared(params: list[nn.Parameter], state: Any) -> str:
+        params[1].data = params[2].data
+        return "shares memory"
+
+    def of_another_shape(params: list[nn.Parameter], state: Any) -> str:
+        params[1].data = torch.ones(5, 2)
+        state[params[1]]["sum"] = torch.zeros(5, 2)
+        return "shape"
+
+    def of_another_format(params: list[nn.Parameter], state: Any) -> str:
+        state[params[1]]["sum"] = torch.zeros(4, 2, dtype=torch.float64)
+        return "dtype float64"
+
+    def no_count(params: list[nn.Parameter], state: Any) -> str:
+        state[params[1]]["step"] = torch.zeros(2)
+        return "must be a tensor of one number"
+
+    for spoil in (shared, of_another_shape, of_another_format, no_count):
+        params = plain_list(is_sparse)
+        optimizer = Adagrad(params, lr=0.5)
+        message = spoil(params, optimizer.state)
+        with pytest.raises((TypeError, ValueError), match=message):
+            optimizer.step()
+        assert not as_if_on_cuda
+        assert all((p == 1).all() for p in params)
+
+
+def test_lists_of_two_formats_are_one_call(as_if_on_cuda: list[Any]) -> None:
+    params = plain_list(is_sparse=False)
+    params[1] = nn.Parameter(torch.ones(4, 2, dtype=torch.float64))
+    params[1].grad = torch.ones(4, 2, dtype=torch.float64)
+    Adagrad(params, lr=0.5, eps=0.0).step()
+    assert [dense for dense, *_ in as_if_on_cuda] == [3]
+    assert all((p == 0.5).all() for p in params)
 
 
 @pytest.mark.parametrize("kind", ["negated", "conjugated", "every other id"])

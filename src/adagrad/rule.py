@@ -52,6 +52,11 @@ class Rule:
     row_wise: bool = False
 
     @functools.cached_property
+    def bits(self) -> tuple[bytes, bool]:
+        """What tells the arithmetic of rules apart: 0.0 and -0.0 compare equal, but act differently."""
+        return self.scalars.tobytes(), self.decoupled_decay
+
+    @functools.cached_property
     def scalars(self) -> np.ndarray:
         """The scalars for the kernels: ``rescale_grad``, the clip bound, epsilon inside and outside the root.
 

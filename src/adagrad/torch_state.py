@@ -114,19 +114,23 @@ def _check(where: str, count: Any) -> None:
 class Counts:
     """The step counts of a list of parameters, each a one-element tensor, on any device."""
 
-    def __init__(self, counts: list[Tensor], at: Callable[[int], str]) -> None:
-        """``at`` is the index that follows "parameter" in messages."""
+    def __init__(self, counts: list[Tensor], at: Callable[[int], str], addresses: np.ndarray | None = None) -> None:
+        """``at`` is the index that follows "parameter" in messages; ``addresses`` are those that were found before."""
         self._counts = counts
+        if addresses is not None:
+            self._addresses, self.are_plain = addresses, True
+            return
         self._addresses = np.empty(len(counts), np.int64)
         layout = current_layout()
-        self._plain = layout is not None and plain_counts.find(id(counts), layout, self._addresses)
-        for i, count in enumerate(() if self._plain else counts):
+        # On the CPU, and read and written by compiled code.
+        self.are_plain = layout is not None and plain_counts.find(id(counts), layout, self._addresses)
+        for i, count in enumerate(() if self.are_plain else counts):
             _check(f"state of parameter{at(i)}", count)
 
     def values(self, *, wait: bool) -> list[Any]:
         """Return one for each parameter, or one for all; without ``wait``, those on a device as float64 tensors."""
         values: list[Any]
-        if self._plain:
+        if self.are_plain:
             numbers = np.empty(len(self._counts))
             plain_counts.read(self._addresses, numbers)
             values = numbers.tolist()
@@ -137,7 +141,7 @@ class Counts:
 
     def advance(self) -> None:
         """Add 1 to each count."""
-        if self._plain:
+        if self.are_plain:
             plain_counts.advance(self._addresses)
         elif self._counts:
             with torch.inference_mode():  # for parameters made in it, counts are inference tensors

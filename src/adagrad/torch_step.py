@@ -15,15 +15,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from adagrad import checks
 from adagrad import rule as expression
-from adagrad.kernels import fast_path, general_path, tensor_checks
-from adagrad.kernels.batch import Batch
+from adagrad.kernels import cuda_lists, fast_path, general_path, tensor_checks
+from adagrad.kernels.batch import Batch, Prepared
 from adagrad.kernels.tensor_views import mark_changed
 from adagrad.rule import Rule
 from adagrad.torch_options import one_real, rule_and_decays
 from adagrad.torch_state import Counts, master
 
 _is_given = functools.partial(operator.is_not, None)
+is_on_cuda = operator.attrgetter("is_cuda")
 _grad_of, _sum_of, _step_of = operator.attrgetter("grad"), operator.itemgetter("sum"), operator.itemgetter("step")
+
+
+_ON_CPU = {torch.device("cpu")}
 
 
 class Part(Batch):
@@ -98,6 +102,8 @@ class Part(Batch):
         stay unchanged if it found infinities, and move to the device, because the host does not wait for the result.
         """
         devices = {skip.device for skip in skips}
+        if self.counts.are_plain:
+            devices &= _ON_CPU
         if found_inf is None and not (devices and any(state["step"].device in devices for state in self.states)):
             self.counts.advance()
             return
@@ -215,8 +221,12 @@ def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | Non
     skips: list[Tensor] = []
     try:
         if grad_scale is not None or found_inf is not None or not _update_and_count(batches, parts, threads):
+            prepared = None
+            if len(parts) == 1 and grad_scale is None and found_inf is None:
+                prepared = _prepare_plain(parts[0])
             counts = [part.counts for part in parts]
-            prepared = general_path.prepare(batches, threads=threads, grad_scale=grad_scale, found_inf=found_inf)
+            if prepared is None:
+                prepared = general_path.prepare(batches, threads=threads, grad_scale=grad_scale, found_inf=found_inf)
             owed = counts
             skips = prepared.run()
     except Exception:
@@ -230,12 +240,23 @@ def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | Non
 def _update_and_count(batches: Sequence[Batch], parts: list[Part], threads: int) -> bool:
     """Do both by one call of compiled code, if possible; False if nothing was changed."""
     b = batches[0]
-    if len(batches) > 1 or (b.weights and b.weights[0].is_cuda):
+    if len(batches) > 1 or (b.weights and is_on_cuda(b.weights[0])):
         return False
     steps = parts[0].steps if len(parts) == 1 else [step for part in parts for step in part.steps]
     return fast_path.update_plain(
         b.weights, b.grads, b.histories, b.masters, steps, b.lrs, b.wds, b.rule, threads, b.places
     )
+
+
+def _prepare_plain(part: Part) -> Prepared | None:
+    """Prepare the updates of plain tensors on one CUDA device; None if they are left to the general path."""
+    if not (part.weights and is_on_cuda(part.weights[0])):
+        return None
+    found = cuda_lists.inspect(part, part.steps)
+    if found is None:
+        return None
+    part.counts = Counts(part.steps, part.at, found.counts)
+    return cuda_lists.prepare(part, found)
 
 
 def _finish(parts: list[Part], owed: list[Counts], found_inf: Tensor | None, skips: list[Tensor]) -> None:

@@ -6,9 +6,10 @@ fail on the host, such as compiling a kernel, is done before the first kernel th
 
 Kernels read their parameters from tables in device memory: the addresses of the dense tensors, those of several
 row-sparse updates, and the settings (the rule's scalars, lr and wd). A table is uploaded, from pinned memory and
-without waiting, only if no recent call used the same one. While a CUDA graph is captured, the tables are the graph's
-own: it copies them from pinned memory at each replay, so that later calls cannot change them.
-Hyper-parameters that are Python numbers are then frozen into the graph; an lr that is a tensor is read by each replay.
+without waiting, only if no recent call used the same one; dense launches are kept with their tables. While a CUDA graph
+is captured, the tables are the graph's own: it copies them from pinned memory at each replay, so that later calls
+cannot change them. Hyper-parameters that are Python numbers are then frozen into the graph; an lr that is a tensor is
+read by each replay.
 
 An id outside the weight turns the whole call into a no-op, on the device. The kernel that meets one writes it into
 pinned host memory; the next call raises IndexError if that has arrived, and :func:`check` waits for it. If two such
@@ -17,8 +18,8 @@ calls are in flight at once, the report of the second may be mixed with that of 
 
 from __future__ import annotations
 
+import struct
 import threading
-from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -41,7 +42,10 @@ T = TypeVar("T")
 KEPT = 16
 """Tables of one kind that are kept for later calls on the same stream."""
 
-NO_ROW = np.iinfo(np.int64).min
+FLAGS = 64
+"""Numbers that are set to 0 at once, one for each call with row ids."""
+
+NO_ROW = int(np.iinfo(np.int64).min)
 
 
 class Group(NamedTuple):
@@ -85,7 +89,7 @@ def prepare(
         Whatever compiling a kernel, or a lack of memory, may raise.
     """
     with _on(device):
-        tables, report, skip = _tables_of(device), _report_of(device), None
+        tables, skip = _tables_of(device), None
         launches: list[Callable[..., list[Callable[[], object]]]] = []
         for rule, dense, rows in groups:
             lrs, wds = dense.rates() if dense else ([], [])
@@ -93,11 +97,12 @@ def prepare(
             settings = tables.settings([*lrs, *row_lrs], [*wds, *row_wds], rule)
             if dense:
                 addresses, found = tables.addresses(dense)
-                launches += [partial(cuda_dense.bind, launch, addresses, settings) for launch in found]
+                launches.append(partial(tables.dense_launches, addresses, found, settings))
             if rows:
                 for form, which in cuda_row_lists.by_form(rows, rule).items():
                     # Every id of the call is checked before the first element changes.
-                    skip = torch.zeros(1, dtype=torch.int32, device=device) if skip is None else skip
+                    skip = tables.flag() if skip is None else skip
+                    report = _report_of(device).tensor
                     launch = cuda_row_lists.sort_ids(rows, form, which, len(lrs), skip, report, tables.rows)
                     launches.append(partial(cuda_row_lists.bind, launch, settings))
         bound = [start for launch in launches for start in launch(grad_scale, skip, found_inf)]
@@ -105,7 +110,13 @@ def prepare(
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """Within, a CUDA device is the current one, as it usually is: to make it so takes longer than to ask."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return _NOTHING
+    return torch.cuda.device(device)
+
+
+_NOTHING = nullcontext()
 
 
 def _carry_out(bound: list[Callable[[], object]], device: torch.device, skip: Tensor | None, kept: object
@@ -127,7 +138,7 @@ def wait_for_check(device: torch.device) -> None:
             if torch.cuda.is_current_stream_capturing():
                 return
             torch.cuda.current_stream().synchronize()
-    _raise_reported(_report_of(device), arrived=True)
+    _raise_reported(_report_of(device).words, arrived=True)
 
 
 def check(device: torch.device | str | int | None = None) -> None:
@@ -143,24 +154,33 @@ def check(device: torch.device | str | int | None = None) -> None:
         if wanted is None or used == wanted:
             if used.type == "cuda":
                 torch.cuda.synchronize(used)
-            _raise_reported(report, arrived=True)
+            _raise_reported(report.words, arrived=True)
 
 
 # ------------------------------------------------------------------------------------------------- row ids out of range
 
-_reports: dict[torch.device, Tensor] = {}
-"""By device, (id, rows + 1) of a row id out of range, or (NO_ROW, 0), in host memory that the device can write."""
+
+class _Report(NamedTuple):
+    """Host memory that a device can write: (id, rows + 1) of a row id out of range, or (NO_ROW, 0)."""
+
+    tensor: Tensor
+    words: memoryview
+    """The same memory for Python, which takes longer to read a number from a tensor or an array."""
+
+
+_reports: dict[torch.device, _Report] = {}
 
 
 def _with_index(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
 
-def _report_of(device: torch.device) -> Tensor:
+def _report_of(device: torch.device) -> _Report:
     report = _reports.get(device)
     if report is None:
-        report = torch.tensor([NO_ROW, 0], dtype=torch.int64, device="cpu")
-        report = _reports.setdefault(device, report.pin_memory() if device.type == "cuda" else report)
+        tensor = torch.tensor([NO_ROW, 0], dtype=torch.int64, device="cpu")
+        tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+        report = _reports.setdefault(device, _Report(tensor, tensor.numpy().data))
     return report
 
 
@@ -169,13 +189,12 @@ def raise_reported(device: torch.device) -> None:
 
     Called for each device of a call before the call begins.
     """
-    _raise_reported(_report_of(device), arrived=False)
+    _raise_reported(_report_of(device).words, arrived=False)
 
 
-def _raise_reported(report: Tensor, *, arrived: bool) -> None:
-    """Raise what ``report`` says. Its two words arrive one by one: unless ``arrived``, raise only if both are there."""
-    words = report.numpy()
-    row, rows = int(words[0]), int(words[1]) - 1
+def _raise_reported(words: memoryview, *, arrived: bool) -> None:
+    """Raise what a report says. Its two words arrive one by one: unless ``arrived``, raise only if both are there."""
+    row, rows = words[0], words[1] - 1
     if rows < 0 or (row == NO_ROW and not arrived):
         return
     words[1] = 0  # first, so that :func:`check` raises something for a report that arrives meanwhile
@@ -186,7 +205,12 @@ def _raise_reported(report: Tensor, *, arrived: bool) -> None:
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-_local = threading.local()
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.tables: dict[tuple[torch.device, int], _Tables] = {}
+
+
+_local = _Local()
 SLAB = 2**17
 """Words of pinned memory reserved for captures, which may be unable to allocate any; more if tables are large."""
 
@@ -200,23 +224,46 @@ _captured: list[Tensor] = []
 
 
 def _tables_of(device: torch.device) -> _Tables:
-    """The tables of this thread and the current stream: all work on them is in stream order."""
-    known: dict[tuple[torch.device, int], _Tables] = _local.__dict__.setdefault("tables", {})
-    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    tables = known.get(key)
+    """The tables of this thread and the current stream of ``device``, the current one: work on them is in its order."""
+    is_cuda = device.type == "cuda"
+    key = device, _stream_of(device.index) if is_cuda else 0
+    tables = _local.tables.get(key)
     if tables is None:
-        tables = known[key] = _Tables(device)
+        tables = _local.tables[key] = _Tables(device)
+    tables.is_capturing = is_cuda and torch.cuda.is_current_stream_capturing()
     return tables
+
+
+def _current_stream(index: int) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+_stream_of: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
+"""The address of a device's current stream. PyTorch's compiler and Triton ask in this way, which makes no object."""
 
 
 class _Tables:
     """The last tables that a thread uploaded for one stream."""
 
+    is_capturing = False
+    """Whether the call is captured into a graph, which gets tables of its own."""
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._addresses: list[tuple[Any, tuple[Tensor, list[cuda_dense.Launch]]]] = []
-        self._rows: list[tuple[Any, Tensor]] = []
+        self._rows: list[tuple[Any, tuple[Tensor, cuda_row_lists.Plan]]] = []
         self._settings: list[tuple[Any, Tensor]] = []
+        self._bound: list[tuple[Any, tuple[list[Callable[[], object]], Tensor, Tensor]]] = []
+        self._flags: list[Tensor] = []
+
+    def flag(self) -> Tensor:
+        """One int32 number on the device, 0 before a call's kernels run."""
+        if self.is_capturing:  # each replay must begin with 0
+            return torch.zeros(1, dtype=torch.int32, device=self._device)
+        if not self._flags:
+            # Many at once, because filling takes a launch. Each is at a multiple of 16 bytes, as if it were alone.
+            self._flags = list(torch.zeros((FLAGS, 4), dtype=torch.int32, device=self._device)[:, :1].unbind())
+        return self._flags.pop()
 
     def addresses(self, updates: DenseUpdates) -> tuple[Tensor, list[cuda_dense.Launch]]:
         """The table of addresses and the launches that use it."""
@@ -228,9 +275,26 @@ class _Tables:
         key = updates.rows.tobytes(), updates.codes.tobytes(), updates.share_rates
         return self._recent(self._addresses, key, make)
 
-    def rows(self, words: np.ndarray) -> Tensor:
-        """The table of several row-sparse updates."""
-        return self._recent(self._rows, words.tobytes(), lambda: self._upload(words))
+    def dense_launches(self, addresses: Tensor, launches: list[cuda_dense.Launch], settings: Tensor,
+                       *numbers: Tensor | None) -> list[Callable[[], object]]:  # fmt: skip
+        """What carries out the launches, with two tables that are known here; ``numbers`` as in the kernels."""
+
+        def make() -> tuple[list[Callable[[], object]], Tensor, Tensor]:
+            bound = [cuda_dense.bind(launch, addresses, settings, *numbers) for launch in launches]
+            return bound, addresses, settings  # held, so that no others can have their ids
+
+        if any(number is not None for number in numbers):
+            return make()[0]
+        return self._recent(self._bound, (id(addresses), id(settings)), make)[0]
+
+    def rows(self, key: Any, plan: Callable[[], cuda_row_lists.Plan]) -> tuple[Tensor, cuda_row_lists.Plan]:
+        """The table of several row-sparse updates and the plan for them, which ``key`` determines."""
+
+        def make() -> tuple[Tensor, cuda_row_lists.Plan]:
+            found = plan()
+            return self._upload(found.words), found
+
+        return self._recent(self._rows, key, make)
 
     def settings(self, lrs: Sequence[float | Tensor], wds: Sequence[float], rule: Rule) -> Tensor:
         """The table of the rule's scalars and of each update's lr and wd."""
@@ -250,13 +314,13 @@ class _Tables:
                 each.view(np.int64)[:, 2:] = pointers
             return self._upload(words.view(np.int64))
 
-        # By their bits: 0.0 and -0.0 compare equal but act differently.
-        key = *(array("d", values).tobytes() for values in (numbers, wds, rule.scalars)), pointers, rule.decoupled_decay
+        # By their bits, as those of the rule.
+        key = struct.pack(f"{2 * len(lrs)}d", *numbers, *wds), pointers, rule.bits
         return self._recent(self._settings, key, make)
 
     def _recent(self, kept: list[tuple[Any, T]], key: Any, make: Callable[[], T]) -> T:
         """What ``make`` recently made for ``key``, or makes now; a graph under capture gets its own."""
-        if self._capturing():
+        if self.is_capturing:
             return make()
         for i, (known, made) in enumerate(kept):
             if known == key:
@@ -268,16 +332,13 @@ class _Tables:
         del kept[KEPT:]
         return made
 
-    def _capturing(self) -> bool:
-        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
     def _upload(self, words: np.ndarray) -> Tensor:
         """A copy of ``words`` in device memory, made without waiting for it."""
         if self._device.type != "cuda":
             return torch.from_numpy(words.copy())
         # The allocator of pinned memory reuses a buffer only after the copies out of it are done. It may be unable to
         # allocate new memory during a capture, so earlier uploads, on any stream, reserve some.
-        if self._capturing():
+        if self.is_capturing:
             host = _from_slab(len(words))
             _captured.append(host)
         else:

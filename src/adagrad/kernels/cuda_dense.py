@@ -291,7 +291,7 @@ def _kernel(code: int, is_aligned: int, tile: int) -> tuple[Kernel, int]:
 
 
 def bind(launch: Launch, addresses: Tensor, table: Tensor, grad_scale: Tensor | None, skip: Tensor | None,
-         found_inf: Tensor | None) -> list[Callable[[], object]]:  # fmt: skip
+         found_inf: Tensor | None) -> Callable[[], object]:  # fmt: skip
     """What launches a kernel over the tensors that ``addresses`` names, with the settings in ``table``."""
     kernel, programs, firsts, records, tensors = launch
-    return [kernel.bind(programs, addresses, firsts, records, tensors, table, grad_scale, skip, found_inf)]
+    return kernel.bind(programs, addresses, firsts, records, tensors, table, grad_scale, skip, found_inf)

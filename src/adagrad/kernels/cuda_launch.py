@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _KEEPS = TRITON >= (3, 3) and torch.version.hip is None
 """Whether compiled kernels are kept. Older versions call a compiled kernel with other arguments; for devices other than
-NVIDIA's, Triton inspects more of the arguments than :func:`form_of`."""
+NVIDIA's, Triton inspects more of the arguments than :func:`form_and_words`."""
 
 _HIGH = 2**31
 
@@ -44,14 +44,15 @@ class Kernel:
 
         The kernel is compiled and loaded now, as far as Triton lets us: that takes seconds, and may fail.
         """
-        form = first.device.index, form_of(first), *map(form_of, others)
+        arguments = first, *others
+        form, words = form_and_words(arguments)
         try:
             compiled = self._compiled[form]
         except KeyError:
-            compiled = self._compiled[form] = self._compile(programs, first, *others)
+            compiled = self._compiled[form] = self._compile(programs, *arguments)
         if compiled is None:
-            return partial(self._function[(programs,)], first, *others, **self._constants, **self._options)
-        return partial(compiled[(programs, 1, 1)], first, *others, *self._values)
+            return partial(self._function[(programs,)], *arguments, **self._constants, **self._options)
+        return partial(_start, arguments, compiled[(programs, 1, 1)], *words, *self._values)
 
     def _compile(self, programs: int, *arguments: Any) -> Any:
         """The compiled kernel, or None if it can only be launched through Triton."""
@@ -67,10 +68,31 @@ class Kernel:
         self.bind(programs, first, *others)()
 
 
-def form_of(argument: Any) -> Any:
-    """What Triton may compile into a kernel for NVIDIA's devices about a tensor, an integer or None."""
-    if argument is None:
-        return None
-    if type(argument) is int:
-        return argument % 16 == 0, argument == 1, -_HIGH <= argument < _HIGH
-    return argument.dtype, argument.data_ptr() % 16 == 0
+def _start(kept: object, compiled: Callable[..., object], *words: Any) -> object:
+    """Launch a compiled kernel; ``kept`` are the tensors at the addresses among its ``words``, alive until here."""
+    return compiled(*words)
+
+
+def form_and_words(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any]]:
+    """What Triton may compile into a kernel for NVIDIA's devices about its arguments; and what a launch is given.
+
+    Arguments are tensors, of which the first tells the device, integers or None. A launch is given the addresses of the
+    tensors on the device, for of a tensor it asks Python for the address, and then the driver whether that is valid.
+    Memory elsewhere, which is pinned, may have another address on the device, for which it must ask.
+    """
+    device = arguments[0].get_device()
+    form: list[Any] = [device]
+    words: list[Any] = []
+    for argument in arguments:
+        if argument is None:
+            form.append(None)
+            words.append(None)
+        elif type(argument) is int:
+            form.append((argument % 16 == 0, argument == 1, -_HIGH <= argument < _HIGH))
+            words.append(argument)
+        else:
+            address = argument.data_ptr()
+            form.append(argument.dtype)
+            form.append(address % 16 == 0)
+            words.append(address if argument.get_device() == device else argument)
+    return tuple(form), words

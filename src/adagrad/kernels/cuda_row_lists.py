@@ -134,33 +134,37 @@ class Launch(NamedTuple):
 
 def by_form(updates: RowUpdates, rule: Rule) -> dict[Form, list[int]]:
     """The positions of the updates that have ids, by form."""
-    found: dict[Form, list[int]] = {}
-    lengths, entries = updates.facts[:, LENGTH].tolist(), updates.facts[:, ENTRIES].tolist()
+    found: dict[tuple[int, int], list[int]] = {}
+    entries, lengths = updates.facts[:, ENTRIES].tolist(), updates.facts[:, LENGTH].tolist()
     for i, code in enumerate(updates.codes):
         if entries[i]:
-            # In rows of one element the mean of squares is the square.
-            form = Form(code % CODES_PER_DEVICE, lengths[i], rule.row_wise and lengths[i] > 1)
-            found.setdefault(form, []).append(i)
-    return found
+            found.setdefault((code % CODES_PER_DEVICE, lengths[i]), []).append(i)
+    # In rows of one element the mean of squares is the square.
+    return {Form(*kind, rule.row_wise and kind[1] > 1): which for kind, which in found.items()}
 
 
 def sort_ids(updates: RowUpdates, form: Form, which: Sequence[int], index: int, skip: Tensor, report: Tensor,
-             upload: Callable[[np.ndarray], Tensor]) -> Launch:  # fmt: skip
+             table: Callable[[Any, Callable[[], Plan]], tuple[Tensor, Plan]]) -> Launch:  # fmt: skip
     """Check the row ids of the updates ``which``, all of one form, and sort them stably, in ascending order.
 
-    ``index`` is that of the settings of the first of all ``updates``; ``upload`` copies words to device memory.
+    ``index`` is that of the settings of the first of all ``updates``; ``table`` returns, for a key, the plan that a
+    function makes, and the plan's words in device memory.
     """
     first, facts = updates.tensors[which[0]], updates.facts
-    count, rows = (sum(int(facts[i, what]) for i in which) for what in (ENTRIES, HEIGHT))
-    # 32-bit keys sort in two thirds of the time.
-    keys = torch.empty(count, dtype=torch.int32 if rows < 2**31 else torch.int64, device=skip.device)
     records, are_aligned = None, False
     if len(which) == 1:
+        count, rows = int(facts[which[0], ENTRIES]), int(facts[which[0], HEIGHT])
+    else:
+        facts = facts if len(which) == len(facts) else facts[which]
+        key = facts.tobytes(), which, index, form.row_wise
+        records, found = table(key, lambda: plan(facts, np.array(which) + index, form))
+        count, rows, are_aligned = found.entries, found.rows, found.are_aligned
+    # 32-bit keys sort in two thirds of the time.
+    keys = torch.empty(count, dtype=torch.int32 if rows < 2**31 else torch.int64, device=skip.device)
+    if records is None:
         _CHECK.launch(-(-count // BLOCK), first[1], keys, count, rows, skip, report)
     else:
-        words, blocks, are_aligned = plan(facts[which], np.array(which) + index, form)
-        records = upload(words)
-        _CHECK_ALL.launch(blocks, records, len(which), keys, skip, report)
+        _CHECK_ALL.launch(found.blocks, records, len(which), keys, skip, report)
     ids, order = torch.sort(keys, stable=True)
     sums = first[3].new_empty((slots(count), form.length))
     return Launch(form, first, index + which[0], ids, order, rows, len(which), records, are_aligned, sums)
@@ -174,8 +178,21 @@ def slots(count: int) -> int:
 _CHECK, _CHECK_ALL = Kernel(cuda_rows.check_ids, 4, BLOCK=BLOCK), Kernel(cuda_rows.check_ids_of_all, 4, BLOCK=BLOCK)
 
 
-def plan(facts: np.ndarray, settings: np.ndarray, form: Form) -> tuple[np.ndarray, int, bool]:
-    """The table, the number of blocks of ids, and whether all rows begin at multiples of 16 bytes."""
+class Plan(NamedTuple):
+    """What several updates of one form, and only these, make necessary."""
+
+    words: np.ndarray
+    """Their table."""
+    blocks: int
+    """Of row ids."""
+    entries: int
+    rows: int
+    are_aligned: bool
+    """Whether all rows begin at multiples of 16 bytes."""
+
+
+def plan(facts: np.ndarray, settings: np.ndarray, form: Form) -> Plan:
+    """The plan for updates of one form, which depends on ``form.row_wise`` and on what is given besides."""
     n, counts, heights = len(facts), facts[:, ENTRIES], facts[:, HEIGHT]
     first_rows, first_entries, blocks = np.cumsum(heights) - heights, np.cumsum(counts) - counts, -(-counts // BLOCK)
     ids, operands = np.zeros((2, n, RECORD.value), np.int64)
@@ -188,7 +205,7 @@ def plan(facts: np.ndarray, settings: np.ndarray, form: Form) -> tuple[np.ndarra
     whole = [0, 1, 3] if form.row_wise else [0, 1, 2, 3]
     are_aligned = not ((addresses | steps)[:, whole] % 16).any()
     words = np.concatenate([np.cumsum(blocks) - blocks, ids.ravel(), first_rows, operands.ravel()])
-    return words, int(blocks.sum()), are_aligned
+    return Plan(words, int(blocks.sum()), int(counts.sum()), int(heights.sum()), are_aligned)
 
 
 class Kernels(NamedTuple):

@@ -103,7 +103,8 @@ class _Plan:
 
 class _CheckedBatch:
     """A batch, inspected: ``table``, the plain dense updates; ``rows``, the plain row-sparse ones, at the positions
-    ``sparse``; ``others``, as checked operands; ``wrapped``, those of tensors that only PyTorch understands."""
+    ``sparse``; ``places``, where these are; ``others``, as checked operands; ``wrapped``, those of tensors that only
+    PyTorch understands."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
@@ -113,6 +114,7 @@ class _CheckedBatch:
         self.sparse: list[int] = []
         self.others: dict[int, Update] = {}
         self.wrapped: dict[int, Wrapped] = {}
+        self.places: set[int]
         rest: Sequence[int] = range(len(batch.weights))
         if all(map(is_row_sparse, batch.grads)):
             rest = self._describe_rows([*rest])
@@ -124,14 +126,16 @@ class _CheckedBatch:
                 sparse = [i for i in left if is_row_sparse(batch.grads[i])]
                 not_plain = self._describe_rows(sparse)
                 rest = sorted({*left} - {*sparse} | {*not_plain})
-        if any(self._places()) and not has_kernels():
+        self.places = self._find_places()
+        if any(self.places) and not has_kernels():
             rest = [*rest, *self._take_from_cuda()]
+            self.places = self._find_places()
         for i in rest:
             self._validate(i)
 
-    def _places(self) -> set[int]:
+    def _find_places(self) -> set[int]:
         """The devices of the plain updates: 0 for the CPU, 1 + index for a CUDA device."""
-        codes = {code for code, _ in self.groups}.union(self.rows.codes)
+        codes = {*self.rows.codes, *(code for code, _ in self.groups)}
         return {table.decode(code)[0] for code in codes}
 
     def _take_from_cuda(self) -> list[int]:
@@ -146,10 +150,13 @@ class _CheckedBatch:
     def _describe_rows(self, which: list[int]) -> list[int]:
         """Inspect the row-sparse updates ``which``; returns those that are not plain."""
         batch = self.batch
-        lists = batch.weights, batch.grads, batch.histories, batch.masters
-        found = rows.inspect_rows(
-            *([each[i] for i in which] if each else [] for each in lists), row_wise=batch.rule.row_wise
-        )
+        lists = [batch.weights, batch.grads, batch.histories, batch.masters]
+        if len(which) < len(batch.weights):
+            lists = [[each[i] for i in which] if each else [] for each in lists]
+        found = rows.inspect_rows(*lists, row_wise=batch.rule.row_wise)
+        self.rows, self.sparse = found, which
+        if -1 not in found.codes:
+            return []
         plain = [k for k, code in enumerate(found.codes) if code >= 0]
         self.rows, self.sparse = found.some(plain), [which[k] for k in plain]
         return [i for i, code in zip(which, found.codes, strict=True) if code < 0]
@@ -167,7 +174,7 @@ class _CheckedBatch:
 
     def all_on_cuda(self) -> bool:
         """Whether the CUDA kernels update every weight."""
-        return all(self._places()) and not self.wrapped and all(map(is_on_cuda, self.others.values()))
+        return all(self.places) and not self.wrapped and all(map(is_on_cuda, self.others.values()))
 
     def add_to(self, plan: _Plan, scale: float, threads: int | None) -> None:
         """Add what updates the batch; row ids on the CPU are checked here."""
@@ -189,17 +196,16 @@ class _CheckedBatch:
                 plan.updates_on(device).add_dense(self.batch.rule, self._dense_on_cuda(which))
 
     def _add_rows(self, plan: _Plan, scaled: Rule, threads: int | None) -> None:
-        on_device: dict[int, list[int]] = {}
-        for k, code in enumerate(self.rows.codes):
-            place, _ = table.decode(code)
+        places = [table.decode(code)[0] for code in self.rows.codes]
+        for place in dict.fromkeys(places):
+            members = [k for k, each in enumerate(places) if each == place]
             if place:
-                on_device.setdefault(place, []).append(k)
-            else:
+                device = self.batch.weights[self.sparse[members[0]]].device
+                plan.updates_on(device).add_rows(self.batch.rule, self._rows_on_cuda(members))
+                continue
+            for k in members:
                 rates = rate_table(*self.batch.some_rates([self.sparse[k]]), scaled)[0]
                 plan.jobs.append(self.rows.job(k, self.batch.at(self.sparse[k]), rates, scaled, threads))
-        for members in on_device.values():
-            device = self.batch.weights[self.sparse[members[0]]].device
-            plan.updates_on(device).add_rows(self.batch.rule, self._rows_on_cuda(members))
 
     def _add_others(self, plan: _Plan, scaled: Rule, threads: int | None) -> None:
         dense: dict[table.Formats, list[int]] = {}
@@ -223,12 +229,11 @@ class _CheckedBatch:
         return cuda().DenseUpdates(rows, codes, *self.batch.some_rates(which), [self.batch])
 
     def _rows_on_cuda(self, members: list[int]) -> Any:
-        which, found = [self.sparse[k] for k in members], self.rows.some(members)
-        tensors = []
-        for i, (values, indices) in zip(which, found.parts, strict=True):
-            weight, _, history, master = self.batch.arrays(i)
-            tensors.append((weight, indices, values, history, master))
-        return cuda().cuda_row_lists.RowUpdates(found.facts, found.codes, *self.batch.some_rates(which), tensors)
+        which, found, batch = [self.sparse[k] for k in members], self.rows.some(members), self.batch
+        masters = [batch.masters[i] for i in which] if batch.masters else [None] * len(which)
+        weights, histories = [batch.weights[i] for i in which], [batch.histories[i] for i in which]
+        tensors = [*zip(weights, found.indices, found.values, histories, masters, strict=True)]
+        return cuda().cuda_row_lists.RowUpdates(found.facts, found.codes, *batch.some_rates(which), tensors)
 
     def _dense_job(self, which: Sequence[int], formats: table.Formats, rule: Rule, threads: int | None) -> Job:
         found: Any = self.table

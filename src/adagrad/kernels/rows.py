@@ -37,7 +37,7 @@ from adagrad.kernels.layout import (
     read_word,
 )
 from adagrad.kernels.memory import keep_alive, uncounted, word_table
-from adagrad.kernels.numba_jit import jit
+from adagrad.kernels.numba_jit import entry, jit
 from adagrad.kernels.records import (
     ARE_LONG,
     BASE,
@@ -113,8 +113,8 @@ def describe_rows(weight: int, values: int, history: int, master: int, indices: 
     return code
 
 
-@jit(holds_gil=True)
-def _describe_all(weights: int, values: int, histories: int, masters: int, indices: int, layout: Any, row_wise: bool,
+@jit(helper=True)
+def describe_all(weights: int, values: int, histories: int, masters: int, indices: int, layout: Any, row_wise: bool,
                  facts: Any, codes: Any) -> None:  # fmt: skip
     """:func:`describe_rows` for lists, given by ``id``; ``masters`` is 0 for no list."""
     facts, layout = uncounted(facts), uncounted(layout)
@@ -123,6 +123,8 @@ def _describe_all(weights: int, values: int, histories: int, masters: int, indic
         codes[i] = describe_rows(list_item(weights, i), list_item(values, i), list_item(histories, i), master,
                                  list_item(indices, i), layout, row_wise, facts[i])  # fmt: skip
 
+
+_describe_all = entry(describe_all, holds_gil=True)
 
 _SPANS = np.add.outer([BASE, ENDS], [WEIGHT, HISTORY, MASTER, GRAD, IDS]).ravel()
 
@@ -134,29 +136,31 @@ class Rows(NamedTuple):
     """(n, FACTS) words, see :mod:`adagrad.kernels.records`."""
     codes: list[int]
     """One for each, which :func:`adagrad.kernels.table.decode` decodes; -1 if it is left to the general path."""
-    parts: list[Any]
-    """(values, indices) of each, None if not of the weight's shape; int32 or int64 indices of one or two dimensions."""
+    values: list[Any]
+    """None for a gradient not of the weight's shape."""
+    indices: list[Any]
+    """The same; int32 or int64 of one or two dimensions."""
 
     @property
     def spans(self) -> tuple[np.ndarray, int]:
         """Starts and ends of all their memory, what is written to first, and how many spans are written to."""
-        return self.facts.T[_SPANS].reshape(2, -1), 3 * len(self.facts)
+        return self.facts.T.take(_SPANS, axis=0).reshape(2, -1), 3 * len(self.facts)
 
     def some(self, which: Sequence[int]) -> Rows:
         """The updates at the positions ``which``."""
         if len(which) == len(self.codes):
             return self
-        return Rows(self.facts[which], [self.codes[k] for k in which], [self.parts[k] for k in which])
+        return Rows(self.facts[which], *([each[k] for k in which] for each in self[1:]))
 
     def job(self, k: int, at: str, rates: np.ndarray, rule: Rule, threads: int | None) -> Callable[[], None]:
         """The job that carries out the ``k``-th update on the CPU; IndexError for a row id outside the weight."""
         facts, form = self.facts[k], decode(self.codes[k])[1]
         ids = checked_rows(at, facts)
         cpu_rows.kernel(ids.itemsize == 8, *form, rule.row_wise)  # compiled now, before anything changes
-        return functools.partial(_launch, at, self.parts[k], facts, ids, form, rates, rule, threads)
+        return functools.partial(_launch, at, (self.values[k], self.indices[k]), facts, ids, form, rates, rule, threads)
 
 
-NOTHING = Rows(np.zeros((0, FACTS), np.int64), [], [])
+NOTHING = Rows(np.zeros((0, FACTS), np.int64), [], [], [])
 
 
 def _launch(at: str, parts: Any, facts: np.ndarray, ids: np.ndarray, form: Formats, rates: np.ndarray, rule: Rule,
@@ -166,16 +170,16 @@ def _launch(at: str, parts: Any, facts: np.ndarray, ids: np.ndarray, form: Forma
         cpu_rows.launch(at, facts, ids, form, rule.row_wise, rates, rule.scalars, threads)
 
 
-def _values_and_indices(weight: Any, grad: Any) -> tuple[Any, Any] | None:
+def _values_and_indices(weight: Any, grad: Any) -> tuple[Any, Any]:
     """Those of a RowSparse or a sparse COO tensor of the weight's shape; None for another shape, also of the indices.
 
     :func:`describe_rows` refuses other than one sparse dimension: values then lack the weight's number of dimensions.
     """
     if grad.shape != getattr(weight, "shape", None):
-        return None
+        return None, None
     if not isinstance(grad, RowSparse):
         return grad._values(), grad._indices()
-    return (grad.values, grad.indices) if getattr(grad.indices, "ndim", 0) == 1 else None
+    return (grad.values, grad.indices) if getattr(grad.indices, "ndim", 0) == 1 else (None, None)
 
 
 def inspect_rows(
@@ -183,10 +187,13 @@ def inspect_rows(
 ) -> Rows:
     """Updates with RowSparse or sparse COO tensors as the kernels take them; ``masters`` may be empty or hold None."""
     n, layout = len(weights), current_layout()
-    facts, codes = np.zeros((n, FACTS), np.int64), np.full(n, -1, np.int64)
-    parts = list(map(_values_and_indices, weights, grads))
-    if layout is not None and n:
-        values, indices = ([None if part is None else part[k] for part in parts] for k in (0, 1))
+    if not n:
+        return NOTHING
+    facts, codes = np.zeros((n, FACTS), np.int64), np.empty(n, np.int64)
+    values, indices = map(list, zip(*map(_values_and_indices, weights, grads), strict=True))
+    if layout is None:
+        codes[:] = -1
+    else:
         lists = id(weights), id(values), id(histories), id(masters) if masters else 0, id(indices)
         _describe_all(*lists, layout, row_wise, facts, codes)
-    return Rows(facts, codes.tolist(), parts)
+    return Rows(facts, codes.tolist(), values, indices)

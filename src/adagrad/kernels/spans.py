@@ -64,7 +64,7 @@ _disjoint = entry(disjoint)
 
 def are_disjoint(spans: np.ndarray, written: int) -> bool:
     """Whether the first ``written`` of ``spans``, (2, n) starts and ends, share no byte with any other span."""
-    return bool(_disjoint(spans[0], spans[1], written, _guess(spans.shape[1])))
+    return bool(_disjoint(spans[0], spans[1], written, guess_of(spans.shape[1])))
 
 
 def concatenate(pieces: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, int]:
@@ -76,6 +76,6 @@ def concatenate(pieces: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, int]:
 
 
 @functools.lru_cache(maxsize=64)
-def _guess(spans: int) -> np.ndarray:
+def guess_of(spans: int) -> np.ndarray:
     """A guess at the order of so many spans, which :func:`disjoint` updates."""
     return np.arange(spans)
