@@ -103,7 +103,7 @@ class Part(Batch):
         """
         devices = {skip.device for skip in skips}
         if self.counts.are_plain:
-            devices &= _ON_CPU
+            devices &= _ON_CPU  # where plain counts are: they need not be asked one by one
         if found_inf is None and not (devices and any(state["step"].device in devices for state in self.states)):
             self.counts.advance()
             return
