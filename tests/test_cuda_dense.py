@@ -368,7 +368,7 @@ names = set()
 for name, options, ptx in compiled:
     names.add(name)
     bits = "f64" if "fp64" in str(options.get("COMPUTE")) else "f32"
-    used = {"check_ids": [], "check_ids_of_all": [], "sum_chunks": ["add"]}
+    used = {"check_ids": [], "check_ids_of_all": [], "sort_keys": [], "sum_chunks": ["add"]}
     exact = {f"{op}.rn.{bits}" for op in used.get(name, ["add", "sub", "mul", "div", "sqrt"])}
     found = {operation.removesuffix("x2") for operation in operations.findall(ptx)}  # x2: of two numbers at once
     if found != exact:
@@ -376,7 +376,7 @@ for name, options, ptx in compiled:
     wide = name == "update_elements" or (name == "update_runs" and not options["LONG"] and "bf16" not in str(options))
     if wide and not all(re.search(f"{a}.global.v(4.b32|2.b64)", ptx) for a in ("ld", "st")):
         raise SystemExit(f"{name} {options}: no 16-byte accesses")
-if names != {"check_ids", "check_ids_of_all", "sum_chunks", "update_elements", "update_rows", "update_runs"}:
+if names != {*used, "update_elements", "update_rows", "update_runs"}:
     raise SystemExit(f"compiled only {names}")
 kinds = {(o["LONG"], o["ALIGNED"], o["HAS_MASTER"], o["ROW_WISE"]) for name, o, _ in compiled if name == "update_runs"}
 if len(kinds) < 16:  # ALIGNED is asked for several weights alone

@@ -160,6 +160,29 @@ def test_where_a_run_begins(count: int) -> None:
         assert found.item() == np.searchsorted(ids, row)
 
 
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 127, 128, 129, 300, 1000])
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+def test_few_keys_are_sorted_stably(count: int, dtype: str) -> None:
+    """All equal, few and many different ones, the highest and those of bad ids, -1, among them."""
+    top = np.iinfo(dtype).max
+    for low, high in ((0, 1), (-1, 5), (0, 10**6), (top - 3, top)):
+        keys = np.random.default_rng(count).integers(low, high, count, dtype, endpoint=True)
+        ids, order = cuda_row_lists.sort(torch.tensor(keys, device=DEVICE))
+        assert (ids.dtype, order.dtype) == (getattr(torch, dtype), torch.int64)
+        expected = np.argsort(keys, kind="stable")
+        np.testing.assert_array_equal(order.cpu(), expected)
+        np.testing.assert_array_equal(ids.cpu(), keys[expected])
+
+
+@pytest.mark.parametrize("tables", [1, 3])
+def test_many_keys_are_sorted_by_torch(tables: int, launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_row_lists, "FEW", 400 * tables)
+    few, many = ([make_rows(zipf(n, 60, i), (60, 5), seed=i) for i in range(tables)] for n in (400, 401))
+    check_rows(few, Rule())
+    check_rows(many, Rule())
+    assert launched.count("sort_keys") == 1
+
+
 def test_the_order_of_summation_is_seen() -> None:
     """Another order of these values gives other bits: the comparison with the oracle is not empty."""
     u = make_rows(zipf(400, 3), (3, 4))
@@ -266,7 +289,7 @@ def test_tables_of_one_form_share_their_launches(dtype: str, row_wise: bool, lau
         u = make_rows(ids, (rows, 6), dtype, i, index_dtype=index_dtype, row_wise=row_wise)
         updates.append(u._replace(lr=lr if i == 2 else 0.1 * (i + 1), wd=0.1 * (i % 3)))
     check_rows(updates, Rule(row_wise=row_wise))
-    assert launched == ["check_ids_of_all", "update_runs", "sum_chunks", "update_runs"]
+    assert launched == ["check_ids_of_all", "sort_keys", "update_runs", "sum_chunks", "update_runs"]
 
 
 @pytest.mark.parametrize("columns", [4, 130])
@@ -275,7 +298,7 @@ def test_more_tables_than_are_looked_at_together(columns: int, master: bool, lau
     dtype = "bfloat16" if master else "float32"
     heights = np.random.default_rng(3).integers(1, 9, 40).tolist()
     check_rows([make_rows(zipf(5, n, n), (n, columns), dtype, n, master=master) for n in heights], Rule())
-    assert launched == ["check_ids_of_all", "update_runs", "sum_chunks", "update_runs"]
+    assert launched == ["check_ids_of_all", "sort_keys", "update_runs", "sum_chunks", "update_runs"]
 
 
 def test_forms_that_differ_are_launched_apart(launched: list[str]) -> None:
@@ -283,7 +306,8 @@ def test_forms_that_differ_are_launched_apart(launched: list[str]) -> None:
     updates = [make_rows([0, 2, 0] if shape[0] else [], shape, seed=i) for i, shape in enumerate(shapes)]
     updates[-1] = make_rows([1, 1], (6, 4), "float64")
     check_rows(updates, Rule())
-    assert sorted(launched) == ["check_ids", "check_ids", "check_ids_of_all", *["update_runs"] * 3]
+    checks = ["check_ids", "check_ids", "check_ids_of_all"]
+    assert sorted(launched) == [*checks, *["sort_keys"] * 3, *["update_runs"] * 3]
 
 
 @pytest.mark.parametrize("operand", ["weight", "values", "history"])
@@ -446,8 +470,9 @@ def test_found_inf_makes_the_call_a_no_op(row_wise: bool) -> None:
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("row_wise", [False, True])
-def test_many_lookups(dtype: str, row_wise: bool) -> None:
-    u = make_rows(zipf(50_000, 20_000), (20_000, 64), dtype, row_wise=row_wise)
+@pytest.mark.parametrize("count", [cuda_row_lists.FEW, 50_000])
+def test_many_lookups(dtype: str, row_wise: bool, count: int) -> None:
+    u = make_rows(zipf(count, 20_000), (20_000, 64), dtype, row_wise=row_wise)
     check_rows([u], Rule(row_wise=row_wise))
 
 

@@ -88,6 +88,36 @@ def put_keys(keys: tl.tensor, position: tl.tensor, row: tl.tensor, count: tl.ten
             tl.store(report + 1, rows + 1)
 
 
+@triton.jit(do_not_specialize=["count"])
+def sort_keys(keys: tl.tensor, ids: tl.tensor, order: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr,
+              OTHERS: tl.constexpr) -> None:  # fmt: skip
+    """Sort few keys stably: each goes to the place that is the number of keys before it.
+
+    A program compares BLOCK keys with all, OTHERS at a time (a multiple of BLOCK). For some thousands the device takes
+    less time than the launches of a sort take the host. ``order`` gets the positions that the keys had.
+    """
+    begin = tl.program_id(0) * BLOCK
+    position = begin + tl.arange(0, BLOCK)
+    own = tl.load(keys + position, mask=position < count, other=0)
+    key = own[:, None]
+    lane = tl.arange(0, OTHERS)
+    before = tl.zeros([BLOCK, OTHERS], tl.int32)
+    among = begin // OTHERS * OTHERS
+    for left in range(0, among, OTHERS):
+        before += (tl.load(keys + left + lane)[None, :] <= key).to(tl.int32)
+    other = among + lane
+    theirs = tl.load(keys + other, mask=other < count, other=0)[None, :]
+    earlier = (theirs < key) | ((theirs == key) & (other[None, :] < position[:, None]))
+    before += (earlier & (other < count)[None, :]).to(tl.int32)
+    for right in range(among + OTHERS, count, OTHERS):
+        inside = right + lane < count
+        theirs = tl.load(keys + right + lane, mask=inside, other=0)[None, :]
+        before += ((theirs < key) & inside[None, :]).to(tl.int32)
+    place = tl.sum(before, axis=1)
+    tl.store(ids + place, own, mask=position < count)
+    tl.store(order + place, position.to(tl.int64), mask=position < count)
+
+
 @triton.jit
 def find_operands(records: tl.tensor, weights: tl.tensor, row: tl.tensor, TILE: tl.constexpr) -> tl.tensor:
     """Pointers (TILE, 1) to the records of the rows' weights. A linear search: for some hundred weights, not more."""
