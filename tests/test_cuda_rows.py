@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import processes
 from cuda_operands import (
     DEVICE,
     DTYPES,
@@ -181,6 +182,59 @@ def test_many_keys_are_sorted_by_torch(tables: int, launched: list[str], monkeyp
     check_rows(few, Rule())
     check_rows(many, Rule())
     assert launched.count("sort_keys") == 1
+
+
+GUARDED = """
+import ctypes
+import itertools
+import mmap
+import torch
+from adagrad.kernels import cuda, cuda_dense, cuda_row_lists
+from adagrad.rule import Rule
+
+PAGE = mmap.PAGESIZE
+MARGIN = 16 * PAGE
+protect = ctypes.CDLL(None, use_errno=True).mprotect
+held = []
+
+def guarded(tensor, at_end):
+    "A copy that begins right after memory that must not be touched, or ends right before it."
+    size = tensor.numel() * tensor.itemsize
+    inside = -(-size // PAGE) * PAGE
+    memory = mmap.mmap(-1, 2 * MARGIN + inside)
+    held.append(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for at in (start, start + MARGIN + inside):
+        assert protect(ctypes.c_void_p(at), ctypes.c_size_t(MARGIN), 0) == 0
+    first = MARGIN + (inside - size if at_end else 0)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=first).view(tensor.shape)
+    return copy.copy_(tensor)
+
+def rows(count, at_end, row_wise, dtype):
+    ids = torch.arange(count) // 40  # runs of 40, and the rest
+    shape = (int(ids.max()) + 1, 6)
+    weight, history = torch.ones(shape, dtype=dtype), torch.zeros(shape[0], 1 if row_wise else 6)
+    values = torch.ones(count, 6, dtype=dtype)
+    return [guarded(t, at_end) for t in (weight, ids, values, history)]
+
+rules = {row_wise: Rule(row_wise=row_wise) for row_wise in (False, True)}
+for count, at_end, row_wise in itertools.product([(1,), (33, 40), (40, 130, 1)], (False, True), (False, True)):
+    rule, dtype = rules[row_wise], torch.bfloat16 if at_end == row_wise else torch.float32
+    tables = [rows(n, at_end, row_wise, dtype) for n in count]
+    sparse = [cuda_row_lists.of_tensors(*each, None, 0.1, 0.0, rule) for each in tables]
+    given = [guarded(torch.ones(1025, 1, dtype=dtype), at_end) for _ in range(2)]
+    history = guarded(torch.zeros(1025, 1), at_end)
+    dense = cuda_dense.of_tensors(*given, history, None, 0.1, 0.0, rule)
+    cuda.prepare([cuda.Group(rule, dense, cuda_row_lists.concatenate(sparse))], torch.device("cpu"))()
+    assert all((weight != 1).all() for weight, *_ in tables)
+"""
+
+
+@processes.posix
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled for the GPU here")
+def test_nothing_is_read_or_written_beside_the_operands() -> None:
+    """On a device, memory that is not there ends the process, whether or not what is read from it counts."""
+    processes.run(GUARDED, TRITON_INTERPRET="1")
 
 
 def test_the_order_of_summation_is_seen() -> None:

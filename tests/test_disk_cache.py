@@ -104,6 +104,14 @@ def test_the_order_of_the_variables(tmp_path: Path, no_variables: pytest.MonkeyP
             assert tmp_path / variable in folder.parents
 
 
+def test_every_file_with_compiled_code_counts() -> None:
+    """Code of an older version would be loaded where the new one differs in a helper alone."""
+    folder = Path(disk_cache.__file__).parent
+    for source in folder.glob("*.py"):
+        if "kernels.numba_jit import" in source.read_text():
+            assert source in disk_cache.sources(), source.name
+
+
 @posix
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o720, 0o702])
 def test_a_folder_that_others_can_write_to_is_not_used(

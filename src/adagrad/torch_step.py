@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from adagrad import checks
 from adagrad import rule as expression
-from adagrad.kernels import cuda_lists, fast_path, general_path, tensor_checks
+from adagrad.kernels import device_lists, fast_path, general_path, tensor_checks
 from adagrad.kernels.batch import Batch, Prepared
 from adagrad.kernels.tensor_views import mark_changed
 from adagrad.rule import Rule
@@ -252,11 +252,11 @@ def _prepare_plain(part: Part) -> Prepared | None:
     """Prepare the updates of plain tensors on one CUDA device; None if they are left to the general path."""
     if not (part.weights and is_on_cuda(part.weights[0])):
         return None
-    found = cuda_lists.inspect(part, part.steps)
+    found = device_lists.inspect(part, part.steps)
     if found is None:
         return None
     part.counts = Counts(part.steps, part.at, found.counts)
-    return cuda_lists.prepare(part, found)
+    return device_lists.prepare(part, found)
 
 
 def _finish(parts: list[Part], owed: list[Counts], found_inf: Tensor | None, skips: list[Tensor]) -> None:

@@ -200,11 +200,11 @@ def find_chunk(ids: tl.tensor, count: tl.tensor, slot: tl.tensor) -> tl.tensor:
 @triton.jit
 def load_occurrences(values: tl.tensor, order: tl.tensor, position: tl.tensor, end: tl.tensor, column: tl.tensor,
                      length: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:  # fmt: skip
-    """The values (1, COLUMNS) at 4 sorted positions from ``position``; those before ``end`` count."""
-    a = tl.load(order + position, mask=position < end, other=0)
-    b = tl.load(order + position + 1, mask=position + 1 < end, other=0)
-    c = tl.load(order + position + 2, mask=position + 2 < end, other=0)
-    d = tl.load(order + position + 3, mask=position + 3 < end, other=0)
+    """The values (1, COLUMNS) at 4 sorted positions from ``position``; from ``end`` on, the last again."""
+    a = tl.load(order + tl.minimum(position, end - 1))
+    b = tl.load(order + tl.minimum(position + 1, end - 1))
+    c = tl.load(order + tl.minimum(position + 2, end - 1))
+    d = tl.load(order + tl.minimum(position + 3, end - 1))
     inside = column < length
     a = tl.load(values + a * length + column, mask=inside)
     b = tl.load(values + b * length + column, mask=inside)
@@ -215,13 +215,13 @@ def load_occurrences(values: tl.tensor, order: tl.tensor, position: tl.tensor, e
 
 @triton.jit
 def load_sums(sums: tl.tensor, k: tl.tensor, end: tl.tensor, column: tl.tensor, length: tl.tensor) -> tl.tensor:
-    """The sums (1, COLUMNS) of 4 chunks from the ``k``-th of a run, whose first is at ``sums``; those before ``end``
-    count."""
-    at = sums + STRIDE * k * length + column
-    a = tl.load(at, mask=column < tl.where(k < end, length, 0))
-    b = tl.load(at + STRIDE * length, mask=column < tl.where(k + 1 < end, length, 0))
-    c = tl.load(at + 2 * STRIDE * length, mask=column < tl.where(k + 2 < end, length, 0))
-    d = tl.load(at + 3 * STRIDE * length, mask=column < tl.where(k + 3 < end, length, 0))
+    """The sums (1, COLUMNS) of 4 chunks from the ``k``-th of a run, whose first is at ``sums``; from ``end`` on, the
+    last again."""
+    inside = column < length
+    a = tl.load(sums + STRIDE * tl.minimum(k, end - 1) * length + column, mask=inside)
+    b = tl.load(sums + STRIDE * tl.minimum(k + 1, end - 1) * length + column, mask=inside)
+    c = tl.load(sums + STRIDE * tl.minimum(k + 2, end - 1) * length + column, mask=inside)
+    d = tl.load(sums + STRIDE * tl.minimum(k + 3, end - 1) * length + column, mask=inside)
     return a, b, c, d
 
 

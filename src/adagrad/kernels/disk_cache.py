@@ -106,11 +106,15 @@ class Cache(FunctionCache):  # type: ignore[misc]
 @functools.cache
 def _source_hash() -> str:
     digest = hashlib.sha256(f"{sys.version} {numba.__version__}".encode())
-    here = Path(__file__).parent
-    for source in [*sorted(here.glob("*.py")), here.parent / "rule.py"]:
-        if not source.name.startswith("cuda"):  # Triton has a cache of its own
-            digest.update(source.name.encode() + source.read_bytes())
+    for source in sources():
+        digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def sources() -> list[Path]:
+    """The files that compiled code may come from, without those of CUDA kernels: Triton has a cache of its own."""
+    here = Path(__file__).parent
+    return [*(f for f in sorted(here.glob("*.py")) if not f.name.startswith("cuda")), here.parent / "rule.py"]
 
 
 @functools.cache

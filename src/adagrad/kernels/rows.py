@@ -55,7 +55,7 @@ from adagrad.kernels.records import (
 )
 from adagrad.kernels.row_groups import MOST, checked_rows
 from adagrad.kernels.sparse_layout import describe_part, sparse_body
-from adagrad.kernels.table import Formats, code_of, decode
+from adagrad.kernels.table import Formats, code_of, decode, fit
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Rule
 
@@ -191,7 +191,7 @@ def inspect_rows(
         return NOTHING
     facts, codes = np.zeros((n, FACTS), np.int64), np.empty(n, np.int64)
     values, indices = map(list, zip(*map(_values_and_indices, weights, grads), strict=True))
-    if layout is None:
+    if layout is None or not fit(weights, values, histories, masters):
         codes[:] = -1
     else:
         lists = id(weights), id(values), id(histories), id(masters) if masters else 0, id(indices)

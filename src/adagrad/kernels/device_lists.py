@@ -113,11 +113,17 @@ def _check_rows(weights: int, grads: int, values: int, indices: int, histories: 
     for i in range(n):
         if codes[i] < 0 or codes[i] != codes[0] or not _same_shape(list_item(weights, i), list_item(grads, i), layout):
             return -1, False
-    spans = word_table(2, 5 * n)
+    # What is written to comes first. Spans that all begin at 0, of masters that are absent, would be sorted each time.
+    spans, written = word_table(2, len(guess)), len(guess) - 2 * n
     for i in range(n):
-        for k, operand in enumerate((WEIGHT, HISTORY, MASTER, GRAD, IDS)):
+        for k, operand in enumerate((WEIGHT, HISTORY)):
             spans[0, k * n + i], spans[1, k * n + i] = facts[i, BASE + operand], facts[i, ENDS + operand]
-    are_disjoint = disjoint(spans[0], spans[1], 3 * n, guess)
+        for k, operand in enumerate((GRAD, IDS)):
+            at = written + k * n + i
+            spans[0, at], spans[1, at] = facts[i, BASE + operand], facts[i, ENDS + operand]
+        if masters != 0:
+            spans[0, 2 * n + i], spans[1, 2 * n + i] = facts[i, BASE + MASTER], facts[i, ENDS + MASTER]
+    are_disjoint = disjoint(spans[0], spans[1], written, guess)
     keep_alive(spans)
     if not are_disjoint:
         return -1, False
@@ -145,7 +151,7 @@ def _inspect_rows(batch: Batch, steps: list[Any]) -> Inspected | None:
     if layout is None:
         return None
     values, indices = list(map(_values_of, batch.grads)), list(map(_indices_of, batch.grads))
-    guess = guess_of(5 * n)
+    guess = guess_of(5 * n if masters else 4 * n)
     facts, codes, step_at = np.zeros((n, FACTS), np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
     common, found = _check_rows(
         id(batch.weights), id(batch.grads), id(values), id(indices), id(batch.histories),
