@@ -41,7 +41,8 @@ from adagrad.kernels.cuda_rule import (
 CHUNK = tl.constexpr(rule.CHUNK)
 SHORT = tl.constexpr(32)
 """The most occurrences of a short run. CHUNK is a multiple of it."""
-STRIDE = tl.constexpr(2 * rule.CHUNK // 32)
+STRIDE = tl.constexpr(2 * rule.CHUNK // SHORT.value)
+"""The distance between the slots of a run's later chunks."""
 LOWEST = tl.constexpr(-(2**63) + 1)
 """The lowest row id that is reported as it is: the one below it means that there is no report."""
 PROBES = tl.constexpr(128)
