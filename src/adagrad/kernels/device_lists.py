@@ -19,8 +19,8 @@ from adagrad.kernels.device_updates import cuda, has_kernels
 from adagrad.kernels.layout import HOLDER, RANK_AT, TENSOR, TYPE, current_layout, list_item, read_word
 from adagrad.kernels.memory import keep_alive, word_table
 from adagrad.kernels.numba_jit import jit
-from adagrad.kernels.records import BASE, COLUMNS, ENDS, FACTS, GRAD, HISTORY, IDS, MASTER, WEIGHT
-from adagrad.kernels.rows import describe_all
+from adagrad.kernels.records import COLUMNS, FACTS
+from adagrad.kernels.rows import describe_all, put_row_spans
 from adagrad.kernels.spans import disjoint, guess_of
 from adagrad.kernels.validate import is_row_sparse
 
@@ -57,7 +57,7 @@ def prepare(batch: Batch, inspected: Inspected) -> Prepared:
     """As :func:`adagrad.kernels.general_path.prepare` for a list that was inspected."""
     kernels, device, updates = cuda(), batch.weights[0].device, inspected.updates
     kernels.raise_reported(device)
-    is_dense = isinstance(updates, kernels.DenseUpdates)
+    is_dense = isinstance(updates, kernels.cuda_dense.DenseUpdates)
     group = kernels.Group(batch.rule, updates if is_dense else None, None if is_dense else updates)
     return Prepared([kernels.prepare([group], device, grad_scale=None, found_inf=None)], batch)
 
@@ -92,7 +92,7 @@ def _inspect_dense(batch: Batch, steps: list[Any]) -> Inspected | None:
     )  # fmt: skip
     if not _is_on_device(common):
         return None
-    updates = cuda().DenseUpdates(rows, codes, batch.lrs, batch.wds, [batch])
+    updates = cuda().cuda_dense.DenseUpdates(rows, codes, batch.lrs, batch.wds, [batch])
     return Inspected(updates, step_at if found else None)
 
 
@@ -113,16 +113,9 @@ def _check_rows(weights: int, grads: int, values: int, indices: int, histories: 
     for i in range(n):
         if codes[i] < 0 or codes[i] != codes[0] or not _same_shape(list_item(weights, i), list_item(grads, i), layout):
             return -1, False
-    # What is written to comes first. Spans that all begin at 0, of masters that are absent, would be sorted each time.
-    spans, written = word_table(2, len(guess)), len(guess) - 2 * n
+    spans, written = word_table(2, len(guess)), (3 if masters else 2) * n
     for i in range(n):
-        for k, operand in enumerate((WEIGHT, HISTORY)):
-            spans[0, k * n + i], spans[1, k * n + i] = facts[i, BASE + operand], facts[i, ENDS + operand]
-        for k, operand in enumerate((GRAD, IDS)):
-            at = written + k * n + i
-            spans[0, at], spans[1, at] = facts[i, BASE + operand], facts[i, ENDS + operand]
-        if masters != 0:
-            spans[0, 2 * n + i], spans[1, 2 * n + i] = facts[i, BASE + MASTER], facts[i, ENDS + MASTER]
+        put_row_spans(facts[i], i, n, masters != 0, 0, spans)
     are_disjoint = disjoint(spans[0], spans[1], written, guess)
     keep_alive(spans)
     if not are_disjoint:

@@ -226,7 +226,7 @@ class _CheckedBatch:
     def _dense_on_cuda(self, which: Sequence[int]) -> Any:
         found: Any = self.table
         rows, codes, _ = found.part(which)
-        return cuda().DenseUpdates(rows, codes, *self.batch.some_rates(which), [self.batch])
+        return cuda().cuda_dense.DenseUpdates(rows, codes, *self.batch.some_rates(which), [self.batch])
 
     def _rows_on_cuda(self, members: list[int]) -> Any:
         which, found, batch = [self.sparse[k] for k in members], self.rows.some(members), self.batch

@@ -37,23 +37,16 @@ from adagrad.kernels.outcomes import (
     remembered,
 )
 from adagrad.kernels.records import (
-    BASE,
-    ENDS,
     ENTRIES,
     FACTS,
-    GRAD,
     HEIGHT,
-    HISTORY,
-    IDS,
     LENGTH,
-    MASTER,
     RATES,
     SCALARS,
-    WEIGHT,
 )
 from adagrad.kernels.row_groups import FINDINGS, INT32_ROWS, check_ids, checking
 from adagrad.kernels.row_sums import grouping
-from adagrad.kernels.rows import describe_rows
+from adagrad.kernels.rows import describe_rows, put_row_spans
 from adagrad.kernels.spans import disjoint
 from adagrad.kernels.sparse_layout import hold_parts, release_parts, sparse_body
 from adagrad.kernels.table import CODES_PER_DEVICE, decode
@@ -61,9 +54,6 @@ from adagrad.kernels.threads import WORK, claim, give_back
 from adagrad.kernels.validate import refuse_row
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Rule
-
-_SPANS, _SPANS_WITH_MASTERS = (WEIGHT, HISTORY, GRAD, IDS), (WEIGHT, HISTORY, MASTER, GRAD, IDS)
-"""The order of the spans of memory: what is written to comes first."""
 
 CHECK, GROUP, UPDATE = range(3)
 """The workers of an update, see :func:`_addresses`."""
@@ -95,10 +85,7 @@ def _update(weights: int, values: int, histories: int, masters: int, steps: int,
         entries += facts[i, ENTRIES]
         work += work_of(facts[i])
         facts[i, RATES], facts[i, SCALARS] = rates[i if len(rates) > 1 else 0].ctypes.data, scalars.ctypes.data
-        for k in range(5 if masters else 4):
-            what = _SPANS_WITH_MASTERS[k] if masters else _SPANS[k]
-            at = k * n + i if k * n < written else k * n + i + theirs
-            spans[0, at], spans[1, at] = facts[i, BASE + what], facts[i, ENDS + what]
+        put_row_spans(facts[i], i, n, masters != 0, theirs, spans)
     is_small = work < parallel_min and not is_large(dense)
     notes[WORK] = 0 if is_small else work + dense[ELEMENTS]
     if count == 0 and not is_small:

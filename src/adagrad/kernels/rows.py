@@ -126,7 +126,20 @@ def describe_all(weights: int, values: int, histories: int, masters: int, indice
 
 _describe_all = entry(describe_all, holds_gil=True)
 
-_SPANS = np.add.outer([BASE, ENDS], [WEIGHT, HISTORY, MASTER, GRAD, IDS]).ravel()
+_OPERANDS, _OPERANDS_WITH_MASTERS = (WEIGHT, HISTORY, GRAD, IDS), (WEIGHT, HISTORY, MASTER, GRAD, IDS)
+"""The order of the spans of memory: what is written to comes first."""
+
+
+@jit(helper=True)
+def put_row_spans(facts: Any, i: int, n: int, has_masters: bool, between: int, spans: Any) -> None:
+    """Put the spans of the ``i``-th of ``n`` updates: of what is written to, then after ``between`` others the rest."""
+    for k in range(5 if has_masters else 4):
+        what = _OPERANDS_WITH_MASTERS[k] if has_masters else _OPERANDS[k]
+        at = k * n + i if k < (3 if has_masters else 2) else k * n + i + between
+        spans[0, at], spans[1, at] = facts[BASE + what], facts[ENDS + what]
+
+
+_SPANS = np.add.outer([BASE, ENDS], _OPERANDS_WITH_MASTERS).ravel()
 
 
 class Rows(NamedTuple):

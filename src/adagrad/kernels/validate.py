@@ -177,7 +177,7 @@ def as_row_sparse(name: str, grad: Any) -> RowSparse | None:
 
 def is_row_sparse(grad: Any) -> bool:
     """Whether ``grad`` is a :class:`RowSparse` or a torch sparse COO tensor."""
-    return isinstance(grad, RowSparse) or (getattr(grad, "is_sparse", False) is True and is_torch(grad))
+    return seems_row_sparse(grad) and (isinstance(grad, RowSparse) or is_torch(grad))
 
 
 def seems_row_sparse(grad: Any) -> bool:
