@@ -205,7 +205,7 @@ def test_tables_are_kept_and_told_apart() -> None:
     """Nothing is uploaded for what did not change; a change of any address, size, lr, wd or rule is seen."""
     updates = [make((10,), "float32", i) for i in range(3)]
     uploads = 0
-    tables = cuda._tables_of(HERE)
+    tables = cuda.cuda_tables.tables_of(HERE)
     upload = tables._upload
 
     def count(words: np.ndarray) -> Any:
@@ -238,34 +238,34 @@ def test_tables_are_kept_and_told_apart() -> None:
 
 def test_many_tables_push_out_the_oldest() -> None:
     u = make((4,), "float32")
-    for k in range(3 * cuda.KEPT):
+    for k in range(3 * cuda.cuda_tables.KEPT):
         check_update([u._replace(lr=0.1 + k)], Rule())
-    assert len(cuda._tables_of(HERE)._settings) == cuda.KEPT
+    assert len(cuda.cuda_tables.tables_of(HERE)._settings) == cuda.cuda_tables.KEPT
 
 
 def test_a_capture_finds_pinned_memory_after_another_took_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    tables = cuda._Tables(SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
+    tables = cuda.cuda_tables.Tables(SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
 
     def pinned(size: int) -> torch.Tensor:
         asked.append(tables.is_capturing)
         return empty(size, dtype=torch.int64)
 
     empty = torch.empty
-    monkeypatch.setattr(cuda, "_pinned", pinned)
-    monkeypatch.setattr(cuda, "_slab", [])
-    monkeypatch.setattr(cuda, "_captured", [])
+    monkeypatch.setattr(cuda.cuda_tables, "_pinned", pinned)
+    monkeypatch.setattr(cuda.cuda_tables, "_slab", [])
+    monkeypatch.setattr(cuda.cuda_tables, "_captured", [])
     monkeypatch.setattr(torch, "empty", lambda *size, dtype, device: empty(*size, dtype=dtype))
     for _ in range(3):  # graphs, some one after the other, after a warm-up which finds its tables
         for tables.is_capturing in (False, False, True, True, True):
             tables.settings([0.1] * 9, [0.0] * 9, Rule())
             tables.settings([0.2] * 9, [0.0] * 9, Rule())
     assert True not in asked
-    assert len(cuda._captured) == 18
-    starts = [host.data_ptr() for host in cuda._captured]
+    assert len(cuda.cuda_tables._captured) == 18
+    starts = [host.data_ptr() for host in cuda.cuda_tables._captured]
     assert len({*starts}) == 18
     tables.is_capturing = False
-    many = cuda.SLAB // 4  # a table that does not fit a slab
+    many = cuda.cuda_tables.SLAB // 4  # a table that does not fit a slab
     tables.settings([0.1] * many, [0.0] * many, Rule())
     tables.is_capturing = True
     for _ in range(3):
@@ -298,7 +298,7 @@ def test_another_default_device(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
         check_update([make((5,), "float32")], Rule())
         if GPU:
-            assert cuda._pinned(3).device.type == "cpu"
+            assert cuda.cuda_tables._pinned(3).device.type == "cpu"
 
 
 def test_tensors_live_until_the_launch() -> None:
@@ -407,7 +407,7 @@ def test_a_captured_graph_replays_the_step() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         run(Rule(), [u])
-    for k in range(3 * cuda.KEPT):
+    for k in range(3 * cuda.cuda_tables.KEPT):
         run(Rule(), [make((5,), "float32", lr=0.1 + k)])
     lr.fill_(0.2)
     graph.replay()
@@ -438,7 +438,7 @@ def test_learning_rates_of_two_dtypes_at_one_address() -> None:
     from adagrad.rule import Rule
 
     memory = torch.zeros(1, dtype=torch.float64)
-    tables = cuda._Tables(torch.device("cpu"))
+    tables = cuda.cuda_tables.Tables(torch.device("cpu"))
     words = [tables.settings([lr], [0.0], Rule()).tolist() for lr in (memory[0], memory.view(torch.float32)[0])]
     assert words[0] != words[1]
 
@@ -447,7 +447,7 @@ def test_the_place_of_weight_decay_tells_tables_apart() -> None:
     from adagrad.kernels import cuda
     from adagrad.rule import Rule
 
-    tables = cuda._Tables(torch.device("cpu"))
+    tables = cuda.cuda_tables.Tables(torch.device("cpu"))
     words = [tables.settings([0.1], [0.1], Rule(decoupled_decay=d)).tolist() for d in (False, True)]
     assert words[0] != words[1]
 
@@ -456,9 +456,9 @@ def test_a_table_that_is_used_is_not_pushed_out() -> None:
     from adagrad.kernels import cuda
     from adagrad.rule import Rule
 
-    tables = cuda._Tables(torch.device("cpu"))
+    tables = cuda.cuda_tables.Tables(torch.device("cpu"))
     first = tables.settings([0.1], [0.0], Rule())
-    for k in range(3 * cuda.KEPT):
+    for k in range(3 * cuda.cuda_tables.KEPT):
         tables.settings([1.0 + k], [0.0], Rule())
         assert tables.settings([0.1], [0.0], Rule()) is first
 
@@ -500,7 +500,7 @@ def test_formats_at_the_same_addresses_have_launches_of_their_own() -> None:
     from adagrad.kernels import cuda
     from adagrad.rule import Rule
 
-    tables, w, h = cuda._Tables(torch.device("cpu")), torch.ones(4, dtype=torch.float16), torch.ones(4)
+    tables, w, h = cuda.cuda_tables.Tables(torch.device("cpu")), torch.ones(4, dtype=torch.float16), torch.ones(4)
     kernels = []
     for dtype in (torch.float16, torch.bfloat16):
         low = w.view(dtype)
@@ -513,11 +513,11 @@ def test_flags_are_zero_and_apart() -> None:
     """Aligned like a number of its own, of which there is one for each replay of a graph."""
     from adagrad.kernels import cuda
 
-    tables = cuda._Tables(torch.device("cpu"))
-    flags = [tables.flag() for _ in range(3 * cuda.FLAGS)]
+    tables = cuda.cuda_tables.Tables(torch.device("cpu"))
+    flags = [tables.flag() for _ in range(3 * cuda.cuda_tables.FLAGS)]
     assert all(flag.shape == (1,) and flag.dtype == torch.int32 and not flag.any() for flag in flags)
     assert len({flag.data_ptr() for flag in flags}) == len(flags)
-    assert all((flag.data_ptr() - flags[0].data_ptr()) % 16 == 0 for flag in flags[: cuda.FLAGS])
+    assert all((flag.data_ptr() - flags[0].data_ptr()) % 16 == 0 for flag in flags[: cuda.cuda_tables.FLAGS])
     tables.is_capturing = True
     assert tables.flag().untyped_storage().nbytes() == 4
 
@@ -529,7 +529,7 @@ def test_launches_are_bound_once_for_the_same_tables(monkeypatch: pytest.MonkeyP
 
     bound: list[Any] = []
     monkeypatch.setattr(cuda.cuda_dense, "bind", lambda *arguments: bound.append(arguments) or len(bound))
-    tables, given = cuda._Tables(torch.device("cpu")), [torch.ones(4) for _ in range(3)]
+    tables, given = cuda.cuda_tables.Tables(torch.device("cpu")), [torch.ones(4) for _ in range(3)]
     updates, number = cuda.cuda_dense.of_tensors(*given, None, 0.1, 0.0, Rule()), torch.zeros(())
 
     def launches(lr: float, *numbers: Any) -> Any:
@@ -546,17 +546,17 @@ def test_launches_are_bound_once_for_the_same_tables(monkeypatch: pytest.MonkeyP
 def test_half_a_slab_is_kept_for_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     from adagrad.kernels import cuda
 
-    monkeypatch.setattr(cuda, "_pinned", lambda size: torch.empty(size, dtype=torch.int64))
-    monkeypatch.setattr(cuda, "_slab", [torch.empty(cuda.SLAB // 4, dtype=torch.int64)])
-    cuda._fill_slab(10)
-    assert len(cuda._slab[0]) >= cuda.SLAB // 2
+    monkeypatch.setattr(cuda.cuda_tables, "_pinned", lambda size: torch.empty(size, dtype=torch.int64))
+    monkeypatch.setattr(cuda.cuda_tables, "_slab", [torch.empty(cuda.cuda_tables.SLAB // 4, dtype=torch.int64)])
+    cuda.cuda_tables._fill_slab(10)
+    assert len(cuda.cuda_tables._slab[0]) >= cuda.cuda_tables.SLAB // 2
 
 
 def test_tables_with_and_without_shared_rates_are_told_apart() -> None:
     from adagrad.kernels import cuda
     from adagrad.rule import Rule
 
-    tables, given = cuda._Tables(torch.device("cpu")), [torch.ones(4) for _ in range(3)]
+    tables, given = cuda.cuda_tables.Tables(torch.device("cpu")), [torch.ones(4) for _ in range(3)]
     one = cuda.cuda_dense.of_tensors(*given, None, 0.1, 0.0, Rule())
     apart = cuda.cuda_dense.concatenate([one, one])
     together = apart._replace(lrs=[0.1], wds=[0.0])

@@ -543,7 +543,7 @@ def test_a_captured_graph_replays_the_step(tables: int) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         run(Rule(), [], updates)
-    for k in range(3 * cuda.KEPT):  # other tables take the place of those that are kept
+    for k in range(3 * cuda.cuda_tables.KEPT):  # other tables take the place of those that are kept
         run(Rule(), [], [make_rows([0], (2, 8), seed=k, lr=0.1 + k) for _ in range(tables)])
     graph.replay()
     for _ in range(2):

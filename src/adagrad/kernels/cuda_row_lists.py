@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from adagrad.arrays import row_length, tensor_format
-from adagrad.kernels import cuda_rows
+from adagrad.kernels import cuda_row_ids, cuda_rows
 from adagrad.kernels.cuda_dense import RECORD, each
 from adagrad.kernels.cuda_launch import Kernel
 from adagrad.kernels.cuda_rows import SHORT
@@ -51,7 +51,7 @@ BLOCK = 1024
 """Row ids that one program checks."""
 
 FEW = 8192
-"""The most row ids that :func:`adagrad.kernels.cuda_rows.sort_keys` sorts, with SORT_BLOCK of them in a program.
+"""The most row ids that :func:`adagrad.kernels.cuda_row_ids.sort_keys` sorts, with SORT_BLOCK of them in a program.
 PyTorch's sort takes 14 launches: 110 to 150 us of the host's time beside an H200, 40 of the device's."""
 
 SORT_BLOCK = 32
@@ -190,8 +190,9 @@ def slots(count: int) -> int:
     return 2 * -(-count // SHORT.value) if count > SHORT.value else 0
 
 
-_CHECK, _CHECK_ALL = Kernel(cuda_rows.check_ids, 4, BLOCK=BLOCK), Kernel(cuda_rows.check_ids_of_all, 4, BLOCK=BLOCK)
-_SORT = Kernel(cuda_rows.sort_keys, 4, BLOCK=SORT_BLOCK, OTHERS=128)
+_CHECK = Kernel(cuda_row_ids.check_ids, 4, BLOCK=BLOCK)
+_CHECK_ALL = Kernel(cuda_row_ids.check_ids_of_all, 4, BLOCK=BLOCK)
+_SORT = Kernel(cuda_row_ids.sort_keys, 4, BLOCK=SORT_BLOCK, OTHERS=128)
 
 
 class Plan(NamedTuple):
