@@ -167,15 +167,16 @@ def test_a_bad_row_id_on_one_device_stops_the_call_on_all(
     assert [dense for dense, *_ in as_if_on_cuda] == [1, 0] * 2, "a call for each device"
 
 
+class OnDevice(Tensor):
+    """A number that says it is on a CUDA device."""
+
+    is_cuda = True
+
+
 def test_grad_scale_and_found_inf_reach_the_kernels(as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from adagrad.torch_step import Part
 
     monkeypatch.setattr(Part, "on_cuda", lambda self: True)
-
-    class OnDevice(Tensor):
-        """A number that says it is on a CUDA device."""
-
-        is_cuda = True
 
     params = parameters()
     optimizer, other = Adagrad(params), Adagrad(parameters())
@@ -276,6 +277,75 @@ def test_a_row_outside_its_weight_stops_the_step_of_a_subclass(
     assert all(torch.equal(w, torch.ones(4, 2)) for w in weights)
     assert not any(state.any() for state in states)
     assert not optimizer._index_update_count
+
+
+def kinds_of_lists() -> dict[str, list[dict[str, Any]]]:
+    """Groups of dense (d) and row-sparse (s) parameters."""
+    made = {"d": lambda: nn.Parameter(torch.ones(3)), "s": lambda: nn.Parameter(torch.ones(4, 2))}
+    kinds = {"ddd": [{}], "ss": [{}], "dsd": [{}], "sd": [{}], "ds": [{}], "sdsds": [{}]}
+    kinds |= {"dd|dd": [{}, {"weight_decay": 0.25}], "ds|sd|d": [{"lr": 0.25}, {}, {"weight_decay": 0.25, "lr": 0.125}]}
+    return {
+        kind: [
+            {"params": [made[each]() for each in part]} | o for part, o in zip(kind.split("|"), options, strict=True)
+        ]
+        for kind, options in kinds.items()
+    }
+
+
+@pytest.mark.parametrize("variant", ["plain", "low precision", "lr on the device", "scaled"])
+@pytest.mark.parametrize("kind", kinds_of_lists())
+def test_plain_lists_take_the_short_way(
+    kind: str, variant: str, as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the order of dense and row-sparse parameters, and in groups of one rule."""
+    dtype = torch.bfloat16 if variant == "low precision" else torch.float32
+    scale = 8.0 if variant == "scaled" else 1.0
+
+    def train() -> tuple[Adagrad, list[nn.Parameter]]:
+        groups = kinds_of_lists()[kind]
+        params = [p for group in groups for p in group["params"]]
+        for i, p in enumerate(params):
+            p.data = p.data.to(dtype)
+            p.grad = (sparse_grad(i % 4, 3, 3) if p.ndim == 2 else torch.full((3,), i + 1.0)).to(dtype) * scale
+        optimizer = Adagrad(groups, lr=0.5, multi_precision=variant == "low precision")
+        optimizer.state[params[0]]["step"].fill_(3)
+        if variant == "scaled":
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0).as_subclass(OnDevice)
+        for _ in range(3):
+            optimizer.step()
+        return optimizer, params
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the general path was taken")
+
+    with monkeypatch.context() as within:
+        within.setattr(general_path, "prepare", refuse)
+        within.setattr(torch_step.Part, "on_cuda", lambda self: True)
+        if variant == "lr on the device":
+            within.setattr(torch_step.Part, "_lrs", lambda self, lr, *_, **__: [torch.tensor(lr)])
+        optimizer, params = train()
+    letters = kind.replace("|", "")
+    assert [call[:2] for call in as_if_on_cuda] == [(letters.count("d"), letters.count("s"))] * 3
+    assert [optimizer.state[p]["step"].item() for p in params] == [6.0] + [3.0] * (len(params) - 1)
+    monkeypatch.undo()
+    on_cpu, others = train()
+    for a, b in zip(contents(optimizer, params), contents(on_cpu, others), strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("dense_reads", [False, True], ids=["weights", "a gradient"])
+def test_dense_and_row_sparse_updates_of_a_list_share_no_memory(dense_reads: bool, as_if_on_cuda: list[Any]) -> None:
+    """Each part alone is without a fault."""
+    memory = torch.ones(8)
+    params = [nn.Parameter(memory[:6] if not dense_reads else torch.ones(3)), nn.Parameter(memory[2:8].view(3, 2))]
+    params[0].grad = memory[:3] if dense_reads else torch.ones(6)
+    params[1].grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), (3, 2), check_invariants=False)
+    optimizer = Adagrad(params, lr=0.5)
+    before = contents(optimizer, params)
+    with pytest.raises(ValueError, match="shares memory with"):
+        optimizer.step()
+    for was, now in zip(before, contents(optimizer, params), strict=True):
+        assert_same_bits(was, now)
 
 
 @pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()], ids=repr)

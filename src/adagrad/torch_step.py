@@ -221,9 +221,7 @@ def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | Non
     skips: list[Tensor] = []
     try:
         if grad_scale is not None or found_inf is not None or not _update_and_count(batches, parts, threads):
-            prepared = None
-            if len(parts) == 1 and grad_scale is None and found_inf is None:
-                prepared = _prepare_plain(parts[0])
+            prepared = _prepare_plain(batches, parts, grad_scale, found_inf)
             counts = [part.counts for part in parts]
             if prepared is None:
                 prepared = general_path.prepare(batches, threads=threads, grad_scale=grad_scale, found_inf=found_inf)
@@ -242,21 +240,32 @@ def _update_and_count(batches: Sequence[Batch], parts: list[Part], threads: int)
     b = batches[0]
     if len(batches) > 1 or (b.weights and is_on_cuda(b.weights[0])):
         return False
-    steps = parts[0].steps if len(parts) == 1 else [step for part in parts for step in part.steps]
     return fast_path.update_plain(
-        b.weights, b.grads, b.histories, b.masters, steps, b.lrs, b.wds, b.rule, threads, b.places
+        b.weights, b.grads, b.histories, b.masters, _steps_of(parts), b.lrs, b.wds, b.rule, threads, b.places
     )
 
 
-def _prepare_plain(part: Part) -> Prepared | None:
+def _prepare_plain(
+    batches: Sequence[Batch], parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | None
+) -> Prepared | None:
     """Prepare the updates of plain tensors on one CUDA device; None if they are left to the general path."""
-    if not (part.weights and is_on_cuda(part.weights[0])):
+    batch = batches[0]
+    if len(batches) > 1 or not (batch.weights and is_on_cuda(batch.weights[0])):
         return None
-    found = device_lists.inspect(part, part.steps)
+    found = device_lists.inspect(batch, _steps_of(parts))
     if found is None:
         return None
-    part.counts = Counts(part.steps, part.at, found.counts)
-    return device_lists.prepare(part, found)
+    first = 0
+    for part in parts:
+        last = first + len(part.steps)
+        part.counts = Counts(part.steps, part.at, None if found.counts is None else found.counts[first:last])
+        first = last
+    return device_lists.prepare(batch, found, grad_scale, found_inf)
+
+
+def _steps_of(parts: list[Part]) -> list[Tensor]:
+    """The step counts of all parts, in the order of the weights in their one batch."""
+    return parts[0].steps if len(parts) == 1 else [step for part in parts for step in part.steps]
 
 
 def _finish(parts: list[Part], owed: list[Counts], found_inf: Tensor | None, skips: list[Tensor]) -> None:

@@ -39,6 +39,12 @@ def is_on_cuda(u: Update) -> bool:
     return all(o is None or o.array.is_contiguous() for o in operands) and has_kernels()
 
 
+def prepare(groups: list[Any], device: Any, grad_scale: Any, found_inf: Any) -> Any:
+    """Return what :func:`adagrad.kernels.cuda.prepare` returns; both numbers may be on another device, or None."""
+    scale, found = (t if t is None else t.to(device, non_blocking=True) for t in (grad_scale, found_inf))
+    return cuda().prepare(groups, device, grad_scale=scale, found_inf=found)
+
+
 class DeviceUpdates:
     """The updates on one CUDA device: by rule, the dense and the row-sparse ones."""
 
@@ -77,10 +83,9 @@ class DeviceUpdates:
 
     def prepare(self, grad_scale: Any, found_inf: Any) -> Any:
         """Return what :func:`adagrad.kernels.cuda.prepare` returns."""
-        scale, found = (t if t is None else t.to(self.device, non_blocking=True) for t in (grad_scale, found_inf))
         kernels = cuda()
         groups = [
             kernels.Group(rule, kernels.cuda_dense.concatenate(dense), kernels.cuda_row_lists.concatenate(rows))
             for rule, (dense, rows) in self._groups.items()
         ]
-        return kernels.prepare(groups, self.device, grad_scale=scale, found_inf=found)
+        return prepare(groups, self.device, grad_scale, found_inf)
