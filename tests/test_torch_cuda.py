@@ -279,6 +279,18 @@ def test_a_row_outside_its_weight_stops_the_step_of_a_subclass(
     assert not optimizer._index_update_count
 
 
+class Operators(TorchDispatchMode):
+    """Counts what PyTorch is asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def kinds_of_lists() -> dict[str, list[dict[str, Any]]]:
     """Groups of dense (d) and row-sparse (s) parameters."""
     made = {"d": lambda: nn.Parameter(torch.ones(3)), "s": lambda: nn.Parameter(torch.ones(4, 2))}
@@ -331,6 +343,23 @@ def test_plain_lists_take_the_short_way(
     on_cpu, others = train()
     for a, b in zip(contents(optimizer, params), contents(on_cpu, others), strict=True):
         assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("kind", kinds_of_lists())
+def test_what_a_steady_step_allocates(kind: str, as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing for dense gradients, nor is anything copied; for row ids, whose number may change, keys and sums."""
+    monkeypatch.setattr(Kernel, "bind", lambda *_: lambda: None)  # the interpreter allocates, unlike a launch
+    groups = kinds_of_lists()[kind]
+    for i, p in enumerate(p for group in groups for p in group["params"]):
+        p.grad = sparse_grad(i % 4, 3, 3) if p.ndim == 2 else torch.full((3,), i + 1.0)
+    optimizer = Adagrad(groups, lr=0.5)
+    optimizer.step()
+    monkeypatch.setattr(torch_step.Part, "advance", lambda *_: None)  # which sees the device's flag on the CPU here
+    with Operators() as seen:
+        optimizer.step()
+    expected = {"aten.empty.memory_format": 1, "aten.empty_like.default": 2, "aten.new_empty.default": 1}
+    views = ("aten._values.default", "aten._indices.default", "aten.detach.default")
+    assert {k: n for k, n in seen.counts.items() if k not in views} == (expected if "s" in kind else {})
 
 
 @pytest.mark.parametrize("dense_reads", [False, True], ids=["weights", "a gradient"])
@@ -517,18 +546,6 @@ def test_counts_of_parameters_made_in_inference_mode_advance_on_a_device(
     assert len(as_if_on_cuda) == 1
     assert optimizer.state[p]["step"].item() == 1
     assert p.tolist() == [[1, 1], [0.5, 0.5], [1, 1], [1, 1]]
-
-
-class Operators(TorchDispatchMode):
-    """Counts what PyTorch is asked to do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: collections.Counter[str] = collections.Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[str(func)] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("fused", [None, True])
