@@ -1,4 +1,4 @@
-"""``adagrad.torch.Adagrad`` on two gloo processes: DistributedDataParallel and DTensor, against one process.
+"""``adagrad.torch.Adagrad`` on two gloo processes: DistributedDataParallel, DTensor and FSDP2, against one process.
 
 The file is also the program of the processes: ``python test_torch_ddp.py FOLDER JOB RANK``.
 """
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,56 @@ def dtensor(rank: int) -> dict[str, Any]:
     return results
 
 
+class Layers(nn.Module):
+    """Of sizes that two processes cannot halve."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Tanh(), nn.Linear(3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def train_layers(model: nn.Module, around_step: Any = nullcontext, **options: Any) -> None:
+    """Every process has the same examples, so that the mean of their gradients is exact."""
+    optimizer = Adagrad(model.parameters(), lr=0.1, **options)
+    examples = torch.randn(STEPS, 8, 5, generator=torch.Generator().manual_seed(2))
+    for x in examples:
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        with around_step():
+            optimizer.step()
+
+
+def fsdp2(rank: int) -> dict[str, Any]:
+    """The parameters after training, for each of OPTIONS; how many collectives the last step called, and gathering."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    results: dict[str, Any] = {}
+    for name, options in OPTIONS.items():
+        model, seen = Layers(), CommDebugMode()
+        for layer in (*model.layers, model):
+            if layer is model or isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=mesh)
+        train_layers(model, lambda: seen, **options)  # noqa: B023
+        calls = [seen.get_total_counts()]
+        with seen:
+            results[name] = [p.full_tensor().detach() for p in model.parameters()]
+        results[f"collectives, {name}"] = [*calls, seen.get_total_counts()]
+    return results
+
+
 def sample() -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     return torch.randn(5, 4), torch.randn(5, 4)
 
 
-JOBS: dict[str, Callable[[int], dict[str, Any]]] = {"ddp": ddp, "dtensor": dtensor}
+JOBS: dict[str, Callable[[int], dict[str, Any]]] = {"ddp": ddp, "dtensor": dtensor, "fsdp2": fsdp2}
 
 
 def run(job: str, folder: Path) -> list[dict[str, Any]]:
@@ -172,6 +217,19 @@ def test_dtensor(tmp_path: Path) -> None:
                 assert torch.equal(found[0], p), key
                 assert torch.equal(found[1], optimizer.state[p]["sum"]), key
     assert len(first) == 2 * 3 + 2 * 2 + 2 + 1
+
+
+def test_fsdp2(tmp_path: Path) -> None:
+    first, second = run("fsdp2", tmp_path)
+    for name, options in OPTIONS.items():
+        model = Layers()
+        train_layers(model, **options)
+        for found in (first, second):
+            by_step, by_gathering = found[f"collectives, {name}"]
+            assert (by_step, by_gathering > 0) == (0, True)
+            for p, q, start in zip(found[name], model.parameters(), Layers().parameters(), strict=True):
+                assert torch.equal(p, q), name
+                assert not torch.equal(p, start)
 
 
 if __name__ == "__main__":
