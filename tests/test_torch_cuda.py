@@ -304,28 +304,39 @@ def kinds_of_lists() -> dict[str, list[dict[str, Any]]]:
     }
 
 
-@pytest.mark.parametrize("variant", ["plain", "low precision", "lr on the device", "scaled"])
+VARIANTS = ["plain", "low precision", "lr on the device", "scaled"]
+
+
+def train_list(kind: str, variant: str, device: str = "cpu") -> tuple[Adagrad, list[nn.Parameter]]:
+    """Train the groups ``kind`` of :func:`kinds_of_lists` for three steps."""
+    groups = kinds_of_lists()[kind]
+    params = [p for group in groups for p in group["params"]]
+    dtype, scale = torch.bfloat16 if variant == "low precision" else torch.float32, 8.0 if variant == "scaled" else 1.0
+    for i, p in enumerate(params):
+        p.data = p.data.to(device, dtype)
+        grad = sparse_grad(i % 4, 3, 3) if p.ndim == 2 else torch.full((3,), i + 1.0)
+        p.grad = (grad * scale).to(device, dtype)
+    optimizer = Adagrad(groups, lr=0.5, multi_precision=variant == "low precision")
+    optimizer.state[params[0]]["step"].fill_(3)
+    if variant == "lr on the device":
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"], device=device)
+    if variant == "scaled":
+        found = torch.tensor(0.0, device=device)
+        optimizer.grad_scale = torch.tensor(scale, device=device)
+        optimizer.found_inf = found if found.is_cuda else found.as_subclass(OnDevice)
+    for _ in range(3):
+        optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in params] == [6.0] + [3.0] * (len(params) - 1)
+    return optimizer, params
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", kinds_of_lists())
 def test_plain_lists_take_the_short_way(
     kind: str, variant: str, as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the order of dense and row-sparse parameters, and in groups of one rule."""
-    dtype = torch.bfloat16 if variant == "low precision" else torch.float32
-    scale = 8.0 if variant == "scaled" else 1.0
-
-    def train() -> tuple[Adagrad, list[nn.Parameter]]:
-        groups = kinds_of_lists()[kind]
-        params = [p for group in groups for p in group["params"]]
-        for i, p in enumerate(params):
-            p.data = p.data.to(dtype)
-            p.grad = (sparse_grad(i % 4, 3, 3) if p.ndim == 2 else torch.full((3,), i + 1.0)).to(dtype) * scale
-        optimizer = Adagrad(groups, lr=0.5, multi_precision=variant == "low precision")
-        optimizer.state[params[0]]["step"].fill_(3)
-        if variant == "scaled":
-            optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0).as_subclass(OnDevice)
-        for _ in range(3):
-            optimizer.step()
-        return optimizer, params
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the general path was taken")
@@ -334,14 +345,12 @@ def test_plain_lists_take_the_short_way(
         within.setattr(general_path, "prepare", refuse)
         within.setattr(torch_step.Part, "on_cuda", lambda self: True)
         if variant == "lr on the device":
-            within.setattr(torch_step.Part, "_lrs", lambda self, lr, *_, **__: [torch.tensor(lr)])
-        optimizer, params = train()
+            within.setattr(torch_step.Part, "_lrs", lambda self, lr, *_, **__: [lr])
+        trained = train_list(kind, variant)
     letters = kind.replace("|", "")
     assert [call[:2] for call in as_if_on_cuda] == [(letters.count("d"), letters.count("s"))] * 3
-    assert [optimizer.state[p]["step"].item() for p in params] == [6.0] + [3.0] * (len(params) - 1)
     monkeypatch.undo()
-    on_cpu, others = train()
-    for a, b in zip(contents(optimizer, params), contents(on_cpu, others), strict=True):
+    for a, b in zip(contents(*trained), contents(*train_list(kind, variant)), strict=True):
         assert_same_bits(a, b)
 
 
@@ -594,6 +603,15 @@ def test_the_bits_of_the_cpu(name: str, fused: bool | None) -> None:
     gpu = train(parameters("cuda"), fused=fused, **OPTIONS[name])
     assert_same_training(gpu, train(parameters(), **OPTIONS[name]))
     assert gpu.state[gpu.param_groups[0]["params"][0]]["step"].is_cuda == bool(fused)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", kinds_of_lists())
+def test_the_bits_of_the_cpu_in_lists_of_both_kinds(kind: str, variant: str) -> None:
+    for a, b in zip(contents(*train_list(kind, variant, "cuda")), contents(*train_list(kind, variant)), strict=True):
+        assert_same_bits(a.cpu(), b)
 
 
 @pytest.mark.gpu
