@@ -312,6 +312,59 @@ def test_formats_that_were_compiled_by_different_processes(tmp_path: Path) -> No
         assert got == (expected if order is formats else expected[::-1])
 
 
+NAMES = """
+    from numba.core.registry import cpu_target
+    from adagrad.kernels import cpu_dense, cpu_rows, disk_cache, row_groups, row_sums
+
+    names = []
+
+    def worker(function):
+        cache, codegen = disk_cache.Cache(function), cpu_target.target_context.codegen()
+        names.append(cache._cache_file._file(cache._index_key("(word, word, word)", codegen)))
+        return 0
+
+    for module in (cpu_dense, cpu_rows, row_groups, row_sums):
+        module.worker = worker
+    for weight in ("float32", "float64", "float16", "bfloat16"):
+        wide = "float64" if weight == "float64" else "float32"
+        for form in {(weight, grad, wide, master) for grad in (weight, wide) for master in (None, wide)}:
+            for flag in (False, True):
+                cpu_dense.kernel(*form, flag)
+                cpu_dense.row_part_kernel(*form, flag)
+                for row_wise in (False, True):
+                    cpu_rows.kernel(flag, *form, row_wise)
+    for flag in (False, True):
+        row_groups.checking(flag)
+        row_sums.grouping(flag, "float32")
+        row_sums.grouping(flag, "float64")
+    print(*sorted(names))
+"""
+
+
+def test_every_process_finds_the_files_of_the_last(tmp_path: Path) -> None:
+    """A kernel that closes over something of its process alone would be compiled, and saved, by each."""
+    first, second = (run(NAMES, ADAGRAD_CACHE_DIR=str(tmp_path), PYTHONHASHSEED=seed).split() for seed in "12")
+    assert first == second
+    assert len(set(first)) == len(first) > 100
+
+
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+    code = (
+        STEP
+        + """
+    from adagrad import RowSparse
+    optimizer.update(0, weight, RowSparse(weight[:3] * 2, np.array([2, 0, 2]), weight.shape), state)
+    print(weight.tobytes().hex(), state.tobytes().hex())
+    """
+    )
+    variables = {"ADAGRAD_CACHE_DIR": str(tmp_path)}
+    expected = run(code, **variables)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")}
+    assert files
+    assert run(code, **variables) == expected
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")} == files
+
+
 def test_four_processes_at_once_with_a_cold_cache(tmp_path: Path) -> None:
     """All compile, or wait, or load what another has written; all get the same bits. A fifth finds a warm cache."""
     processes = [start(STEP, ADAGRAD_CACHE_DIR=str(tmp_path)) for _ in range(4)]

@@ -68,8 +68,8 @@ def work_of(facts: Any) -> Any:
 def kernel(needs_int64: bool, weight: str, values: str, history: str, master: str | None, row_wise: bool) -> int:
     """The address of the worker for operands of these formats (None: no master copy), and for 64- or 32-bit row ids."""
     tw, tv, th, tm = TOKENS[weight], TOKENS[values], TOKENS[history], None if master is None else TOKENS[master]
-    update_one, may_be_plain = by_row if row_wise else by_elements, not row_wise
     dtype = np.int64 if needs_int64 else np.int32
+    per_row = row_wise or None  # None or True differ in type: only one branch is compiled
 
     def update(arguments: Any, k: Any, count: Any) -> None:
         facts = array_at(arguments, FACTS, np.int64)
@@ -84,7 +84,7 @@ def kernel(needs_int64: bool, weight: str, values: str, history: str, master: st
         scratch = array_at(facts[SCRATCH], (count, SCRATCH_WORDS), np.int64)[k]
         own_positions = array_at(scratch.ctypes.data, BATCH, np.int32)
         tile = scratch[BATCH // 2 :].ctypes.data
-        are_plain = may_be_plain and length % LANES == 0 and not has_rare_terms(fixed) and not has_decay(fixed)
+        are_plain = length % LANES == 0 and not has_rare_terms(fixed) and not has_decay(fixed)
         # Workers divide ids that increase by position, others by owner.
         first, last = n * k // count, n * (k + 1) // count
         rows = ids[first:last] if increasing else grouped(kept[SINGLE], dtype)
@@ -99,15 +99,19 @@ def kernel(needs_int64: bool, weight: str, values: str, history: str, master: st
                 here = positions[start:stop]
             if length == 1:
                 update_short_rows(rows[start:stop], here, operands, fixed, tile)
+            elif per_row is not None:
+                update_once(rows[start:stop], here, operands, length, fixed, by_row)
             elif are_plain:
                 update_once(rows[start:stop], here, operands, length, plain_terms(fixed), by_blocks)
             else:
-                update_once(rows[start:stop], here, operands, length, fixed, update_one)
+                update_once(rows[start:stop], here, operands, length, fixed, by_elements)
         add_up(kept, operands, length)
-        if are_plain:
+        if per_row is not None:
+            update_from_sums(kept, dtype, operands, length, fixed, by_row)
+        elif are_plain:
             update_from_sums(kept, dtype, operands, length, plain_terms(fixed), by_blocks)
         else:
-            update_from_sums(kept, dtype, operands, length, fixed, update_one)
+            update_from_sums(kept, dtype, operands, length, fixed, by_elements)
 
     return worker(update)
 

@@ -113,7 +113,11 @@ def entry(helper: F, *, holds_gil: bool = False) -> F:
 
 
 def worker(function: Callable[[Any, Any, Any], None]) -> int:
-    """Compile ``function(arguments, k, count)`` and return its address; ``arguments`` is that of an int64 array."""
+    """Compile ``function(arguments, k, count)`` and return its address; ``arguments`` is that of an int64 array.
+
+    What it closes over is part of its name in the cache: numbers, types, arrays, but no compiled function, which has a
+    name of its own in each process.
+    """
     void, word = numba.types.void, numba.types.int64
     options = {"nopython": True, **_OPTIONS}
     compiled: Any = CFunc(function, numba.core.sigutils.normalize_signature(void(word, word, word)), {}, options)
