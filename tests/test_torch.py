@@ -294,6 +294,10 @@ def test_any_list_of_parameters(data: st.DataObject) -> None:
         "multi_precision": st.booleans(),
     }))  # fmt: skip
     split = data.draw(st.integers(0, len(drawn)))
+    # Of the first group; with the last three, also under another rule.
+    own = {"lr": 0.3} | data.draw(st.fixed_dictionaries({}, optional={
+        "weight_decay": st.just(0.2), "row_wise": st.booleans(), "maximize": st.booleans(), "clip_value": st.just(0.7),
+    }))  # fmt: skip
 
     def make() -> list[nn.Parameter]:
         params = []
@@ -309,9 +313,9 @@ def test_any_list_of_parameters(data: st.DataObject) -> None:
 
     params = make()
     singles = [nn.Parameter(p.detach().clone()) for p in params]
-    groups = [{"params": params[:split], "lr": 0.3}, {"params": params[split:]}]
+    groups = [{"params": params[:split], **own}, {"params": params[split:]}]
     together = Adagrad([group for group in groups if group["params"]], **options)
-    alone = [Adagrad([q], **options | ({"lr": 0.3} if i < split else {})) for i, q in enumerate(singles)]
+    alone = [Adagrad([q], **options | (own if i < split else {})) for i, q in enumerate(singles)]
     for p, q in zip(params, singles, strict=True):
         q.grad = None if p.grad is None else p.grad.clone()
     for _ in range(2):
@@ -322,6 +326,59 @@ def test_any_list_of_parameters(data: st.DataObject) -> None:
         assert_same_bits(p, q)
         assert_same_bits(together.state[p]["sum"], optimizer.state[q]["sum"])
         assert together.state[p]["step"] == optimizer.state[q]["step"] == (0 if p.grad is None else 2)
+
+
+def tables_and_weights() -> tuple[Adagrad, list[nn.Parameter]]:
+    """A recommender's groups: embeddings with row-wise history, other parameters under two more rules."""
+    params = [nn.Parameter(torch.ones(6, 2)) for _ in range(2)]
+    params += [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape, dtype in ((3, None), ((2, 2), torch.float64))]
+    for i, p in enumerate(params):
+        p.grad = coo([5, i, 5], torch.full((3, 2), i + 1.0), (6, 2)) if i < 2 else torch.full_like(p, i)
+    rules: list[dict[str, Any]] = [{"row_wise": True}, {"lr": 0.25, "maximize": True}, {"clip_value": 0.5}]
+    parts = [params[:2], params[2:3], params[3:]]
+    return Adagrad([{"params": part, **rule} for part, rule in zip(parts, rules, strict=True)], lr=0.5), params
+
+
+def contents(optimizer: Adagrad, params: list[nn.Parameter]) -> list[Tensor]:
+    return [t.detach().clone() for p in params for t in (p, *optimizer.state[p].values())]
+
+
+def test_embeddings_and_weights_under_other_rules_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for refused in (general_path.prepare, fast_path.update_batches):
+        optimizer, params = tables_and_weights()
+        with monkeypatch.context() as within:
+            if refused is general_path.prepare:
+                within.setattr(general_path, "prepare", lambda *_, **__: pytest.fail("the general path was taken"))
+            else:
+                within.setattr(fast_path, "update_batches", lambda *_: False)
+            optimizer.step()
+            optimizer.step()
+        results.append(contents(optimizer, params))
+        assert [optimizer.state[p]["step"].item() for p in params] == [2.0] * 4
+    for fast, general in zip(*results, strict=True):
+        assert_same_bits(fast, general)
+
+
+@pytest.mark.parametrize("fault", ["row id", "shape", "shared", "count"])
+def test_of_groups_under_several_rules_all_or_none_are_updated(fault: str) -> None:
+    optimizer, params = tables_and_weights()
+    if fault == "row id":
+        params[1].grad = torch.sparse_coo_tensor([[0, 6]], torch.ones(2, 2), (6, 2), check_invariants=False)
+    elif fault == "shape":
+        optimizer.state[params[3]]["sum"] = torch.zeros(2, 1, dtype=torch.float64)
+    elif fault == "shared":
+        params[2].data = params[0].data[0:2].view(4)[:3]
+    else:
+        optimizer.state[params[3]]["step"] = torch.zeros(2)
+    before = contents(optimizer, params)
+    message = {"row id": r"\[1\].*=6: must", "shape": r"\[3\]", "shared": "shares memory", "count": "parameter.3."}[
+        fault
+    ]
+    with pytest.raises((ValueError, IndexError), match=message):
+        optimizer.step()
+    for was, now in zip(before, contents(optimizer, params), strict=True):
+        assert_same_bits(was, now)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

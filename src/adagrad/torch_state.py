@@ -114,12 +114,9 @@ def _check(where: str, count: Any) -> None:
 class Counts:
     """The step counts of a list of parameters, each a one-element tensor, on any device."""
 
-    def __init__(self, counts: list[Tensor], at: Callable[[int], str], addresses: np.ndarray | None = None) -> None:
-        """``at`` is the index that follows "parameter" in messages; ``addresses`` are those that were found before."""
+    def __init__(self, counts: list[Tensor], at: Callable[[int], str]) -> None:
+        """``at`` is the index that follows "parameter" in messages."""
         self._counts = counts
-        if addresses is not None:
-            self._addresses, self.are_plain = addresses, True
-            return
         self._addresses = np.empty(len(counts), np.int64)
         layout = current_layout()
         # On the CPU, and read and written by compiled code.

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from adagrad import checks
 from adagrad import rule as expression
 from adagrad.kernels import device_lists, fast_path, general_path, tensor_checks
-from adagrad.kernels.batch import Batch, Prepared
+from adagrad.kernels.batch import Batch
 from adagrad.kernels.tensor_views import mark_changed
 from adagrad.rule import Rule
 from adagrad.torch_options import one_real, rule_and_decays
@@ -186,9 +186,9 @@ def _as_left(p: Tensor) -> _Left | None:
 
 
 def _batches(parts: list[Part]) -> list[Batch]:
-    """Group the parts by rule: those with the same rule are updated together."""
+    """Group the parts by rule: those with the same rule are updated together. At least one; else none is empty."""
     by_rule: dict[Rule, list[Part]] = {}
-    for part in parts:
+    for part in [part for part in parts if part.weights] or parts[:1]:
         by_rule.setdefault(part.rule, []).append(part)
     return [same[0] if len(same) == 1 else _together(rule, same) for rule, same in by_rule.items()]
 
@@ -216,13 +216,17 @@ def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | Non
     Raises what :func:`fast_path.update_plain` and :func:`general_path.prepare` do, and for counts that cannot advance.
     """
     batches: Sequence[Batch] = parts if len(parts) == 1 else _batches(parts)
+    on_cuda = [is_on_cuda(batch.weights[0]) if batch.weights else False for batch in batches]
     threads = torch.get_num_threads()
     owed: list[Counts] = []  # counts still to be advanced: all, or none if they advanced with the weights
     skips: list[Tensor] = []
     try:
-        if grad_scale is not None or found_inf is not None or not _update_and_count(batches, parts, threads):
-            prepared = _prepare_plain(batches, parts, grad_scale, found_inf)
+        is_scaled = grad_scale is not None or found_inf is not None
+        if any(on_cuda) or is_scaled or not _update_and_count(batches, parts, threads):
             counts = [part.counts for part in parts]
+            prepared = None
+            if all(on_cuda):
+                prepared = device_lists.prepare(batches, grad_scale, found_inf)
             if prepared is None:
                 prepared = general_path.prepare(batches, threads=threads, grad_scale=grad_scale, found_inf=found_inf)
             owed = counts
@@ -237,35 +241,13 @@ def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | Non
 
 def _update_and_count(batches: Sequence[Batch], parts: list[Part], threads: int) -> bool:
     """Do both by one call of compiled code, if possible; False if nothing was changed."""
+    steps = parts[0].steps if len(parts) == 1 else [step for part in parts for step in part.steps]
+    if len(batches) > 1:
+        return fast_path.update_batches(batches, steps, threads)
     b = batches[0]
-    if len(batches) > 1 or (b.weights and is_on_cuda(b.weights[0])):
-        return False
     return fast_path.update_plain(
-        b.weights, b.grads, b.histories, b.masters, _steps_of(parts), b.lrs, b.wds, b.rule, threads, b.places
+        b.weights, b.grads, b.histories, b.masters, steps, b.lrs, b.wds, b.rule, threads, b.places
     )
-
-
-def _prepare_plain(
-    batches: Sequence[Batch], parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | None
-) -> Prepared | None:
-    """Prepare the updates of plain tensors on one CUDA device; None if they are left to the general path."""
-    batch = batches[0]
-    if len(batches) > 1 or not (batch.weights and is_on_cuda(batch.weights[0])):
-        return None
-    found = device_lists.inspect(batch, _steps_of(parts))
-    if found is None:
-        return None
-    first = 0
-    for part in parts:
-        last = first + len(part.steps)
-        part.counts = Counts(part.steps, part.at, None if found.counts is None else found.counts[first:last])
-        first = last
-    return device_lists.prepare(batch, found, grad_scale, found_inf)
-
-
-def _steps_of(parts: list[Part]) -> list[Tensor]:
-    """The step counts of all parts, in the order of the weights in their one batch."""
-    return parts[0].steps if len(parts) == 1 else [step for part in parts for step in part.steps]
 
 
 def _finish(parts: list[Part], owed: list[Counts], found_inf: Tensor | None, skips: list[Tensor]) -> None:

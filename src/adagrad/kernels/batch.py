@@ -43,6 +43,15 @@ class Batch:
         """lr and wd of the ``i``-th update."""
         return self.lrs[i if len(self.lrs) > 1 else 0], self.wds[i if len(self.wds) > 1 else 0]
 
+    def part(self, which: Sequence[int]) -> Batch:
+        """The updates at the positions ``which``."""
+        if len(which) == len(self.weights):
+            return self
+        lists = self.weights, self.grads, self.histories, self.masters
+        weights, grads, histories, masters = (some(values, which) for values in lists)
+        places = [self.places[i] for i in which] if self.places else which
+        return Batch(self.rule, weights, grads, histories, masters, *self.some_rates(which), places)
+
     def some_rates(self, which: Sequence[int]) -> tuple[list[Any], list[float]]:
         """``lrs`` and ``wds`` of the weights ``which``; a single entry for all stays single."""
         return some(self.lrs, which), some(self.wds, which)

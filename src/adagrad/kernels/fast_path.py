@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from adagrad.kernels import dense_lists, row_lists, table
-from adagrad.kernels.batch import some
+from adagrad.kernels.batch import Batch
 from adagrad.kernels.cpu_rule import rate_table
 from adagrad.kernels.mixed_lists import dense_part
 from adagrad.kernels.validate import is_row_sparse, seems_row_sparse
@@ -36,7 +36,38 @@ def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], mas
             done = dense_lists.update(weights, grads, histories, masters, steps, rates, rule, threads)
         if done or n < 3:
             return done
-    return _update_mixed(weights, grads, histories, masters, steps, lrs, wds, rule, threads, places)
+    return update_batches([Batch(rule, weights, grads, histories, masters, lrs, wds, places)], steps, threads)
+
+
+def update_batches(batches: Sequence[Batch], steps: list[Any], threads: int | None) -> bool:
+    """The same for updates of both kinds, each under the rule of its batch; False for others.
+
+    Row-sparse gradients must all be in one batch. ``steps`` are the counts of all weights, in any order.
+    """
+    if len(batches) > 1 and not any(seems_row_sparse(batch.grads[0]) for batch in batches):
+        return False  # most likely, all are dense, and asking each would take a sixth of the time of the general path
+    of_batches = [list(map(is_row_sparse, batch.grads)) for batch in batches]
+    if sum(map(any, of_batches)) != 1 or all(map(all, of_batches)):
+        return False
+    sparse: list[Batch] = []
+    dense: list[Batch] = []
+    for batch, are_sparse in zip(batches, of_batches, strict=True):
+        weights, n = batch.weights, len(batch.weights)
+        if not (
+            table.fit(weights, batch.grads, batch.histories, batch.masters) and _are_plain(batch.lrs, batch.wds, n)
+        ):
+            return False
+        if getattr(weights[0], "is_cuda", False):
+            return False
+        for kind, parts in ((True, sparse), (False, dense)):
+            which = [i for i, each in enumerate(are_sparse) if each == kind]
+            if which:
+                parts.append(batch.part(which))
+    beside, rows = dense_part(dense), sparse[0]
+    return beside is not None and row_lists.update(
+        rows.weights, rows.grads, rows.histories, rows.masters, steps, rows.lrs, rows.wds, rows.rule, threads, beside,
+        rows.places,
+    )  # fmt: skip
 
 
 def _are_plain(lrs: Sequence[Any], wds: Sequence[Any], n: int) -> bool:
@@ -44,23 +75,3 @@ def _are_plain(lrs: Sequence[Any], wds: Sequence[Any], n: int) -> bool:
     if len(lrs) == len(wds) == 1:
         return type(lrs[0]) is float
     return len(lrs) in (1, n) and len(wds) in (1, n) and set(map(type, lrs)) == {float}
-
-
-def _update_mixed(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], steps: list[Any],
-                  lrs: Any, wds: Any, rule: Rule, threads: int | None, places: Sequence[int]) -> bool:  # fmt: skip
-    """The same for a list with gradients of both kinds; False for others."""
-    if getattr(weights[0], "is_cuda", False):
-        return False
-    is_sparse = list(map(is_row_sparse, grads))
-    sparse = [i for i, each in enumerate(is_sparse) if each]
-    dense = [i for i, each in enumerate(is_sparse) if not each]
-    if not (sparse and dense):
-        return False
-    lists = weights, grads, histories, masters, lrs, wds
-    w, g, h, m, lr, wd = (some(values, dense) for values in lists)
-    beside = dense_part(w, g, h, m, rate_table(lr, wd, rule), rule)
-    if beside is None:
-        return False
-    w, g, h, m, lr, wd = (some(values, sparse) for values in lists)
-    named = [places[i] for i in sparse] if places else sparse
-    return row_lists.update(w, g, h, m, steps, lr, wd, rule, threads, beside, named)

@@ -1,23 +1,27 @@
 """The dense part of a mixed list, carried out with its row-sparse updates by one call of compiled code.
 
-The call gets it as one block of words: the number of launches (one for each combination of formats), of weights and of
-elements; from how many elements on a launch is worth several threads; how many spans of memory are written to; for each
-launch the addresses of the worker and of its arguments, and its elements; then the starts and the ends of all spans.
+The call gets it as one block of words: the number of launches (one for each combination of formats under a rule), of
+weights and of elements; from how many elements on a launch is worth several threads; how many spans of memory are
+written to; for each launch the addresses of the worker and of its arguments, and its elements; then the starts and the
+ends of all spans.
 All zeros stand for no dense part.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from adagrad.kernels import cpu_dense
+from adagrad.kernels.batch import Batch
 from adagrad.kernels.cpu_dense import GIVEN, arguments, kernel
+from adagrad.kernels.cpu_rule import rate_table
 from adagrad.kernels.memory import array_at
 from adagrad.kernels.numba_jit import jit, run, worker_count
+from adagrad.kernels.spans import concatenate
 from adagrad.kernels.table import CODES_PER_DEVICE, build_table, decode
-from adagrad.rule import Rule
 
 LAUNCHES, WEIGHTS, ELEMENTS, THRESHOLD, WRITTEN = range(5)
 ABOUT = 5
@@ -40,26 +44,34 @@ class DensePart(NamedTuple):
 NOTHING = DensePart(np.zeros(ABOUT, np.int64), 0, ())
 
 
-def dense_part(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], rates: np.ndarray,
-                 rule: Rule) -> DensePart | None:  # fmt: skip
-    """The block for a list; None unless all of it is plain and on the CPU.
+def dense_part(batches: Sequence[Batch]) -> DensePart | None:
+    """The block for dense updates, those of each batch under its rule; None unless all are plain and on the CPU.
 
-    ``rates`` has a row for each weight, or one for all. The compiled call checks that the spans are disjoint.
+    The compiled call checks that the spans are disjoint.
     """
-    found = build_table(weights, grads, histories, masters, rule.row_wise)
-    groups, n = found.groups(), len(weights)
-    if sum(len(which) for _, which in groups) < n or groups[-1][0] >= CODES_PER_DEVICE:
-        return None
-    launches, pointed_at = [], [rule.scalars]
-    for code, which in groups:
-        rows, _, elements = found.part(which)
-        some = rates if len(groups) == 1 or len(rates) == 1 else rates[which]
-        block = arguments(rows, some, rule.scalars, elements)
-        launches += [kernel(*decode(code)[1], rule.row_wise), block.ctypes.data, elements]
-        pointed_at += [block, rows, some]
-    about = [len(groups), n, found.total, cpu_dense.PARALLEL_MIN, found.written]
-    words = np.concatenate([about + launches, found.spans.ravel()])
-    return DensePart(words, found.spans.shape[1], tuple(pointed_at))
+    launches: list[int] = []
+    pointed_at: list[np.ndarray] = []
+    pieces: list[tuple[np.ndarray, int]] = []
+    elements = 0
+    for batch in batches:
+        rule, rates = batch.rule, rate_table(batch.lrs, batch.wds, batch.rule)
+        found = build_table(batch.weights, batch.grads, batch.histories, batch.masters, rule.row_wise)
+        groups = found.groups()
+        if sum(len(which) for _, which in groups) < len(batch.weights) or groups[-1][0] >= CODES_PER_DEVICE:
+            return None
+        for code, which in groups:
+            rows, _, work = found.part(which)
+            some = rates if len(groups) == 1 or len(rates) == 1 else rates[which]
+            block = arguments(rows, some, rule.scalars, work)
+            launches += [kernel(*decode(code)[1], rule.row_wise), block.ctypes.data, work]
+            pointed_at += [block, rows, some, rule.scalars]
+        pieces.append((found.spans, found.written))
+        elements += found.total
+    spans, written = concatenate(pieces)
+    weights = sum(len(batch.weights) for batch in batches)
+    about = [len(launches) // LAUNCH, weights, elements, cpu_dense.PARALLEL_MIN, written]
+    words = np.concatenate([about + launches, spans.ravel()])
+    return DensePart(words, spans.shape[1], tuple(pointed_at))
 
 
 @jit(helper=True)
