@@ -355,6 +355,16 @@ def test_learning_rate_and_schedule(klass: type[AdaGrad]) -> None:
     assert optimizer.learning_rate == 0.01, "the default learning rate overwrites too, as documented"
 
 
+def test_a_warning_made_an_error_leaves_the_schedule_as_it_was() -> None:
+    schedule = PolyScheduler(100, base_lr=0.4, warmup_steps=5)
+    schedule.warmup_final_lr = 0.3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="overwrites the scheduler's base_lr"):
+            AdaGrad(0.1, lr_scheduler=schedule)
+    assert (schedule.base_lr, schedule.warmup_final_lr) == (0.4, 0.3)
+
+
 def test_the_learning_rate_overwrites_the_end_of_the_warm_up_too() -> None:
     schedule = FactorScheduler(step=10, base_lr=0.4, warmup_steps=4)
     schedule.warmup_final_lr = 0.8

@@ -155,3 +155,21 @@ def test_a_master_copy_is_made_anew_whatever_memory_the_new_values_have() -> Non
             nn.utils.vector_to_parameters(torch.full((1000,), value, dtype=torch.bfloat16), [p])
         optimizer.step()
         assert p[0] == 7
+
+
+def test_a_master_copy_keeps_what_was_not_changed_elsewhere() -> None:
+    """As by ``nn.Embedding(max_norm=...)``, which renormalises the rows that it looks up."""
+    p = nn.Parameter(torch.full((4, 2), 1.0, dtype=torch.bfloat16))
+    optimizer = Adagrad([p], lr=0.001, multi_precision=True)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = optimizer.state[p]["master"].clone()
+    assert (before != p).all(), "bits that the parameter does not have"
+    with torch.no_grad():
+        p[3] = 5.0
+        p[2] *= 1  # counted as a change
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    after = optimizer.state[p]["master"]
+    assert_same_bits(after[:3], before[:3])
+    assert after[3].tolist() == p[3].tolist() == [5.0, 5.0]

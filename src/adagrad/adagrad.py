@@ -141,7 +141,7 @@ class AdaGrad(Optimizer):
         if is_torch(weight):
             return weight.detach().new_full(shape, value, dtype=getattr(sys.modules["torch"], dtype))
         if w.array.flags.c_contiguous or self.row_wise:
-            # np.zeros gets untouched pages from the system: rows of a large table take memory only when first used.
+            # np.zeros gets untouched pages from the system, often of 2 MB: they take memory only when first used.
             return np.zeros(shape, dtype) if value == 0 else np.full(shape, value, dtype)
         return np.full_like(w.array, value, dtype=dtype)
 

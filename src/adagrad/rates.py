@@ -71,8 +71,6 @@ class Rates:
 
     @staticmethod
     def _overwrite_base_lr(scheduler: Any, learning_rate: float) -> None:
-        if isinstance(scheduler, LRScheduler):
-            scheduler._warmup_final_lr = None  # the warm-up leads to the new base_lr, too
         if not hasattr(scheduler, "base_lr"):
             warnings.warn(
                 f"learning_rate={learning_rate!r} has no effect: the scheduler has no base_lr to overwrite; "
@@ -82,15 +80,16 @@ class Rates:
             )
             return
         before = scheduler.base_lr
-        if before == learning_rate:
-            return
-        warnings.warn(
-            f"learning_rate={learning_rate!r} overwrites the scheduler's base_lr={before!r}; "
-            "pass learning_rate=None to keep the scheduler's",
-            UserWarning,
-            stacklevel=checks.caller(),
-        )
-        scheduler.base_lr = learning_rate
+        if before != learning_rate:
+            warnings.warn(
+                f"learning_rate={learning_rate!r} overwrites the scheduler's base_lr={before!r}; "
+                "pass learning_rate=None to keep the scheduler's",
+                UserWarning,
+                stacklevel=checks.caller(),
+            )
+            scheduler.base_lr = learning_rate
+        if isinstance(scheduler, LRScheduler):
+            scheduler._warmup_final_lr = None  # the warm-up leads to the new base_lr, too
 
     @property
     def learning_rate(self) -> float:

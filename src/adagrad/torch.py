@@ -85,10 +85,11 @@ class Adagrad(Optimizer):
         shape ``(n, 1, ...)``.
     multi_precision : bool, default False
         Whether to keep a float32 copy of float16 and bfloat16 parameters, ``master`` in the state, to which the rule is
-        applied; the parameter is its rounding. If something else changed the parameter in place, the next step makes a
-        new copy. PyTorch does not count changes through ``p.data``, NumPy or DLPack, by in-place collectives, of a
-        DTensor's local part, of a DTensor by ``torch._foreach_*`` or by another process: delete ``master`` from the
-        state after those.
+        applied; the parameter is its rounding. Where something else changed the parameter in place, the next step takes
+        its values; it then compares all of the parameter, which it does at every step after
+        ``nn.Embedding(max_norm=...)`` and for parameters made in inference mode. PyTorch does not count changes through
+        ``p.data``, NumPy or DLPack, by in-place collectives, of a DTensor's local part, of a DTensor by
+        ``torch._foreach_*`` or by another process: delete ``master`` from the state after those.
     dialect : str, default "torch"
         The framework to follow, one of :data:`~adagrad.dialects.DIALECTS`. Its defaults apply to every argument not
         passed.

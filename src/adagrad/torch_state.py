@@ -75,27 +75,33 @@ def _called(p: Tensor, group: dict[str, Any]) -> str:
 def master(p: Tensor, state: dict[str, Any], *, is_ours: bool) -> Tensor | None:
     """Return the master copy of a low-precision parameter; None for others.
 
-    It is a new one if the state has none, or if the parameter is not its rounding because something else has changed
-    it. That is not checked if the parameter ``is_ours``: unchanged since our last step.
+    It is a new one if the state has none. Where the parameter is not its rounding, because something else has changed
+    it, the new one has the parameter's values. That is not checked if the parameter ``is_ours``: unchanged since our
+    last step.
     """
     if p.dtype not in (torch.float16, torch.bfloat16):
         return None
     copy: Tensor | None = state.get("master")
     if copy is not None and not isinstance(copy, Tensor):
         raise TypeError(f"master: {type(copy).__name__}: must be a tensor, a copy of its parameter")
-    if copy is not None and (is_ours or _is_rounding(p.detach(), copy)):
+    p = p.detach()
+    if copy is not None and (is_ours or not _can_compare(p, copy)):
         return copy
-    return p.detach().to(WIDE[p.dtype], memory_format=torch.preserve_format)
-
-
-def _is_rounding(p: Tensor, copy: Tensor) -> bool:
-    """Whether ``p`` is the rounding of ``copy``; True if they cannot be compared: later checks raise."""
-    if p.device.type == "meta" or copy.shape != p.shape or copy.device != p.device or copy.layout != p.layout:
-        return True
-    if isinstance(p, FakeTensor) or any(type(t) in PLAIN_TYPES and t.numel() and not t.data_ptr() for t in (p, copy)):
-        return True
+    wide = p.to(WIDE[p.dtype], memory_format=torch.preserve_format)
+    if copy is None:
+        return wide
     rounded = copy.to(p.dtype)
-    return bool(((rounded == p) | (rounded.isnan() & p.isnan())).all())
+    is_rounding = (rounded == p) | (rounded.isnan() & p.isnan())
+    return copy if bool(is_rounding.all()) else torch.where(is_rounding, copy.to(wide.dtype), wide)
+
+
+def _can_compare(p: Tensor, copy: Tensor) -> bool:
+    """Whether a parameter and its master copy can be compared; if not, later checks raise."""
+    if p.device.type == "meta" or copy.shape != p.shape or copy.device != p.device or copy.layout != p.layout:
+        return False
+    return not (
+        isinstance(p, FakeTensor) or any(type(t) in PLAIN_TYPES and t.numel() and not t.data_ptr() for t in (p, copy))
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- counts

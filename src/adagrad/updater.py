@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -119,7 +120,8 @@ class Updater(Generic[OptimizerT]):
         """Restore what :meth:`get_states`, or ``Updater.get_states`` of MXNet 2.0 or 1.x, returned.
 
         The optimizer stays the same object and must be of the class that was saved; the saved hyper-parameters are set
-        on it. States are restored as NumPy arrays, and move to the weights' device when they are next used.
+        on it, but a user-defined scheduler of its own is kept. States are restored as NumPy arrays, and move to the
+        weights' device when they are next used.
 
         Parameters
         ----------
@@ -186,8 +188,14 @@ class Updater(Generic[OptimizerT]):
 def _check_history(at: str, state: Any) -> None:
     """Refuse what is no sum of squares. A file from MXNet does not say by itself which optimizer wrote it."""
     history = state[-1] if isinstance(state, (tuple, list)) and state else state
-    if isinstance(history, np.ndarray) and (history < 0).any():
+    if isinstance(history, np.ndarray) and any((part < 0).any() for part in _parts(history)):
         raise ValueError(f"{at}: {np.nanmin(history)}: a history must be >= 0; was it written by AdaGrad?")
+
+
+def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
+    """The elements in parts of a million, so that temporaries stay small."""
+    elements = array.ravel(order="K")
+    return (elements[start : start + 2**20] for start in range(0, elements.size, 2**20))
 
 
 def _is_list(index: Any) -> bool:
