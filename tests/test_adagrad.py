@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from adagrad import AdaGrad, RowSparse, arrays
-from adagrad.kernels import general_path
+from adagrad import AdaGrad, GroupAdaGrad, RowSparse, arrays
+from adagrad.kernels import fast_path, general_path
 from adagrad.lr_scheduler import PolyScheduler
 from support import BFLOAT16, assert_same_bits, set_layout
 from training import CLASSES, FUSED, expected, sparse, weights_of
@@ -333,3 +333,33 @@ def test_a_gradient_that_a_reduction_of_numpy_returns() -> None:
     """The intercept of a linear model: the mean of an array is no array."""
     with pytest.raises(TypeError, match=r"grads\[0\]=.*not numpy\.float32: numpy\.asarray makes an array of it"):
         AdaGrad().update(0, np.zeros((), np.float32), np.ones(3, np.float32).mean(), np.zeros((), np.float32))
+
+
+@pytest.mark.parametrize("kinds", ["d", "ddd", "s", "ss", "sdsd"])
+@pytest.mark.parametrize("row_wise", [False, True])
+def test_pairs_of_master_copy_and_history_take_the_fast_path(
+    kinds: str, row_wise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the bits of the general path."""
+
+    def updated() -> list[np.ndarray]:
+        rng = np.random.default_rng(0)
+        optimizer = (GroupAdaGrad if row_wise else AdaGrad)(0.1, wd=0.01, multi_precision=True)
+        weights = [rng.random((5, 3)).astype(np.float16) for _ in kinds]
+        weights[-1] = weights[-1].astype(np.float32)  # one without a master copy
+        states = [optimizer.create_state_multi_precision(i, w) for i, w in enumerate(weights)]
+        grads: list[Any] = [rng.random((5, 3)).astype(w.dtype) for w in weights]
+        for i, kind in enumerate(kinds):
+            if kind == "s":
+                grads[i] = RowSparse(grads[i][:3], np.array([4, 0, 4]), (5, 3))
+        for _ in range(2):
+            optimizer.update_multi_precision([*range(len(kinds))], weights, grads, states)
+        pairs = [state if isinstance(state, (tuple, list)) else (state,) for state in states]
+        return [*weights, *(each for pair in pairs for each in pair)]
+
+    with monkeypatch.context() as within:
+        within.setattr(general_path, "prepare", lambda *_, **__: pytest.fail("the general path was taken"))
+        fast = updated()
+    monkeypatch.setattr(fast_path, "update_plain", lambda *_, **__: False)
+    for a, b in zip(fast, updated(), strict=True):
+        assert_same_bits(a, b)

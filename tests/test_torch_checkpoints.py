@@ -491,6 +491,19 @@ def test_parameters_that_nobody_changed_are_not_compared(monkeypatch: pytest.Mon
     optimizer.step()
 
 
+def test_what_is_remembered_of_parameters_that_were_replaced() -> None:
+    optimizer = Adagrad([nn.Parameter(torch.ones(4, dtype=torch.bfloat16))], multi_precision=True)
+    group, others = optimizer.param_groups[0], []
+    for size in range(1, 20):
+        new = nn.Parameter(torch.ones(size, dtype=torch.bfloat16))
+        new.grad = torch.ones_like(new)
+        others.append(group["params"][0])  # alive, so that no id is used again
+        del optimizer.state[group["params"][0]]
+        group["params"][0] = new
+        optimizer.step()
+    assert len(optimizer._left) <= 2
+
+
 def test_a_master_copy_follows_a_parameter_that_nobody_watches() -> None:
     with torch.inference_mode():
         p = torch.ones(3, dtype=torch.bfloat16)

@@ -260,6 +260,10 @@ class Adagrad(Optimizer):
         for group, states in zip(self.param_groups, self._states(), strict=True):
             parts.append(Part(self.defaults, group, states, first, self._left))
             first += len(group["params"])
+        if len(self._left) > first:  # those of parameters that were replaced
+            kept = {id(p) for group in self.param_groups for p in group["params"]}
+            for other in self._left.keys() - kept:
+                del self._left[other]
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None:  # GradScaler sets the number 0 if no parameter here has a gradient
             found_inf = torch.as_tensor(found_inf).reshape(())

@@ -69,7 +69,7 @@ def update(
     """
     is_done = False
     try:
-        is_done = fused and _fast_path().update_plain(weights, grads, states, [], [], lrs, wds, rule, threads)
+        is_done = fused and _update_plain(weights, grads, states, lrs, wds, rule, threads)
         if not is_done:
             prepare(weights, grads, states, lrs, wds, rule, fused=fused, threads=threads).run()
             is_done = True
@@ -79,6 +79,16 @@ def update(
         if is_done:
             mark_late(interrupt)
         raise
+
+
+def _update_plain(weights: list[Array], grads: list[Any], states: list[Any], lrs: Any, wds: Any, rule: Rule,
+                  threads: int | None) -> bool:  # fmt: skip
+    histories, masters = states, list[Any]()
+    if not _ARRAYS.issuperset(map(type, states)):  # some may be pairs
+        batch = of_states(weights, grads, states, lrs, wds, rule)
+        histories, masters = batch.histories, batch.masters
+    done: bool = _fast_path().update_plain(weights, grads, histories, masters, [], lrs, wds, rule, threads)
+    return done
 
 
 def _mark_changed(weights: list[Array], states: list[Any]) -> None:
