@@ -16,7 +16,7 @@ from adagrad.kernels import fast_path, general_path
 from adagrad.torch import Adagrad
 from processes import run
 from support import assert_same_bits, to_numpy
-from torch_oracle import HYPERS, LOW, Expected, coo, gradient, parameter
+from torch_oracle import HYPERS, LOW, Expected, contents, coo, gradient, parameter
 
 FLOATS = (torch.float32, torch.float64, *LOW)
 
@@ -337,10 +337,6 @@ def tables_and_weights() -> tuple[Adagrad, list[nn.Parameter]]:
     rules: list[dict[str, Any]] = [{"row_wise": True}, {"lr": 0.25, "maximize": True}, {"clip_value": 0.5}]
     parts = [params[:2], params[2:3], params[3:]]
     return Adagrad([{"params": part, **rule} for part, rule in zip(parts, rules, strict=True)], lr=0.5), params
-
-
-def contents(optimizer: Adagrad, params: list[nn.Parameter]) -> list[Tensor]:
-    return [t.detach().clone() for p in params for t in (p, *optimizer.state[p].values())]
 
 
 def test_embeddings_and_weights_under_other_rules_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from adagrad.kernels.batch import Batch
 from adagrad.torch import Adagrad
 from cuda_operands import needs_gpu
 from support import assert_same_bits
+from torch_oracle import contents
 
 pytest.importorskip("triton")
 
@@ -234,10 +235,6 @@ def embedding_and_others(**options: Any) -> tuple[Adagrad, list[nn.Parameter]]:
 
 def sparse_grad(*rows: int) -> Tensor:
     return torch.sparse_coo_tensor([[*rows]], torch.ones(len(rows), 2), (4, 2), check_invariants=False)
-
-
-def contents(optimizer: Adagrad, params: list[nn.Parameter]) -> list[Tensor]:
-    return [t.detach().clone() for p in params for t in (p, *optimizer.state[p].values())]
 
 
 @pytest.mark.parametrize("fused", [None, True])

@@ -37,6 +37,11 @@ def coo(indices: Any, values: Tensor, shape: Any) -> Tensor:
     return torch.sparse_coo_tensor(indices, values, shape, check_invariants=True)
 
 
+def contents(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> list[Tensor]:
+    """Copies of the parameters and of all of their states."""
+    return [t.detach().clone() for p in params for t in (p, *optimizer.state[p].values())]
+
+
 def hyper(step: int, **options: Any) -> oracle.Hyper:
     """The oracle's words for the options, at a step (the first is 0)."""
     return oracle.Hyper(

@@ -48,9 +48,15 @@ class Batch:
         if len(which) == len(self.weights):
             return self
         lists = self.weights, self.grads, self.histories, self.masters
-        weights, grads, histories, masters = (some(values, which) for values in lists)
+        weights, grads, histories, masters = ([values[i] for i in which] if values else [] for values in lists)
         places = [self.places[i] for i in which] if self.places else which
         return Batch(self.rule, weights, grads, histories, masters, *self.some_rates(which), places)
+
+    def by_kind(self, are_sparse: list[bool]) -> tuple[Batch | None, Batch | None]:
+        """The dense and the row-sparse updates, None for none; ``are_sparse`` tells which are which."""
+        dense = [i for i, each in enumerate(are_sparse) if not each]
+        sparse = [i for i, each in enumerate(are_sparse) if each]
+        return self.part(dense) if dense else None, self.part(sparse) if sparse else None
 
     def some_rates(self, which: Sequence[int]) -> tuple[list[Any], list[float]]:
         """``lrs`` and ``wds`` of the weights ``which``; a single entry for all stays single."""

@@ -67,13 +67,11 @@ def _inspect(batch: Batch) -> tuple[_Part | None, _Part | None] | None:
             return None if dense is None else (dense, None)
     if set(map(type, grads)) != {Tensor}:
         return None
-    are_sparse = [grad.is_sparse for grad in grads]
-    if not any(are_sparse):
-        return None
-    rows = _inspect_rows(batch.part([i for i, each in enumerate(are_sparse) if each]))
-    if rows is None or all(are_sparse):
+    some_dense, some_sparse = batch.by_kind([grad.is_sparse for grad in grads])
+    rows = None if some_sparse is None else _inspect_rows(some_sparse)
+    if rows is None or some_dense is None:
         return None if rows is None else (None, rows)
-    dense = _inspect_dense(batch.part([i for i, each in enumerate(are_sparse) if not each]))
+    dense = _inspect_dense(some_dense)
     return None if dense is None else (dense, rows)
 
 

@@ -59,10 +59,9 @@ def update_batches(batches: Sequence[Batch], steps: list[Any], threads: int | No
             return False
         if getattr(weights[0], "is_cuda", False):
             return False
-        for kind, parts in ((True, sparse), (False, dense)):
-            which = [i for i, each in enumerate(are_sparse) if each == kind]
-            if which:
-                parts.append(batch.part(which))
+        some_dense, some_sparse = batch.by_kind(are_sparse)
+        dense += [some_dense] if some_dense else []
+        sparse += [some_sparse] if some_sparse else []
     beside, rows = dense_part(dense), sparse[0]
     return beside is not None and row_lists.update(
         rows.weights, rows.grads, rows.histories, rows.masters, steps, rows.lrs, rows.wds, rows.rule, threads, beside,

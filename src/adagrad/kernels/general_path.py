@@ -149,11 +149,8 @@ class _CheckedBatch:
 
     def _describe_rows(self, which: list[int]) -> list[int]:
         """Inspect the row-sparse updates ``which``; returns those that are not plain."""
-        batch = self.batch
-        lists = [batch.weights, batch.grads, batch.histories, batch.masters]
-        if len(which) < len(batch.weights):
-            lists = [[each[i] for i in which] if each else [] for each in lists]
-        found = rows.inspect_rows(*lists, row_wise=batch.rule.row_wise)
+        part = self.batch.part(which)
+        found = rows.inspect_rows(part.weights, part.grads, part.histories, part.masters, row_wise=part.rule.row_wise)
         self.rows, self.sparse = found, which
         if -1 not in found.codes:
             return []
