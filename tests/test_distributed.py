@@ -21,8 +21,12 @@ import distributed_workers
 from adagrad.torch import Adagrad
 from distributed_workers import CHECKS, Model, load_and_go_on
 from processes import SOURCES
+from torch_versions import has_fsdp2_on_cpu
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch was built without gloo")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch was built without gloo"),
+    has_fsdp2_on_cpu,
+]
 
 WORKERS = str(Path(distributed_workers.__file__))
 EXAMPLE = Path(__file__).parents[1] / "examples" / "distributed_embeddings.py"

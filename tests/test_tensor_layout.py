@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from adagrad.kernels import layout, tensor_layout
 from support import assert_same_bits, set_layout
 from torch_cases import Case
+from torch_versions import reads_sparse
 
 
 @pytest.mark.parametrize("row_wise", [False, True])
@@ -37,6 +38,7 @@ def test_the_general_path_gives_the_same_bits(row_wise: bool, monkeypatch: pytes
         assert_same_bits(a, b)
 
 
+@reads_sparse
 def test_the_layout_of_this_pytorch_is_found() -> None:
     """If this fails after an upgrade, steps over many small tensors are slow, not wrong."""
     how = layout.current_layout()
@@ -45,11 +47,14 @@ def test_the_layout_of_this_pytorch_is_found() -> None:
     assert how[layout.SPARSE], "nor are sparse gradients known"
 
 
+OFFSET = tensor_layout._offset
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("SEARCHED", 64),
-        ("_offset", lambda places, unit=None: 16),
+        ("_offset", lambda places, unit=None: OFFSET(places, unit) + 2 if unit else OFFSET(places)),  # the dtype's
         ("_library", lambda: object()),
         ("_keys_of", lambda tensor: 12345),
     ],
@@ -115,6 +120,7 @@ assert found[layout.SPARSE] == torch._C._dispatch_keys(sparse).raw_repr()
 """
 
 
+@reads_sparse
 @pytest.mark.parametrize("mode", ["meta", "fake", "functional"])
 def test_a_first_use_within_a_mode_does_not_make_later_ones_slow(mode: str) -> None:
     done = subprocess.run([sys.executable, "-c", MODES, mode], capture_output=True, text=True, check=False)

@@ -29,6 +29,7 @@ from support import (
     to_numpy,
     update_plain,
 )
+from torch_versions import reads_sparse
 from training import FUSED
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse:UserWarning")  # torch's, on the state of its sparse tensors
@@ -132,6 +133,7 @@ def embedding_gradient(indices: list[int], values: torch.Tensor) -> Any:
     return weight.grad
 
 
+@reads_sparse
 @pytest.mark.parametrize("name", SPARSE_GRADIENTS)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.grad == kind.weight], ids=str)
 def test_compiled_code_looks_into_sparse_gradients(kind: Kind, name: str) -> None:
@@ -149,6 +151,7 @@ def test_compiled_code_looks_into_sparse_gradients(kind: Kind, name: str) -> Non
     assert_same(given, want if is_plain else before)
 
 
+@reads_sparse
 @pytest.mark.parametrize("threads", [1, 3])
 def test_parts_of_sparse_gradients_are_held_no_longer_than_the_update(threads: int, always_parallel: None) -> None:
     values, ids = np.ones((2, 3), np.float32), np.array([[4, 1]])
@@ -183,6 +186,7 @@ MISFITS: dict[str, Any] = {
 }
 
 
+@reads_sparse
 @pytest.mark.parametrize("name", MISFITS)
 @pytest.mark.parametrize("beside_dense", [False, True])
 def test_gradients_that_do_not_fit_are_left_to_the_general_path(name: str, beside_dense: bool) -> None:

@@ -17,6 +17,7 @@ from adagrad.torch import Adagrad
 from processes import run
 from support import assert_same_bits, to_numpy
 from torch_oracle import HYPERS, LOW, Expected, contents, coo, gradient, parameter
+from torch_versions import reads_sparse
 
 FLOATS = (torch.float32, torch.float64, *LOW)
 
@@ -339,6 +340,7 @@ def tables_and_weights() -> tuple[Adagrad, list[nn.Parameter]]:
     return Adagrad([{"params": part, **rule} for part, rule in zip(parts, rules, strict=True)], lr=0.5), params
 
 
+@reads_sparse
 def test_embeddings_and_weights_under_other_rules_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for refused in (general_path.prepare, fast_path.update_batches):

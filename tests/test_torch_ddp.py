@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from adagrad.torch import Adagrad
+from torch_versions import has_fsdp2_on_cpu
 
 WORLD = 2
 STEPS = 4
@@ -219,6 +220,7 @@ def test_dtensor(tmp_path: Path) -> None:
     assert len(first) == 2 * 3 + 2 * 2 + 2 + 1
 
 
+@has_fsdp2_on_cpu
 def test_fsdp2(tmp_path: Path) -> None:
     first, second = run("fsdp2", tmp_path)
     for name, options in OPTIONS.items():

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from adagrad import AdaGrad
+from adagrad.kernels import tensor_views
 from adagrad.torch import Adagrad
 from support import assert_same_bits
 from torch_oracle import Expected, gradient, parameter
+from torch_versions import since
 
 # --------------------------------------------------------------------------------------------------- groups and options
 
@@ -176,6 +179,7 @@ def test_hooks_are_called_from_when_they_are_there() -> None:
     assert calls[3:] == ["the closure's"]
 
 
+@since("2.8", "profile of all threads")
 @pytest.mark.parametrize("in_a_thread", [False, True])
 def test_a_profiler_sees_the_step(in_a_thread: bool) -> None:
     p = parameter((3,))
@@ -336,3 +340,32 @@ def test_counts_that_were_made_in_inference_mode_advance() -> None:
         optimizer.step()
         assert optimizer.state[p]["step"] == n
     assert p._version > version
+
+
+@pytest.mark.parametrize("kind", [Adagrad, AdaGrad])
+def test_a_pytorch_that_marks_only_one_tensor_at_a_time(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch 2.6 refuses a list, and whatever was made in inference mode."""
+    newer = tensor_views.increment_version
+
+    def increment_version(tensor: Any) -> None:
+        if not isinstance(tensor, torch.Tensor):
+            raise RuntimeError("increment_version expect a Tensor as input")
+        if tensor.is_inference():
+            raise RuntimeError("Inplace update to inference tensor outside InferenceMode is not allowed.")
+        newer(tensor)
+
+    monkeypatch.setattr(tensor_views, "increment_version", increment_version)
+    monkeypatch.setattr(tensor_views, "_TAKES_LISTS", tensor_views._takes_lists())
+    p, q = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    with torch.inference_mode():
+        made = torch.zeros(2)
+    if kind is Adagrad:
+        optimizer = Adagrad([p, q], lr=0.5)
+        optimizer.state[q]["sum"] = made
+        p.grad, q.grad = torch.ones(2), torch.ones(2)
+        optimizer.step()
+    else:
+        with torch.no_grad():
+            kind(0.5).update([0, 1], [p, q], [torch.ones(2)] * 2, [torch.zeros(2), made])
+    assert p._version == q._version == 1
+    assert made.tolist() == [1, 1]

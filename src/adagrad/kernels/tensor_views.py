@@ -102,12 +102,25 @@ def _rows(at: str, weight: Tensor, grad: Tensor, history: Tensor, master: Tensor
     return weight.view(shape), flat, history.view(shape), None if master is None else master.view(shape)
 
 
+def _takes_lists() -> bool:
+    try:
+        increment_version([])
+    except RuntimeError:
+        return False
+    return True
+
+
+_TAKES_LISTS = _takes_lists()
+"""Whether this PyTorch marks a list at once, as it does since 2.7."""
+
+
 def mark_changed(tensors: list[Tensor]) -> None:
     """Tell autograd that what it saved of the tensors is stale: kernels do not tell it."""
-    try:
+    if _TAKES_LISTS:
         increment_version(tensors)
-    except TypeError:  # an older PyTorch, which takes them one by one
-        for tensor in tensors:
+        return
+    for tensor in tensors:
+        if not tensor.is_inference():  # those are not tracked
             increment_version(tensor)
 
 
