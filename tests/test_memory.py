@@ -122,14 +122,18 @@ def test_no_memory_for_the_sums(megabytes: int) -> None:
 
 
 @linux
-def test_without_memory_for_the_sums_nothing_else_changes_either() -> None:
-    """Neither dense gradients of the same call nor later row-sparse ones, nor any count."""
+@pytest.mark.parametrize("general", [False, True])
+def test_without_memory_for_the_sums_nothing_else_changes_either(general: bool) -> None:
+    """Neither dense gradients of the same call nor later row-sparse ones, nor any count, by either path."""
     pytest.importorskip("torch")
-    code = """
+    code = f"""
         import re, resource
         from pathlib import Path
         import torch
+        from adagrad.kernels import layout
         from adagrad.torch import Adagrad
+        if {general}:
+            layout.current_layout()[layout.SPARSE] = 0
         def sparse(shape):
             ids = torch.arange(shape[0]).repeat_interleave(2)[None]
             return torch.sparse_coo_tensor(ids, torch.ones(2 * shape[0], shape[1]), shape, check_invariants=False)

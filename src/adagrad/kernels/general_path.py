@@ -75,11 +75,11 @@ def prepare(
     if wait is None:
         return Prepared([])
     on_devices = [updates.prepare(grad_scale, found_inf) for updates in plan.on_devices.values()]
-    if wait or plan.wrapped or plan.jobs or len(plan.on_devices) > 1:
+    if wait or plan.wrapped or plan.jobs or plan.dense or len(plan.on_devices) > 1:
         for device, updates in plan.on_devices.items():
             if updates.have_row_ids():  # a bad one stops the kernels, but nothing else
                 cuda().wait_for_check(device)
-    return Prepared([*plan.wrapped, *on_devices, *plan.jobs], [each.batch for each in checked])
+    return Prepared([*plan.wrapped, *on_devices, *plan.jobs, *plan.dense], [each.batch for each in checked])
 
 
 def check(batches: Sequence[Batch]) -> None:
@@ -96,6 +96,8 @@ class _Plan:
         self.on_devices: dict[Any, DeviceUpdates] = {}
         """By device."""
         self.jobs: list[Job] = []
+        """Those of row-sparse and strided weights, for which memory may be short, run before the others."""
+        self.dense: list[Job] = []
 
     def updates_on(self, device: Any) -> DeviceUpdates:
         return self.on_devices.setdefault(device, DeviceUpdates(device))
@@ -187,7 +189,7 @@ class _CheckedBatch:
         for code, which in self.groups:
             place, formats = table.decode(code)
             if place == 0:
-                plan.jobs.append(self._dense_job(which, formats, scaled, threads))
+                plan.dense.append(self._dense_job(which, formats, scaled, threads))
             else:
                 device = self.batch.weights[which[0]].device
                 plan.updates_on(device).add_dense(self.batch.rule, self._dense_on_cuda(which))
@@ -218,7 +220,7 @@ class _CheckedBatch:
                 plan.jobs.append(job)
         for which in dense.values():
             updates = [self.others[i] for i in which]
-            plan.jobs.append(general_cpu.by_table(updates, *self.batch.some_rates(which), scaled, threads))
+            plan.dense.append(general_cpu.by_table(updates, *self.batch.some_rates(which), scaled, threads))
 
     def _dense_on_cuda(self, which: Sequence[int]) -> Any:
         found: Any = self.table
