@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from adagrad.kernels import disk_cache, numba_jit
+from adagrad.kernels import cache_folder, numba_jit
 from processes import finish, posix, run, start
 
 
@@ -22,9 +22,9 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch
     """The environment without what the cache folder depends on; what is known of it is forgotten before and after."""
     for name in ("ADAGRAD_CACHE_DIR", "NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    disk_cache.cache_folder.cache_clear()
+    cache_folder.find.cache_clear()
     yield monkeypatch
-    disk_cache.cache_folder.cache_clear()
+    cache_folder.find.cache_clear()
 
 
 def small_kernel() -> Any:
@@ -50,9 +50,9 @@ def loaded_from_cache(kernel: Any) -> bool:
 
 def found_folder(*, warns: bool) -> Path | None:
     """The folder, as it is looked up anew; whether that warns."""
-    disk_cache.cache_folder.cache_clear()
+    cache_folder.find.cache_clear()
     with pytest.warns(UserWarning, match="ADAGRAD_CACHE_DIR: .* no other user") if warns else nullcontext():
-        return disk_cache.cache_folder()
+        return cache_folder.find()
 
 
 def as_file(path: Path) -> Path:
@@ -97,8 +97,8 @@ def test_any_folder_works(
 def test_the_order_of_the_variables(tmp_path: Path, no_variables: pytest.MonkeyPatch) -> None:
     for variable in ("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR", "ADAGRAD_CACHE_DIR"):
         no_variables.setenv(variable, str(tmp_path / variable))
-        disk_cache.cache_folder.cache_clear()
-        folder = disk_cache.cache_folder()
+        cache_folder.find.cache_clear()
+        folder = cache_folder.find()
         if sys.platform == "linux" or variable.endswith("_DIR"):
             assert folder is not None
             assert tmp_path / variable in folder.parents
@@ -106,10 +106,10 @@ def test_the_order_of_the_variables(tmp_path: Path, no_variables: pytest.MonkeyP
 
 def test_every_file_with_compiled_code_counts() -> None:
     """Code of an older version would be loaded where the new one differs in a helper alone."""
-    folder = Path(disk_cache.__file__).parent
+    folder = Path(cache_folder.__file__).parent
     for source in folder.glob("*.py"):
         if "kernels.numba_jit import" in source.read_text():
-            assert source in disk_cache.sources(), source.name
+            assert source in cache_folder.sources(), source.name
 
 
 @posix
@@ -119,7 +119,7 @@ def test_a_folder_that_others_can_write_to_is_not_used(
 ) -> None:
     """It holds pickles and machine code."""
     no_variables.setenv("ADAGRAD_CACHE_DIR", str(tmp_path))
-    folder = disk_cache.cache_folder()
+    folder = cache_folder.find()
     assert folder is not None
     loaded_from_cache(small_kernel())
     before = sorted(folder.iterdir())
@@ -129,7 +129,7 @@ def test_a_folder_that_others_can_write_to_is_not_used(
     assert not loaded_from_cache(small_kernel())
     assert sorted(folder.iterdir()) == before
     folder.chmod(0o700)
-    disk_cache.cache_folder.cache_clear()
+    cache_folder.find.cache_clear()
     assert loaded_from_cache(small_kernel())
 
 
@@ -137,7 +137,7 @@ def test_a_folder_that_others_can_write_to_is_not_used(
 def test_a_folder_that_others_can_replace_is_not_used(tmp_path: Path, no_variables: pytest.MonkeyPatch) -> None:
     """Whoever can write to a folder above can put another in its place, unless that is sticky, as /tmp is."""
     no_variables.setenv("ADAGRAD_CACHE_DIR", str(tmp_path / "above" / "cache"))
-    folder = disk_cache.cache_folder()
+    folder = cache_folder.find()
     assert folder is not None
     for mode, safe in [(0o777, False), (0o1777, True), (0o755, True), (0o707, False)]:
         (tmp_path / "above").chmod(mode)
@@ -158,7 +158,7 @@ def test_a_folder_that_is_in_one_of_another_user_or_group(
 ) -> None:
     """Whose owner, sticky or not, and whose group, if it may write and is not one's own, can replace it."""
     no_variables.setenv("ADAGRAD_CACHE_DIR", str(tmp_path / "above" / "cache"))
-    folder = disk_cache.cache_folder()
+    folder = cache_folder.find()
     assert folder is not None
     os.chown(tmp_path / "above", owner, group)
     (tmp_path / "above").chmod(mode)
@@ -169,7 +169,7 @@ def test_a_folder_that_is_in_one_of_another_user_or_group(
 @as_root
 def test_a_folder_of_another_user_is_not_used(tmp_path: Path, no_variables: pytest.MonkeyPatch) -> None:
     no_variables.setenv("ADAGRAD_CACHE_DIR", str(tmp_path))
-    folder = disk_cache.cache_folder()
+    folder = cache_folder.find()
     assert folder is not None
     os.chown(folder, 12345, 12345)
     no_variables.setattr(os, "getuid", lambda: 54321)
@@ -194,7 +194,7 @@ def test_what_a_private_group_is(
     monkeypatch.setattr(os, "getuid", lambda: 1001)
     monkeypatch.setattr(grp, "getgrgid", found)
     monkeypatch.setattr(pwd, "getpwuid", lambda _: pwd.struct_passwd(("ann", "x", 1001, 1002, "", "/", "")))
-    assert disk_cache._has_no_others(group) == is_private
+    assert cache_folder._has_no_others(group) == is_private
 
 
 @posix
@@ -203,7 +203,7 @@ def test_our_own_folders_are_private_whatever_the_umask(tmp_path: Path, no_varia
     no_variables.setattr(sys, "platform", "linux")
     before = os.umask(0o002)
     try:
-        folder = disk_cache.cache_folder()
+        folder = cache_folder.find()
     finally:
         os.umask(before)
     assert folder is not None
@@ -219,7 +219,7 @@ def test_a_link_on_the_way_to_the_cache_is_followed_once(tmp_path: Path) -> None
     open_to_all.mkdir()
     open_to_all.chmod(0o777)
     (open_to_all / "cache").symlink_to(private)
-    code = "from adagrad.kernels.disk_cache import cache_folder; print(cache_folder())"
+    code = "from adagrad.kernels import cache_folder; print(cache_folder.find())"
     assert run(code, ADAGRAD_CACHE_DIR=str(open_to_all / "cache")).startswith(str(private.resolve()))
 
 
@@ -244,7 +244,7 @@ def test_damaged_files_cost_a_compilation(
     no_variables.setenv("ADAGRAD_CACHE_DIR", str(tmp_path))
     assert not loaded_from_cache(small_kernel())
     assert loaded_from_cache(small_kernel())
-    folder = disk_cache.cache_folder()
+    folder = cache_folder.find()
     assert folder is not None
     damaged = list(folder.iterdir())
     assert len(damaged) == 2, "one for each signature"
@@ -257,7 +257,7 @@ def test_damaged_files_cost_a_compilation(
 def test_files_that_vanish(tmp_path: Path, no_variables: pytest.MonkeyPatch) -> None:
     no_variables.setenv("ADAGRAD_CACHE_DIR", str(tmp_path))
     loaded_from_cache(small_kernel())
-    folder = disk_cache.cache_folder()
+    folder = cache_folder.find()
     assert folder is not None
     shutil.rmtree(folder)
     assert not loaded_from_cache(small_kernel())
@@ -399,7 +399,33 @@ def test_four_processes_at_once_with_a_cold_cache(tmp_path: Path) -> None:
 def test_no_cache_at_all(tmp_path: Path) -> None:
     nowhere = str(as_file(tmp_path / "file"))
     variables = dict.fromkeys(("ADAGRAD_CACHE_DIR", "NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "HOME"), nowhere)
-    assert run(STEP, **variables) == run(STEP)
+    assert run(STEP, options=("-W", "ignore"), **variables) == run(STEP)
+
+
+def test_a_folder_that_cannot_be_used_is_told_to_the_caller(tmp_path: Path) -> None:
+    """By the first step, whose line the warning names; as an error, it changes nothing."""
+    code = """
+    import warnings
+    import numpy as np
+    import adagrad
+
+    weight, optimizer = np.ones(4, np.float32), adagrad.AdaGrad()
+    given = 0, weight, np.ones(4, np.float32), optimizer.create_state(0, weight)
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            try:
+                optimizer.update(*given)
+            except UserWarning as error:
+                print(str(error).split(":")[0], weight.tolist(), given[3].tolist(), optimizer.num_update)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        optimizer.update(*given)
+        optimizer.update(*given)
+    print([(each.filename, each.lineno) for each in seen], optimizer.num_update)
+    """
+    said = run(code, ADAGRAD_CACHE_DIR=str(as_file(tmp_path / "file"))).splitlines()
+    assert said == ["ADAGRAD_CACHE_DIR [1.0, 1.0, 1.0, 1.0] [0.0, 0.0, 0.0, 0.0] 0"] * 2 + ["[('<string>', 17)] 2"]
 
 
 def test_a_processor_without_instructions_for_float16() -> None:

@@ -21,10 +21,12 @@ def describe(value: object) -> str:
 
 def caller() -> int:
     """Return the ``stacklevel`` at which :func:`warnings.warn`, called by the function that calls this, names the
-    first caller outside of this package."""
+    first caller outside of this package and of the imports that it makes."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(f"{__package__}."):
-        level, frame = level + 1, frame.f_back
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (__package__, "importlib"):
+        frame = frame.f_back
+        file = frame.f_code.co_filename
+        level += not ("importlib" in file and "_bootstrap" in file)  # warnings do not count those
     return level
 
 

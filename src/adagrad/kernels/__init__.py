@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from adagrad.kernels import expressions
+from adagrad.kernels import cache_folder, expressions
 from adagrad.kernels.batch import Prepared, of_states
 from adagrad.kernels.interrupts import came_late, mark_late, uninterrupted
 from adagrad.kernels.validate import any_row_sparse, check_gradient, is_row_sparse
@@ -28,6 +28,7 @@ _ARRAYS = {np.ndarray, np.memmap}
 @functools.cache
 def _fast_path() -> Any:
     """The fast path, imported at first use because importing Numba is slow."""
+    cache_folder.find()  # a warning names the caller, who is not seen from the import
     return uninterrupted(lambda: importlib.import_module("adagrad.kernels.fast_path"))
 
 

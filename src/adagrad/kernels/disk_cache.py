@@ -1,14 +1,9 @@
-"""Where compiled kernels are kept for the next process."""
+"""How compiled kernels are kept for the next process: Numba's cache, in files of our own; where: cache_folder.py."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import os
 import pickle
-import stat
-import sys
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +12,7 @@ from typing import Any
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile, _CacheLocator
 
-from adagrad import checks
+from adagrad.kernels import cache_folder
 
 
 class _Locator(_CacheLocator):  # type: ignore[misc]
@@ -40,7 +35,7 @@ class _Locator(_CacheLocator):  # type: ignore[misc]
 
     @classmethod
     def from_function(cls, py_func: Callable[..., Any], py_file: str) -> _Locator | None:
-        path = cache_folder()
+        path = cache_folder.find()
         return None if path is None else cls(path)
 
 
@@ -55,7 +50,7 @@ class _CacheImpl(CompileResultCacheImpl):  # type: ignore[misc]
 
 
 class _Files(IndexDataCacheFile):  # type: ignore[misc]
-    """One file for each signature of a function, named after both.
+    """One file for each signature of a function and version of Numba, named after all three.
 
     Numba numbers the files and keeps an index, which two processes that save two signatures at once can corrupt: if
     both take the same number, the index leads one signature to the code of the other.
@@ -66,7 +61,8 @@ class _Files(IndexDataCacheFile):  # type: ignore[misc]
         self._function = function
 
     def _file(self, key: object) -> str:
-        return f"{self._function}.{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.nbc"
+        digest = hashlib.sha256(repr((numba.__version__, key)).encode()).hexdigest()
+        return f"{self._function}.{digest[:16]}.nbc"
 
     def save(self, key: object, data: object) -> None:
         code = self._dump(data)
@@ -101,89 +97,3 @@ class Cache(FunctionCache):  # type: ignore[misc]
     def save_overload(self, sig: Any, data: Any) -> None:
         with suppress(Exception):
             super().save_overload(sig, data)
-
-
-@functools.cache
-def _source_hash() -> str:
-    digest = hashlib.sha256(f"{sys.version} {numba.__version__}".encode())
-    for source in sources():
-        digest.update(source.name.encode() + source.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def sources() -> list[Path]:
-    """The files that compiled code may come from, without those of CUDA kernels: Triton has a cache of its own."""
-    here = Path(__file__).parent
-    return [*(f for f in sorted(here.glob("*.py")) if not f.name.startswith("cuda")), here.parent / "rule.py"]
-
-
-@functools.cache
-def cache_folder() -> Path | None:
-    """The folder of the compiled kernels, or None if there is none that can be used.
-
-    ``ADAGRAD_CACHE_DIR``, else Numba's ``NUMBA_CACHE_DIR``, else the user's cache folder. It holds pickles and machine
-    code, so one that another user could write to is not used. A UserWarning tells whoever named one for this library.
-    """
-    ours = os.environ.get("ADAGRAD_CACHE_DIR")
-    found = _usable(ours or os.environ.get("NUMBA_CACHE_DIR"))
-    if ours and found is None:
-        rule = "must be a folder that no other user can write to; each process compiles its kernels"
-        warnings.warn(f"ADAGRAD_CACHE_DIR: {ours!r}: {rule}", UserWarning, stacklevel=checks.caller())
-    return found
-
-
-def _usable(chosen: str | None) -> Path | None:
-    """The folder in ``chosen``, or in the user's cache folder, made if need be; None if it cannot be used."""
-    try:
-        root = Path(chosen) if chosen else _user_cache() / "adagrad"
-        path = root.absolute() / f"kernels-{_source_hash()}"
-        with suppress(OSError):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # a mode says nothing about parents
-            path.mkdir(mode=0o700, exist_ok=True)
-        path = path.resolve()  # what is checked must be what is used: a link could be redirected in between
-        return path if path.is_dir() and _private(path) else None
-    except (OSError, RuntimeError):
-        return None
-
-
-def _user_cache() -> Path:
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-
-
-def _has_no_others(group: int) -> bool:
-    """Whether a group is root's or this user's private one, which by convention has the user's name or number.
-
-    A group such as "users" or "staff" has all users.
-    """
-    import grp
-    import pwd
-
-    if group in (0, os.getuid()):
-        return True
-    try:
-        named = grp.getgrgid(group)
-        return named.gr_name == pwd.getpwuid(os.getuid()).pw_name and set(named.gr_mem) <= {named.gr_name}
-    except KeyError:  # a container may know neither
-        return False
-
-
-def _private(path: Path) -> bool:
-    """Whether only this user, its private group or root can replace files in ``path``, or a folder above it."""
-    if not hasattr(os, "getuid"):
-        return True
-
-    def can_change(status: os.stat_result) -> bool:
-        by_group = status.st_mode & stat.S_IWGRP and not _has_no_others(status.st_gid)
-        return bool(by_group or status.st_mode & stat.S_IWOTH)
-
-    here, above = path.stat(), [folder.stat() for folder in path.parents]
-    if here.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return False
-    if any(status.st_uid not in (os.getuid(), 0) for status in (here, *above)):
-        return False
-    # In a sticky folder, such as /tmp, only its owner can replace a folder.
-    return all(status.st_mode & stat.S_ISVTX or not can_change(status) for status in above)

@@ -20,6 +20,7 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.extending import intrinsic
 
+from adagrad.kernels import cache_folder
 from adagrad.kernels.disk_cache import Cache
 from adagrad.kernels.interrupts import uninterrupted
 
@@ -27,6 +28,8 @@ if numba.config.DISABLE_JIT:
     raise RuntimeError(
         "NUMBA_DISABLE_JIT is set: the kernels must be compiled; AdaGrad(use_fused_step=False) needs none"
     )
+
+cache_folder.find()  # a warning is given here; below, what goes wrong with the cache is ignored
 
 # ---------------------------------------------------------------------------------------------------------- compilation
 
