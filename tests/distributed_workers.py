@@ -35,6 +35,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -239,6 +240,12 @@ def fsdp_low_precision(folder: Path) -> None:
         for p in params.values():
             assert optimizer.state[p]["sum"].dtype == torch.float32
             assert ("master" in optimizer.state[p]) == multi_precision
+        with torch.no_grad():
+            for p in params.values():
+                p.mul_(1)  # counted as a change: each process compares its part with the master copy
+        with CommDebugMode() as seen:
+            optimizer.step()
+        assert seen.get_total_counts() == 0
 
 
 def hsdp(folder: Path) -> None:

@@ -17,7 +17,7 @@ from adagrad.torch import Adagrad
 from processes import run
 from support import assert_same_bits, to_numpy
 from torch_oracle import HYPERS, LOW, Expected, contents, coo, gradient, parameter
-from torch_versions import reads_sparse
+from torch_versions import has_grad_dtype, reads_sparse
 
 FLOATS = (torch.float32, torch.float64, *LOW)
 
@@ -122,16 +122,65 @@ def test_histories_of_low_precision_do_not_freeze() -> None:
     assert optimizer.state[p]["sum"].tolist() == [300.0] * 4
 
 
+@has_grad_dtype
 def test_float32_gradient_of_a_bfloat16_parameter() -> None:
     p = parameter((4, 3), torch.bfloat16)
-    if not hasattr(p, "grad_dtype"):
-        pytest.skip("this PyTorch has no grad_dtype")
     p.grad_dtype = torch.float32
     p.grad = torch.randn(4, 3) / 3
     optimizer, expected = Adagrad([p]), Expected(p)
     expected.step(p.grad)
     optimizer.step()
     expected.compare(p, optimizer.state[p])
+
+
+@has_grad_dtype
+@pytest.mark.parametrize("is_sparse", [False, True])
+@pytest.mark.parametrize("options", [{}, {"row_wise": True}, {"differentiable": True}], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "grad_dtype"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.float64, torch.float32),
+        (torch.float64, torch.float16),
+        (torch.bfloat16, torch.float16),
+        (torch.float16, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_gradients_of_another_dtype(
+    dtype: torch.dtype, grad_dtype: torch.dtype, options: dict[str, bool], is_sparse: bool
+) -> None:
+    """Whatever the format of the history can represent is converted to it; weights are updated as by the converted."""
+    params = [[parameter((4, 3), dtype, i).detach() for i in range(2)] for _ in range(2)]
+    first, second = (Adagrad(both, lr=0.1, **options) for both in params)
+    for step in range(2):
+        for k, (p, q) in enumerate(zip(*params, strict=True)):
+            grad = torch.randn(4, 3, generator=torch.Generator().manual_seed(step)).to(grad_dtype)
+            if is_sparse and k == 0:
+                grad = coo([2, 0, 2, 3], grad, (4, 3))
+            p.grad_dtype = grad_dtype
+            q.grad_dtype = first.state[p]["sum"].dtype
+            p.grad = grad
+            q.grad = grad.to(first.state[p]["sum"].dtype)
+        first.step()
+        second.step()
+        assert all(p.grad.dtype == grad_dtype for p in params[0])
+    for p, q in zip(*params, strict=True):
+        assert_same_bits(p, q)
+        assert_same_bits(first.state[p]["sum"], second.state[q]["sum"])
+
+
+@has_grad_dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_that_would_be_rounded_are_refused(dtype: torch.dtype) -> None:
+    p, q = (parameter((4, 3), dtype, i) for i in range(2))
+    p.grad, q.grad_dtype, q.grad = torch.ones_like(p), torch.float64, torch.ones(4, 3, dtype=torch.float64)
+    before = [p.detach().clone(), q.detach().clone()]
+    with pytest.raises(TypeError, match=r"grads\[1\]: dtype float64: must be"):
+        Adagrad([p, q]).step()
+    assert_same_bits(p, before[0])
+    assert_same_bits(q, before[1])
 
 
 # ------------------------------------------------------------------------------------------------------ complex numbers

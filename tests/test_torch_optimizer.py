@@ -198,6 +198,25 @@ def test_a_profiler_sees_the_step(in_a_thread: bool) -> None:
     assert [event.name for event in profiler.events()].count("Optimizer.step#Adagrad.step") == 1
 
 
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_threads_that_share_an_optimizer_lose_no_count(is_plain: bool) -> None:
+    params = [nn.Parameter(torch.ones(600)[:: 1 if is_plain else 2]) for _ in range(20)]
+    optimizer = Adagrad(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+
+    def train() -> None:
+        for _ in range(50):
+            optimizer.step()
+
+    threads = [threading.Thread(target=train) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [int(optimizer.state[p]["step"]) for p in params] == [200] * 20
+
+
 def test_optimizer_in_backward() -> None:
     """One optimizer for each parameter, which steps as soon as its gradient is complete."""
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))

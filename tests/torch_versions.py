@@ -14,4 +14,7 @@ def since(version: str, what: str) -> pytest.MarkDecorator:
 reads_sparse = since("2.7", "C function that keeps the parts of a sparse tensor alive")
 """Sparse gradients are seen by compiled code: they take the fast path on the CPU."""
 
+has_grad_dtype = pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this PyTorch has no grad_dtype")
+"""Gradients may have another dtype than their parameter."""
+
 has_fsdp2_on_cpu = since("2.8", "mean of FSDP2's over gloo")

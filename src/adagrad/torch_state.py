@@ -92,7 +92,9 @@ def master(p: Tensor, state: dict[str, Any], *, is_ours: bool) -> Tensor | None:
         return wide
     rounded = copy.to(p.dtype)
     is_rounding = (rounded == p) | (rounded.isnan() & p.isnan())
-    return copy if bool(is_rounding.all()) else torch.where(is_rounding, copy.to(wide.dtype), wide)
+    # Each process asks for its part of a DTensor: whether all are is no matter of the others.
+    is_unchanged = (local(is_rounding) if is_dtensor(is_rounding) else is_rounding).all()
+    return copy if bool(is_unchanged) else torch.where(is_rounding, copy.to(wide.dtype), wide)
 
 
 def _can_compare(p: Tensor, copy: Tensor) -> bool:

@@ -20,7 +20,7 @@ from adagrad.kernels.batch import Batch
 from adagrad.kernels.tensor_views import mark_changed
 from adagrad.rule import Rule
 from adagrad.torch_options import one_real, rule_and_decays
-from adagrad.torch_state import Counts, master
+from adagrad.torch_state import WIDE, Counts, master
 
 _is_given = functools.partial(operator.is_not, None)
 is_on_cuda = operator.attrgetter("is_cuda")
@@ -210,6 +210,23 @@ def _together(rule: Rule, parts: list[Part]) -> Batch:
     return batch
 
 
+def _widen_gradients(batches: Sequence[Batch]) -> None:
+    """Convert gradients to the history's dtype that are of another than their parameter's, if that is exact."""
+    for batch in batches:
+        for i, (p, grad) in enumerate(zip(batch.weights, batch.grads, strict=True)):
+            if grad.dtype != p.dtype and grad.dtype in _NARROWER:
+                wide = WIDE.get(p.dtype, p.dtype)
+                batch.grads[i] = grad.to(wide) if wide in _NARROWER[grad.dtype] else grad
+
+
+_NARROWER = {
+    torch.float16: (torch.float32, torch.float64),
+    torch.bfloat16: (torch.float32, torch.float64),
+    torch.float32: (torch.float64,),
+}
+"""The dtypes that have all numbers of a dtype."""
+
+
 def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     """Update the parameters by kernels, and their counts of steps.
 
@@ -228,6 +245,7 @@ def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | Non
             if all(on_cuda):
                 prepared = device_lists.prepare(batches, grad_scale, found_inf)
             if prepared is None:
+                _widen_gradients(batches)
                 prepared = general_path.prepare(batches, threads=threads, grad_scale=grad_scale, found_inf=found_inf)
             owed = counts
             skips = prepared.run()
@@ -264,6 +282,7 @@ def update_differentiably(parts: list[Part]) -> None:
     """Do the same by the rule's expressions, recorded by autograd; sparse gradients are coalesced."""
     writes = []
     counts = [part.counts for part in parts]
+    _widen_gradients(parts)
     general_path.check(_batches(parts))
     for part in parts:
         for i, (p, grad, history) in enumerate(zip(part.weights, part.grads, part.histories, strict=True)):
