@@ -44,7 +44,7 @@ def new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         value = complex(start, start) if p.is_complex() else start
         history = torch.full_like(p, value, dtype=dtype, memory_format=torch.preserve_format)
     state = {"step": step, "sum": history}
-    if group["multi_precision"] and (copy := master(p, {}, is_ours=False)) is not None:
+    if group["multi_precision"] and (copy := master(p, {})) is not None:
         state["master"] = copy
     return state
 
@@ -72,12 +72,11 @@ def _called(p: Tensor, group: dict[str, Any]) -> str:
     return f"parameter {group['param_names'][k]!r}" if "param_names" in group else f"parameter {k} of its group"
 
 
-def master(p: Tensor, state: dict[str, Any], *, is_ours: bool) -> Tensor | None:
+def master(p: Tensor, state: dict[str, Any]) -> Tensor | None:
     """Return the master copy of a low-precision parameter; None for others.
 
     It is a new one if the state has none. Where the parameter is not its rounding, because something else has changed
-    it, the new one has the parameter's values. That is not checked if the parameter ``is_ours``: unchanged since our
-    last step.
+    it, the new one has the parameter's values.
     """
     if p.dtype not in (torch.float16, torch.bfloat16):
         return None
@@ -85,7 +84,7 @@ def master(p: Tensor, state: dict[str, Any], *, is_ours: bool) -> Tensor | None:
     if copy is not None and not isinstance(copy, Tensor):
         raise TypeError(f"master: {type(copy).__name__}: must be a tensor, a copy of its parameter")
     p = p.detach()
-    if copy is not None and (is_ours or not _can_compare(p, copy)):
+    if copy is not None and not _can_compare(p, copy):
         return copy
     wide = p.to(WIDE[p.dtype], memory_format=torch.preserve_format)
     if copy is None:

@@ -64,7 +64,7 @@ class Part(Batch):
         if multi_precision is not False and checks.boolean("multi_precision", multi_precision):
             self._are_ours = [_is_as_left(p, left.get(id(p))) for p in params]
             self.masters = [
-                master(p, state, is_ours=is_ours)
+                copy if is_ours and isinstance(copy := state.get("master"), Tensor) else master(p, state)
                 for p, state, is_ours in zip(params, states, self._are_ours, strict=True)
             ]
         self.states, self._left = states, left
@@ -119,13 +119,13 @@ class Part(Batch):
 
     def keep_masters(self) -> None:
         """Store the updated master copies in the state."""
-        for state, copy in zip(self.states, self.masters, strict=True):
+        left = self._left
+        for p, state, copy, is_ours in zip(self.weights, self.states, self.masters, self._are_ours, strict=True):
             if copy is not None:
                 state["master"] = copy
-        for p, is_ours in zip(self.weights, self._are_ours, strict=True):
-            # The step has changed the values of the parameter alone: the memory is the same.
-            before = self._left.get(id(p)) if is_ours else None
-            self._left[id(p)] = _as_left(p) if before is None else (p._version, *before[1:])
+                # The step has changed the values of the parameter alone: the memory is the same.
+                before = left.get(id(p)) if is_ours else None
+                left[id(p)] = _as_left(p) if before is None else (p._version, before[1], before[2])
 
 
 def _went(device: torch.device, found_inf: Tensor | None, skips: list[Tensor]) -> Any:
@@ -166,11 +166,14 @@ _Left: TypeAlias = "tuple[int, int, Any]"
 to that, because an address may be reused. None instead of the reference if it has no memory of its own."""
 
 
+_expired = torch.UntypedStorage._expired
+
+
 def _is_as_left(p: Tensor, left: _Left | None) -> bool:
     """Whether nothing has changed a parameter since a step left it; False if that is not known."""
     if left is None or p._version != left[0]:
         return False
-    return left[2] is None or (p.data_ptr() == left[1] and not left[2].expired())
+    return left[2] is None or (p.data_ptr() == left[1] and not _expired(left[2].cdata))
 
 
 def _as_left(p: Tensor) -> _Left | None:
