@@ -26,16 +26,10 @@ _ARRAYS = {np.ndarray, np.memmap}
 
 
 @functools.cache
-def _fast_path() -> Any:
-    """The fast path, imported at first use because importing Numba is slow."""
+def _path(name: str) -> Any:
+    """The module ``fast_path`` or ``general_path``, imported at first use because importing Numba is slow."""
     cache_folder.find()  # a warning names the caller, who is not seen from the import
-    return uninterrupted(lambda: importlib.import_module("adagrad.kernels.fast_path"))
-
-
-@functools.cache
-def _general_path() -> Any:
-    """The general path, imported likewise."""
-    return uninterrupted(lambda: importlib.import_module("adagrad.kernels.general_path"))
+    return uninterrupted(lambda: importlib.import_module(f"{__name__}.{name}"))
 
 
 def update(
@@ -88,7 +82,7 @@ def _update_plain(weights: list[Array], grads: list[Any], states: list[Any], lrs
     if not _ARRAYS.issuperset(map(type, states)):  # some may be pairs
         batch = of_states(weights, grads, states, lrs, wds, rule)
         histories, masters = batch.histories, batch.masters
-    done: bool = _fast_path().update_plain(weights, grads, histories, masters, [], lrs, wds, rule, threads)
+    done: bool = _path("fast_path").update_plain(weights, grads, histories, masters, [], lrs, wds, rule, threads)
     return done
 
 
@@ -129,5 +123,5 @@ def prepare(
     batch = of_states(weights, grads, states, lrs, wds, rule, places)
     if not fused:
         return expressions.prepare(batch)
-    prepared: Prepared = _general_path().prepare([batch], threads=threads, wait=wait)
+    prepared: Prepared = _path("general_path").prepare([batch], threads=threads, wait=wait)
     return prepared
