@@ -63,7 +63,8 @@ class Recording:
                 assert_same_bits(array, expected, what)
             else:
                 # A weight near 0 is the difference of larger numbers, hence atol: one of 820 values of one recording, a
-                # weight of 8e-4, is 2.8e-6 off, because the mean of a row is summed in another order than MXNet's.
+                # weight of 8e-4, is 2.8e-6 off, because the mean of a row is summed in another order than MXNet's,
+                # which for row-sparse gradients also divides lr * g.
                 np.testing.assert_allclose(array, expected, rtol=2e-6, atol=1e-9, err_msg=what)
 
 

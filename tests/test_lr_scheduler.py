@@ -328,9 +328,34 @@ def test_many_fractional_steps_are_the_same_as_one_by_one(step: float) -> None:
         assert FactorScheduler(step, 0.9999, 0.0, 0.3)(n) == lr
 
 
-def test_poly_of_power_0_ends_too() -> None:
+def test_poly_of_power_0_never_ends() -> None:
+    """As in MXNet, because 0 ** 0 is 1."""
     schedule = lr_scheduler.PolyScheduler(max_update=10, base_lr=0.7, pwr=0, final_lr=0.1)
-    assert [schedule(n) for n in (9, 10, 11)] == [0.7, 0.1, 0.1]
+    assert [schedule(n) for n in (9, 10, 11, 99)] == [0.7] * 4
+
+
+def test_schedules_of_others_can_be_printed() -> None:
+    """Whatever they define, and leave out, of what the base class has."""
+
+    class WithoutInit(LRScheduler):
+        def __init__(self) -> None:
+            pass
+
+        def __call__(self, num_update: int) -> float:
+            return 0.5
+
+    class WithConfig(WithoutInit):
+        def __init__(self) -> None:
+            self.config = {"a": 1}  # type: ignore[assignment]
+
+    class WithArguments(FactorScheduler):
+        def __init__(self, gamma: float) -> None:
+            super().__init__(3)
+            self.gamma = gamma
+
+    for scheduler in (WithoutInit(), WithConfig(), WithArguments(0.5)):
+        assert type(scheduler).__name__ in repr(scheduler)
+        assert type(scheduler).__name__ in repr(AdaGrad(None, lr_scheduler=scheduler))
 
 
 def test_a_warm_up_that_ends_at_0_comes_back() -> None:

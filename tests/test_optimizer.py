@@ -214,6 +214,32 @@ class Slotted(AdaGrad):
     extra: int
 
 
+class _Restored(AdaGrad):
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self.is_restored = True
+
+
+def test_a_subclass_that_restores_its_state_as_in_mxnet() -> None:
+    for optimizer in (_Restored(0.5, param_dict={0: SimpleNamespace(lr_mult=0.5, wd_mult=1.0)}),):
+        for other in (copy.copy(optimizer), copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+            assert (other.is_restored, other.learning_rate, other.param_dict) == (True, 0.5, {})
+    other = AdaGrad.__new__(AdaGrad)
+    other.__setstate__({name: value for name, value in vars(AdaGrad(0.25)).items() if name != "param_dict"})
+    assert (other.learning_rate, other.param_dict) == (0.25, {})
+
+
+def test_a_base_class_beside_the_optimizer_is_initialised() -> None:
+    class Tagged:
+        def __init__(self) -> None:
+            self.tag = "new"
+
+    class Both(AdaGrad, Tagged):
+        pass
+
+    assert (Both(0.5).tag, Both(0.5).learning_rate) == ("new", 0.5)
+
+
 def test_copies_leave_unset_slots_unset() -> None:
     made = copy.copy(_Slots())
     assert not hasattr(made, "extra")

@@ -88,6 +88,8 @@ class LRScheduler:
         raise NotImplementedError(f"{type(self).__name__} must define after_warmup or __call__")
 
     def __repr__(self) -> str:
+        if type(self).__module__ != __name__:  # a subclass may define config and attributes as it likes
+            return object.__repr__(self)
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config().items())})"
 
     def config(self) -> dict[str, Any]:
@@ -234,8 +236,7 @@ class _ToFinal(LRScheduler):
         self.final_lr = checks.non_negative("final_lr", final_lr)
 
     def after_warmup(self, num_update: int) -> float:
-        if num_update >= self.max_update:
-            return self.final_lr
+        num_update = min(num_update, self.max_update)
         remaining = self.remaining(num_update - self.warmup_steps, self.max_update - self.warmup_steps)
         return self.final_lr + (self.base_lr - self.final_lr) * remaining
 
@@ -248,7 +249,7 @@ class _ToFinal(LRScheduler):
 
 
 class PolyScheduler(_ToFinal):
-    """``final_lr + (base_lr - final_lr) * (1 - progress) ** pwr``; ``final_lr`` from ``max_update`` on.
+    """``final_lr + (base_lr - final_lr) * (1 - progress) ** pwr``; ``final_lr`` from ``max_update`` on, if ``pwr > 0``.
 
     Parameters
     ----------

@@ -6,9 +6,11 @@ The file is a pickle, which :mod:`adagrad.mxnet_pickle` reads without executing 
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from adagrad import checks
 from adagrad.checkpoint import State
 from adagrad.mxnet_pickle import OPTIMIZERS, SCHEDULERS, Array, Machine, Record, is_unknown, kind, refusal
 
@@ -24,7 +26,7 @@ class MXNetOptimizer:
     original ``base_lr`` rather than the decayed one in the file. ``warmup_final_lr``, not a constructor argument, is
     added if the warm-up does not end at ``base_lr``, as after ``learning_rate`` overwrote that: construct the schedule
     with it as ``base_lr``, then set its ``base_lr``, which may be below ``warmup_begin_lr``. A user-defined scheduler
-    is "custom": nothing is known about it.
+    is "custom": nothing is known about it. So is one that something else has changed.
     """
 
     name: str
@@ -189,7 +191,10 @@ def _optimizer(found: _Attributes) -> MXNetOptimizer:
 
 
 def _scheduler(schedule: Any, lr: float | None, num_update: int) -> tuple[str, dict[str, Any]] | str | None:
-    """Return the schedule from its start. MXNet's decays in place: the file must agree with its current position."""
+    """Return the schedule from its start; "custom", with a UserWarning, if it is not where it should be.
+
+    MXNet's decays in place: something else may have changed it, or called it for later updates.
+    """
     if schedule is None or is_unknown(schedule):
         return None if schedule is None else "custom"
     found = _Attributes(schedule)
@@ -202,33 +207,39 @@ def _scheduler(schedule: Any, lr: float | None, num_update: int) -> tuple[str, d
         "warmup_mode": found.get("warmup_mode", str),
     }
     if found.name in ("PolyScheduler", "CosineScheduler"):
-        starts = [found.real("base_lr_orig")]  # these two start from it even if lr was given
+        starts, got_to = [found.real("base_lr_orig")], 0.0  # these two start from it even if lr was given
         arguments |= {"max_update": found.count("max_update"), "final_lr": found.real("final_lr")}
         if found.name == "PolyScheduler":
             arguments["pwr"] = found.real("power")
-        expected = [arguments["final_lr"] if num_update > arguments["max_update"] else now]
+        ends = num_update > arguments["max_update"] and arguments.get("pwr") != 0
+        expected = [arguments["final_lr"] if ends else now]
     else:
         # lr overwrote the base_lr of a scheduler passed with it; one that was set later starts from its own.
         starts = [warm] if lr is None else [lr, warm]
-        factor, count = found.real("factor"), found.step("count")
+        factor, got_to = found.real("factor"), found.step("count")
         if found.name == "FactorScheduler":
             step = found.step("step")
             stop = found.real("stop_factor_lr")
             arguments |= {"step": step, "stop_factor_lr": stop}
-            decays = round(count / max(step, 1))
+            decays = round(got_to / max(step, 1))
         else:
             arguments["step"] = found.steps("step")
             stop, decays = -math.inf, found.count("cur_step_ind")
         arguments["factor"] = factor
-        if abs(factor) > 1 or 0 < num_update <= count:
-            raise ValueError(f"{found.name} with factor {factor} and count {count} at num_update {num_update}")
+        if abs(factor) > 1:
+            raise ValueError(f"{found.name}.factor={factor}: must be <= 1")
         expected = [max(base * factor**decays, stop) if decays else base for base in starts]
     agreeing = [base for base, value in zip(starts, expected, strict=True) if math.isclose(now, value, rel_tol=1e-6)]
-    if not agreeing:
-        raise ValueError(
-            f"{found.name}.base_lr={now}: its schedule gives {expected[0]} at num_update {num_update}, "
-            "so something else has changed it, and the schedule cannot be continued"
+    is_ahead = got_to >= num_update > 0
+    if is_ahead or not agreeing:
+        ahead = f" and has got to {got_to}" if is_ahead else ""
+        warnings.warn(
+            f"{found.name}.base_lr={now}: its schedule gives {expected[0]} at num_update {num_update}{ahead}: "
+            "something else has changed it; it is not read, as if it were user-defined",
+            UserWarning,
+            stacklevel=checks.caller(),
         )
+        return "custom"
     arguments["base_lr"] = base = agreeing[0]
     if warm != base and (arguments["warmup_steps"] or arguments["warmup_begin_lr"] > base):
         arguments["warmup_final_lr"] = warm

@@ -319,6 +319,12 @@ class Optimizer(Rates):
         slots = {name: getattr(self, name) for name in names if hasattr(self, name)}
         return (state, slots) if slots else state
 
+    def __setstate__(self, state: Any) -> None:
+        attributes, slots = state if isinstance(state, tuple) else (state, {})
+        vars(self).update(attributes, param_dict={})
+        for name, value in slots.items():
+            setattr(self, name, value)
+
 
 def _aggregate_num(value: Any) -> float:
     if value is None:
