@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -531,6 +531,28 @@ def row_wise_of_flat_parameters(folder: Path) -> None:
             Adagrad(model.parameters(), row_wise=True)
 
 
+def low_precision_gradients_of_flat_parameters(folder: Path) -> None:
+    """FSDP1 may leave the gradients of float32 parameters in bfloat16: as if they had been converted."""
+    kept = MixedPrecision(param_dtype=torch.bfloat16, keep_low_precision_grads=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = FullyShardedDataParallel(
+            nn.Linear(6, 4), use_orig_params=True, device_id=torch.device("cpu"), mixed_precision=kept
+        )
+        model(torch.ones(2, 6)).float().square().sum().backward()
+    mine = [p for p in model.parameters() if p.grad is not None]
+    alone = [nn.Parameter(p.detach().clone()) for p in mine]
+    for p, q in zip(mine, alone, strict=True):
+        assert p.grad is not None
+        assert (p.dtype, p.grad.dtype) == (torch.float32, torch.bfloat16)
+        q.grad = p.grad.float()
+    for params in (mine, alone):
+        Adagrad(params, weight_decay=0.1).step()
+    assert mine
+    for p, q in zip(mine, alone, strict=True):
+        assert torch.equal(p, q)
+
+
 def sharded_grad_scaler(folder: Path) -> None:
     """FSDP1's scaler: where one process finds infinities, all skip the step."""
     shard = nn.Parameter(torch.ones(2))
@@ -585,7 +607,8 @@ CHECKS: dict[str, list[Callable[[Path], None]]] = {
     "two": [
         ddp_dense, ddp_sparse, fsdp, fsdp_low_precision, tensor_parallel, placements, mixed_with_plain, save,
         full_state_dicts, zero_redundancy, plain_state_into_shards, row_wise_placements, sharded_grad_scaler,
-        row_wise_of_flat_parameters, states_of_other_placements, shapes_and_kinds_of_dtensors,
+        row_wise_of_flat_parameters, low_precision_gradients_of_flat_parameters, states_of_other_placements,
+        shapes_and_kinds_of_dtensors,
     ],
     "four": [load_of_two, fsdp, hsdp, fsdp_and_tensor_parallel, save],
 }  # fmt: skip
