@@ -221,9 +221,9 @@ class _Restored(AdaGrad):
 
 
 def test_a_subclass_that_restores_its_state_as_in_mxnet() -> None:
-    for optimizer in (_Restored(0.5, param_dict={0: SimpleNamespace(lr_mult=0.5, wd_mult=1.0)}),):
-        for other in (copy.copy(optimizer), copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-            assert (other.is_restored, other.learning_rate, other.param_dict) == (True, 0.5, {})
+    optimizer = _Restored(0.5, param_dict={0: SimpleNamespace(lr_mult=0.5, wd_mult=1.0)})
+    for other in (copy.copy(optimizer), copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert (other.is_restored, other.learning_rate, other.param_dict) == (True, 0.5, {})
     other = AdaGrad.__new__(AdaGrad)
     other.__setstate__({name: value for name, value in vars(AdaGrad(0.25)).items() if name != "param_dict"})
     assert (other.learning_rate, other.param_dict) == (0.25, {})
