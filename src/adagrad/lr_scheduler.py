@@ -88,7 +88,7 @@ class LRScheduler:
         raise NotImplementedError(f"{type(self).__name__} must define after_warmup or __call__")
 
     def __repr__(self) -> str:
-        if type(self).__module__ != __name__:  # a subclass may define config and attributes as it likes
+        if not is_ours(self):  # a subclass may define config and attributes as it likes
             return object.__repr__(self)
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config().items())})"
 
@@ -318,6 +318,11 @@ class CosineScheduler(_ToFinal):
 
     def remaining(self, done: int, steps: int) -> float:
         return (1 + math.cos(math.pi * done / steps)) / 2
+
+
+def is_ours(scheduler: Any) -> bool:
+    """Whether the class of ``scheduler`` is this library's, not user-defined."""
+    return type(scheduler).__module__ == __name__
 
 
 def _factor(factor: Any) -> float:

@@ -13,6 +13,7 @@ import numpy as np
 from adagrad import checks, saved_schedules
 from adagrad.arguments import as_lists, cast_gradient, check_low_precision
 from adagrad.arrays import LOW_PRECISION, operand
+from adagrad.lr_scheduler import is_ours
 from adagrad.rates import ByIndex, Index, Rates
 from adagrad.rule import Array, cast, is_torch
 
@@ -239,8 +240,7 @@ class Optimizer(Rates):
         """
         scheduler: Any = self.lr_scheduler
         if scheduler is not None:
-            is_ours = saved_schedules.is_ours(scheduler)
-            scheduler = [type(scheduler).__name__, scheduler.config()] if is_ours else "custom"
+            scheduler = [type(scheduler).__name__, scheduler.config()] if is_ours(scheduler) else "custom"
         config = {
             "class": type(self).__name__,
             "lr": self.lr,
@@ -279,7 +279,7 @@ class Optimizer(Rates):
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"optimizer {type(self).__name__}: its saved hyper-parameters: {error!r}") from error
         here = self.lr_scheduler
-        if here is not None and not saved_schedules.is_ours(here):
+        if here is not None and not is_ours(here):
             new["lr_scheduler"] = here
         elif config["lr_scheduler"] == "custom" and here is None:
             del new["lr"]  # meaningless without the saved optimizer's scheduler

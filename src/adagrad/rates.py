@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from adagrad import checks, saved_schedules
-from adagrad.lr_scheduler import LRScheduler
+from adagrad import checks
+from adagrad.lr_scheduler import LRScheduler, is_ours
 
 Index = int | str
 """Key of a weight in an optimizer."""
@@ -225,7 +225,7 @@ class Rates:
 
     def _has_our_schedule(self) -> bool:
         """Whether the scheduler, if any, is one of :mod:`adagrad.lr_scheduler`: others may have state of their own."""
-        return self.lr_scheduler is None or saved_schedules.is_ours(self.lr_scheduler)
+        return self.lr_scheduler is None or is_ours(self.lr_scheduler)
 
     def _ask(self, indices: Sequence[Index]) -> tuple[list[float], list[float], dict[Index, int]]:
         """Do :meth:`_resolve` through code of users: each index is counted before its rates, as in MXNet."""

@@ -30,11 +30,6 @@ def require_reachable(schedule: Any, num_update: int) -> None:
         raise ValueError(f"num_update={num_update}: must be <= {most} steps of its FactorScheduler")
 
 
-def is_ours(scheduler: Any) -> bool:
-    """Whether the class of ``scheduler`` is this library's, not user-defined."""
-    return type(scheduler).__module__ == LRScheduler.__module__
-
-
 def from_config(name: Any, config: Any) -> LRScheduler:
     """Return the schedule with this class name and :meth:`LRScheduler.config`; ValueError if they are invalid."""
     classes = {c.__name__: c for c in (FactorScheduler, MultiFactorScheduler, PolyScheduler, CosineScheduler)}

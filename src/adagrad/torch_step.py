@@ -217,12 +217,12 @@ def _widen_gradients(batches: Sequence[Batch]) -> None:
     """Convert gradients to the history's dtype that are of another than their parameter's, if that is exact."""
     for batch in batches:
         for i, (p, grad) in enumerate(zip(batch.weights, batch.grads, strict=True)):
-            if grad.dtype != p.dtype and grad.dtype in _NARROWER:
-                wide = WIDE.get(p.dtype, p.dtype)
-                batch.grads[i] = grad.to(wide) if wide in _NARROWER[grad.dtype] else grad
+            wide = WIDE.get(p.dtype, p.dtype)
+            if grad.dtype != p.dtype and wide in _WIDER.get(grad.dtype, ()):
+                batch.grads[i] = grad.to(wide)
 
 
-_NARROWER = {
+_WIDER = {
     torch.float16: (torch.float32, torch.float64),
     torch.bfloat16: (torch.float32, torch.float64),
     torch.float32: (torch.float64,),
