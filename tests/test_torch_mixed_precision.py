@@ -74,7 +74,7 @@ def test_grad_scaler_where_no_parameter_has_a_gradient() -> None:
     assert_same_bits(idle, before)
 
 
-@since("2.8", "AdaGrad of its own that takes scaled gradients")
+@since("2.12", "AdaGrad of its own that takes scaled gradients")
 @pytest.mark.parametrize("fused", [None, False, True])
 def test_grad_scaler_unscales_as_with_pytorch(fused: bool | None) -> None:
     """Trainers ask the attribute before they clip; hooks and steps of users see unscaled gradients by default."""

@@ -46,7 +46,10 @@ def spread(tensor: Tensor, like: Any) -> Tensor:
     """A DTensor placed as ``like``, from a tensor that every process holds in full; nothing is communicated."""
     distribute = sys.modules["torch.distributed.tensor"].distribute_tensor
     made: Tensor = distribute(tensor, like.device_mesh, like.placements, src_data_rank=None)
-    return made
+    part = local(made)
+    # Before PyTorch 2.13 always a view, which would keep all of the tensor in memory, and change it with each step.
+    is_view = part.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    return from_local(part.clone(), like, tuple(tensor.shape)) if is_view else made
 
 
 def is_placed_as(tensor: Any, like: Any) -> bool:
