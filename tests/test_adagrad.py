@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from adagrad import AdaGrad, GroupAdaGrad, RowSparse, arrays
+from adagrad import AdaGrad, GroupAdaGrad, RowSparse, arrays, get_updater
 from adagrad.kernels import fast_path, general_path
 from adagrad.lr_scheduler import PolyScheduler
 from support import BFLOAT16, assert_same_bits, set_layout
@@ -141,6 +141,30 @@ def test_a_step_set_on_the_object_gets_dense_gradients() -> None:
     optimizer.update(0, weight, np.ones(2, np.float32), optimizer.create_state(0, weight))
     assert seen == [[0]]
     assert (weight == 1).all()
+
+
+@pytest.mark.parametrize("where", ["class", "object"])
+def test_a_step_of_ones_own_gets_its_own_states_and_master_copies(where: str) -> None:
+    """Wherever it is set."""
+
+    class Own(AdaGrad):
+        def create_state(self, index: Any, weight: Any) -> Any:
+            return {}
+
+    def step(indices: Any, weights: Any, grads: Any, states: Any) -> None:
+        for weight, state in zip(weights, states, strict=True):
+            state["dtype"] = weight.dtype
+
+    optimizer = Own(multi_precision=True, aggregate_num=2)
+    if where == "class":
+        Own.step = lambda self, *lists: step(*lists)  # type: ignore[method-assign]
+    else:
+        optimizer.step = step  # type: ignore[method-assign]
+    updater = get_updater(optimizer)
+    dtypes = np.float32, np.float32, np.float16
+    updater([0, 1, 2], [np.ones(2, dtype) for dtype in dtypes], [np.ones(2, dtype) for dtype in dtypes])
+    assert updater.states[1] == {"dtype": np.float32}
+    assert updater.states[2][1] == {"dtype": np.float32}
 
 
 def test_an_overridden_update_gets_master_copies() -> None:

@@ -386,3 +386,28 @@ def test_to_ours_keeps_the_bits(dialect: str, dtype: str, row_wise: bool) -> Non
         assert_same_bits(p, weight)
     assert {type(state) for state in back.values()} == {tuple if dtype == "float16" else np.ndarray}
     assert {group["epsilon_inside"] for group in after.param_groups} == {optimizer.epsilon_inside}
+
+
+def test_rates_of_a_subclass_are_those_that_are_compared_and_written() -> None:
+    class Own(AdaGrad):
+        def _get_lr(self, index: Any) -> float:
+            return 0.5
+
+    optimizer = Own(0.1, dialect="torch")
+    theirs = torch.optim.Adagrad([torch.nn.Parameter(torch.ones(2))], lr=0.5)
+    convert.from_torch(theirs.state_dict(), optimizer)
+    theirs.param_groups[0]["lr"] = 0.1
+    with pytest.raises(ValueError, match=r"lr=0\.1 of parameter 0: must be the optimizer.s at its next update"):
+        convert.from_torch(theirs.state_dict(), optimizer)
+    assert convert.to_torch({0: f32(1, 2)}, optimizer)["param_groups"][0]["lr"] == 0.5
+    assert not optimizer._index_update_count
+
+
+def test_a_weight_decay_may_differ_in_rounding_from_the_product_of_multipliers() -> None:
+    optimizer = AdaGrad(0.1, wd=0.1, dialect="torch")
+    optimizer.set_wd_mult({0: 0.7})
+    theirs = torch.optim.Adagrad([torch.nn.Parameter(torch.ones(2))], lr=0.1, weight_decay=0.07)
+    convert.from_torch(theirs.state_dict(), optimizer)
+    theirs.param_groups[0]["weight_decay"] = 0.0701
+    with pytest.raises(ValueError, match=r"weight_decay=0\.0701 of parameter 0: must be the optimizer's wd"):
+        convert.from_torch(theirs.state_dict(), optimizer)

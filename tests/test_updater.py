@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 from typing import Any
 
@@ -367,3 +368,13 @@ def test_another_list_that_is_done_makes_no_interrupt_late(
         updater(0, grad, weight)
     assert (weight == 1).all()
     assert updater.optimizer._index_update_count == {0: 1}
+
+
+def test_an_invalid_new_weight_of_a_list_is_named_by_its_position() -> None:
+    updater = get_updater(AdaGrad())
+    weights = [np.ones(2, np.float32), np.ones(2, np.int32)]
+    with pytest.raises(TypeError, match=re.escape("weights[1]: dtype int32: must be")):
+        updater(["a", "b"], weights, weights)
+    with pytest.raises(TypeError, match=r"^weight: dtype int32: must be"):
+        updater("b", weights[1], weights[1])
+    assert not updater.states

@@ -160,7 +160,7 @@ class AdaGrad(Optimizer):
 
         Parameters and errors as in :meth:`~adagrad.Optimizer.update`.
         """
-        overrides_step = getattr(self.step, "__func__", None) is not AdaGrad.step
+        overrides_step = self._overrides("step")
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
         if overrides_step and not kernels.any_row_sparse(grads):
             self.step(indices, weights, grads, states)
@@ -204,8 +204,11 @@ class AdaGrad(Optimizer):
 
     def _takes_pairs(self) -> bool:
         """Whether :meth:`update` gets low-precision weights, with their master copies in the states."""
-        kind = type(self)
-        return kind.step is AdaGrad.step and kind.fused_step is AdaGrad.fused_step and kind.update is Optimizer.update
+        return not (self._overrides("step") or self._overrides("fused_step") or self._overrides("update"))
+
+    def _overrides(self, name: str) -> bool:
+        """Whether a subclass, or this object, has a method ``name`` of its own."""
+        return name in vars(self) or getattr(type(self), name) is not getattr(AdaGrad, name)
 
     def _may_take_all_at_once(self) -> bool:
         kind: Any = type(self)
@@ -224,8 +227,7 @@ class AdaGrad(Optimizer):
         wait: bool | None,
     ) -> None:
         """Check the updates whose states must be ours: a subclass may use others in a step that it overrides."""
-        kind = type(self)
-        overrides_step, overrides_rows = kind.step is not AdaGrad.step, kind.fused_step is not AdaGrad.fused_step
+        overrides_step, overrides_rows = self._overrides("step"), self._overrides("fused_step")
         which = []
         for i, (weight, grad, state) in enumerate(zip(weights, grads, states, strict=True)):
             is_sparse = fused and kernels.is_row_sparse(grad)
@@ -269,7 +271,7 @@ class AdaGrad(Optimizer):
         check_indices(indices)
         lrs, wds = self._known_rates(indices)
         self._check_known(weights, grads, states, lrs, wds, fused=self.use_fused_step, wait=None)
-        if type(self).update_multi_precision is AdaGrad.update_multi_precision and not self._takes_pairs():
+        if not self._overrides("update_multi_precision") and not self._takes_pairs():
             check_low_precision(self._with_master(weights), weights, grads, states)
 
     def _saved(self) -> dict[str, Callable[[str, Any], Any]]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from adagrad import checks
 from adagrad.arguments import as_lists, kind_of
-from adagrad.arrays import format_of
+from adagrad.arrays import format_of, operand
 from adagrad.optimizer import Optimizer
 from adagrad.rates import Index
 from adagrad.rule import is_torch
@@ -65,13 +64,14 @@ class Updater(Generic[OptimizerT]):
         (Exceptions: row ids on CUDA, see there; an overridden step that raises; a custom scheduler or overridden rates
         that return an invalid value, since these are asked once for each weight, in order.)
         """
-        indices, weights, grads, _ = as_lists(index, weight, grad, [None] * len(index) if _is_list(index) else None)
+        is_list = isinstance(index, (list, tuple))
+        indices, weights, grads, _ = as_lists(index, weight, grad, [None] * len(index) if is_list else None)
         indices = [each.decode() if isinstance(each, bytes) else each for each in indices]
-        new = {
-            each: self.optimizer.create_state_multi_precision(each, w)
-            for each, w in zip(indices, weights, strict=True)
-            if each not in self.states
-        }
+        new: dict[Index, Any] = {}
+        for k, (each, w) in enumerate(zip(indices, weights, strict=True)):
+            if each not in self.states:
+                operand(f"weights[{k}]" if is_list else "weight", w)  # for an error that says which one is wrong
+                new[each] = self.optimizer.create_state_multi_precision(each, w)
         for each, w in zip(indices, weights, strict=True) if self._loaded else ():
             loaded, resize = self._loaded.get(each, (None, False))
             if loaded is not None and loaded is self.states.get(each):
@@ -188,18 +188,8 @@ class Updater(Generic[OptimizerT]):
 def _check_history(at: str, state: Any) -> None:
     """Refuse what is no sum of squares. A file from MXNet does not say by itself which optimizer wrote it."""
     history = state[-1] if isinstance(state, (tuple, list)) and state else state
-    if isinstance(history, np.ndarray) and any((part < 0).any() for part in _parts(history)):
-        raise ValueError(f"{at}: {np.nanmin(history)}: a history must be >= 0; was it written by AdaGrad?")
-
-
-def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
-    """The elements in parts of a million, so that temporaries stay small."""
-    elements = array.ravel(order="K")
-    return (elements[start : start + 2**20] for start in range(0, elements.size, 2**20))
-
-
-def _is_list(index: Any) -> bool:
-    return isinstance(index, (list, tuple))
+    if isinstance(history, np.ndarray) and (least := np.fmin.reduce(history, axis=None, initial=0)) < 0:
+        raise ValueError(f"{at}: {least}: a history must be >= 0; was it written by AdaGrad?")
 
 
 def _forms(state: Any, *, any_rows: bool) -> str:

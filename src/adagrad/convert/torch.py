@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -91,7 +92,9 @@ def _require_options(what: str, group: Mapping[str, Any], optimizer: AdaGrad, in
     group = missing | {"clip_value": optimizer.clip_gradient} | dict(group)
     for theirs, (name, value) in ours.items():
         given = group[theirs] and wd != 0 if theirs == "decoupled_decay" else group[theirs]
-        if given != value:
+        # The optimizer's wd may be a product, with multipliers.
+        is_same = math.isclose(given, wd, rel_tol=1e-7) if theirs == "weight_decay" else given == value
+        if not is_same:
             raise ValueError(f"{theirs}={given!r} of {what}: must be the optimizer's {name}, which is {value!r}")
 
 

@@ -73,6 +73,8 @@ def count(optimizer: AdaGrad, index: Index) -> int:
 
 def next_lr(optimizer: AdaGrad, index: Index, step: int) -> float:
     """Return the learning rate of the weight ``index`` at the update after ``step``."""
+    if optimizer._overrides_rates():
+        return optimizer._resolve([index])[0][0]
     base = float(optimizer._lr_at(max(step + 1, optimizer.num_update)))
     return base * optimizer._multiplier(index, "lr_mult", optimizer.lr_mult)
 

@@ -110,7 +110,7 @@ class _CheckedBatch:
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
-        self.table: table.Table | None = None
+        self.table = table.NOTHING
         self.groups: list[tuple[int, Sequence[int]]] = []
         self.rows = rows.NOTHING
         self.sparse: list[int] = []
@@ -223,8 +223,7 @@ class _CheckedBatch:
             plan.dense.append(general_cpu.by_table(updates, *self.batch.some_rates(which), scaled, threads))
 
     def _dense_on_cuda(self, which: Sequence[int]) -> Any:
-        found: Any = self.table
-        rows, codes, _ = found.part(which)
+        rows, codes, _ = self.table.part(which)
         return cuda().cuda_dense.DenseUpdates(rows, codes, *self.batch.some_rates(which), [self.batch])
 
     def _rows_on_cuda(self, members: list[int]) -> Any:
@@ -235,8 +234,7 @@ class _CheckedBatch:
         return cuda().cuda_row_lists.RowUpdates(found.facts, found.codes, *batch.some_rates(which), tensors)
 
     def _dense_job(self, which: Sequence[int], formats: table.Formats, rule: Rule, threads: int | None) -> Job:
-        found: Any = self.table
-        addresses, _, total = found.part(which)
+        addresses, _, total = self.table.part(which)
         rates = rate_table(*self.batch.some_rates(which), rule)
         cpu_dense.kernel(*formats, rule.row_wise)  # compiled now, before anything changes
         return functools.partial(
@@ -271,8 +269,7 @@ def _spans(checked: list[_CheckedBatch]) -> tuple[np.ndarray, int]:
     """Starts and ends (2, n) of all memory of the batches, and how many of these spans, the first, are written to."""
     pieces: list[tuple[np.ndarray, int]] = []
     for each in checked:
-        if each.table is not None:
-            pieces.append((each.table.spans, each.table.written))
+        pieces.append((each.table.spans, each.table.written))
         if each.sparse:
             pieces.append(each.rows.spans)
         for u in each.others.values():

@@ -217,6 +217,10 @@ class Table(NamedTuple):
         return rows, codes, int(rows[:, SIZE].sum())
 
 
+_WORDS = np.zeros((0, COLUMNS), np.int64)
+NOTHING = Table(_WORDS, _WORDS[:, 0], -1, 0, np.zeros((2, 0), np.int64), 0)
+
+
 def fit(weights: Any, grads: Any, histories: Any, masters: Any) -> bool:
     """Whether all are lists of one length, which is not 0; ``masters`` may be empty."""
     if not type(weights) is type(grads) is type(histories) is type(masters) is list:
