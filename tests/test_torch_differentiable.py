@@ -147,7 +147,7 @@ DIFFERENTIABLE: dict[str, tuple[Any, type[Exception], str]] = {
     "history that overlaps itself": (
         lambda p, o: o.state[p].update(sum=torch.zeros(4, 1).expand(4, 2)),
         ValueError,
-        r"history in states\[1\]: strides \(4, 0\): overlaps itself",
+        r"history in states\[1\]: strides \(4, 0\): elements share memory",
     ),
     "history of another parameter": (
         lambda p, o: o.state[p].update(sum=next(iter(o.state.values()))["sum"]),

@@ -71,7 +71,7 @@ def test_a_subclass_that_overlaps_itself_changes_nothing_else() -> None:
     optimizer = Adagrad([first, second])
     for p in (first, second):
         p.grad = torch.ones(2)
-    with pytest.raises(ValueError, match=r"weights\[1\]: strides \(0,\): overlaps itself"):
+    with pytest.raises(ValueError, match=r"weights\[1\]: strides \(0,\): elements share memory"):
         optimizer.step()
     assert first.tolist() == [1, 1]
     assert optimizer.state[first]["sum"].tolist() == [0, 0]

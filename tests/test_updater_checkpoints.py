@@ -238,7 +238,7 @@ def test_resize_rows_lets_nothing_else_change(other: Any) -> None:
     updater, file = get_updater(AdaGrad()), get_updater(AdaGrad())
     before = updater.states[0] = np.full((4, 3), 5, np.float32)
     file.states[0] = other
-    with pytest.raises(ValueError, match=r"states\[0\]: .* must be float32 of shape \(n, 3\), like the one here$"):
+    with pytest.raises(ValueError, match=r"states\[0\]: .* must be float32 of shape \(n, 3\), like this updater's$"):
         updater.set_states(file.get_states(), resize_rows=True)
     assert updater.states[0] is before
     assert (before == 5).all()

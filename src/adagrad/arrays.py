@@ -87,7 +87,7 @@ def _tensor(name: str, tensor: Any) -> Operand:
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name}: layout {tensor.layout}: must be a dense (strided) tensor here")
     if tensor.is_neg():
-        raise ValueError(f"{name}: a negated view: must be memory that can be written to")
+        raise ValueError(f"{name}: a negated view: must be resolved, as by resolve_neg")
     tensor = tensor.detach()
     if tensor.device.type != "cpu":
         return Operand(name, tensor, format_name, str(tensor.device), None)
@@ -130,12 +130,12 @@ def overlaps_itself(memory: np.ndarray) -> bool:
 
 
 def refuse_unwritable(o: Operand) -> None:
-    """Raise ValueError if an operand that a call writes to is read-only or overlaps itself."""
+    """Raise ValueError if an operand that a call writes to is read-only or has elements that share memory."""
     if o.memory is not None:
         if not o.memory.flags.writeable:
             raise ValueError(f"{o.name}: read-only: must be writable, as a copy by numpy.array is")
         if overlaps_itself(o.memory):
-            raise ValueError(f"{o.name}: strides {o.memory.strides}: overlaps itself")
+            raise ValueError(f"{o.name}: strides {o.memory.strides}: elements share memory: each must have its own")
 
 
 def refuse_shared_memory(written: list[Operand], read: list[Operand]) -> None:

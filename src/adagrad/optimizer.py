@@ -176,8 +176,8 @@ class Optimizer(Rates):
         ------
         TypeError, ValueError, IndexError
             If an argument is invalid; the message names it, and nothing is changed. On CUDA a row id out of range makes
-            the call a no-op; a later call, or :func:`adagrad.torch.check_row_ids`, raises; or this one, if it updates
-            several devices or what the CUDA kernels do not take.
+            the call a no-op, and a later call or :func:`adagrad.torch.check_row_ids` raises; if this call spans several
+            devices, or has arrays that the CUDA kernels cannot take, it waits and raises itself.
         MemoryError
             No memory is left. Of several row-sparse or strided weights, some may be updated; none is counted.
         """
@@ -273,7 +273,7 @@ class Optimizer(Rates):
         has none, the learning rate is kept, with a UserWarning. ValueError if it does not fit; nothing is changed.
         """
         if config.get("class") != type(self).__name__:
-            raise ValueError(f"optimizer {config.get('class')!r}: must be {type(self).__name__!r}, like the one here")
+            raise ValueError(f"optimizer {config.get('class')!r}: must be {type(self).__name__!r}, as here")
         try:
             new = self._checked(config)
         except (KeyError, TypeError, AttributeError) as error:
@@ -284,7 +284,7 @@ class Optimizer(Rates):
         elif config["lr_scheduler"] == "custom" and here is None:
             del new["lr"]  # meaningless without the saved optimizer's scheduler
             warnings.warn(
-                "the saved optimizer used a custom scheduler, which no file holds: keeping "
+                "the saved optimizer used a custom scheduler, which state files do not contain: keeping "
                 f"learning_rate={self.learning_rate!r}; set lr_scheduler to continue the schedule",
                 UserWarning,
                 stacklevel=checks.caller(),

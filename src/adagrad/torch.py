@@ -72,8 +72,8 @@ class Adagrad(Optimizer):
         Initial history; may differ between groups.
     eps : float, default 1e-10
     foreach, fused : bool, optional
-        Accepted for compatibility: results and kernels are the same. As in PyTorch, with ``fused=True`` step counts are
-        on the parameters' device and, with ``torch.amp.GradScaler``, the kernels unscale, and skip steps without
+        Accepted for compatibility; neither changes results or kernels. With ``fused=True``, as in PyTorch, step counts
+        are on the parameters' device and, under ``torch.amp.GradScaler``, the kernels unscale, and skip steps without
         waiting for the device; otherwise GradScaler unscales.
     maximize : bool, default False
     differentiable : bool, default False

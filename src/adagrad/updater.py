@@ -59,10 +59,24 @@ class Updater(Generic[OptimizerT]):
     def __call__(self, index: Any, grad: Any, weight: Any) -> None:
         """Update ``weight`` with ``grad``, or each of a list of weights; note MXNet's order of the arguments.
 
-        ``optimizer.aggregate_num`` weights are passed to one step, or all if that makes no difference. Errors are those
-        of :meth:`Optimizer.update`; no weight, state or count is changed, whatever the position of the invalid one.
-        (Exceptions: row ids on CUDA, see there; an overridden step that raises; a custom scheduler or overridden rates
-        that return an invalid value, since these are asked once for each weight, in order.)
+        ``optimizer.aggregate_num`` weights are passed to one step, or all if that makes no difference.
+
+        Parameters
+        ----------
+        index : int or str, or a list of them
+            Keys of the weights; unique within a call. A weight's state is created when its key is first seen.
+        grad : array, RowSparse or sparse COO tensor, or a list of them
+            Each with its weight's shape and dtype, or float32 for a float16 or bfloat16 weight. Never modified.
+        weight : array, or a list of arrays
+            NumPy arrays or torch tensors of any shape and strides; float16, bfloat16, float32 or float64. Updated in
+            place.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError, MemoryError
+            As of :meth:`Optimizer.update`; no weight, state or count is changed, whatever the position of the invalid
+            one. (Exceptions: row ids on CUDA, and memory, see there; an overridden step that raises; a custom scheduler
+            or overridden rates that return an invalid value, since these are asked once for each weight, in order.)
         """
         is_list = isinstance(index, (list, tuple))
         indices, weights, grads, _ = as_lists(index, weight, grad, [None] * len(index) if is_list else None)
@@ -157,7 +171,7 @@ class Updater(Generic[OptimizerT]):
             if found != expected:
                 differ_in_rows = len({_forms(state, any_rows=True) for state in given}) == 1
                 hint = "; resize_rows=True lets the number of rows change" if differ_in_rows else ""
-                raise ValueError(f"states[{index!r}]: {found}: must be {expected}, like the one here{hint}")
+                raise ValueError(f"states[{index!r}]: {found}: must be {expected}, like this updater's{hint}")
         if type(self.optimizer) in (AdaGrad, GroupAdaGrad):  # the states of a subclass may be anything
             for index, state in loaded.items():
                 _check_history(f"states[{index!r}]", state)

@@ -61,6 +61,8 @@ def update(
     ------
     TypeError, ValueError, IndexError
         Names the argument, its value and the rule it broke; nothing has changed.
+    MemoryError
+        No memory is left. Of several row-sparse or strided weights, some may have been updated.
     """
     is_done = False
     try:

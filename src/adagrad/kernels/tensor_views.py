@@ -41,7 +41,7 @@ def ordinary(at: str, weight: Tensor, grad: Tensor | RowSparse, history: Tensor,
         weight, grad, history, master = _local(at, weight, grad, history, master, row_wise=row_wise)
     for name, tensor in (("weights", weight), ("history in states", history), ("master copy in states", master)):
         if isinstance(tensor, Tensor) and (tensor.is_neg() or tensor.is_conj()):
-            raise ValueError(f"{name}{at}: a negated or conjugated view: must be memory that can be written to")
+            raise ValueError(f"{name}{at}: a negated or conjugated view: must be resolved, as by resolve_neg, because it is written to")
     if isinstance(grad, Tensor):
         if grad.layout == torch.sparse_coo:
             weight, grad, history, master = _rows(at, weight, grad, history, master, row_wise=row_wise)
@@ -77,7 +77,7 @@ def _rows(at: str, weight: Tensor, grad: Tensor, history: Tensor, master: Tensor
         return weight, RowSparse(values, indices[0], grad.shape), history, master
     written = [t for t in (weight, history, master) if t is not None]
     if row_wise or (count and not all(t.is_contiguous() for t in written)):
-        need = "1 for row-wise history" if row_wise else "1, or the weight and its state contiguous"
+        need = "1 for row-wise history" if row_wise else "1 unless the weight and its state are contiguous"
         raise ValueError(f"grads{at}: {count} sparse dimensions: must be {need}")
     if grad.shape != weight.shape:
         raise ValueError(f"grads{at}: shape {tuple(grad.shape)}: must be {tuple(weight.shape)}, the weight's")
