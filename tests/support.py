@@ -14,6 +14,7 @@ import pytest
 import oracle
 from adagrad import RowSparse, kernels
 from adagrad.kernels import cpu_dense, cpu_rows, fast_path, layout
+from adagrad.kernels.batch import Batch
 from adagrad.rule import Rule, is_torch
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -242,7 +243,7 @@ def update_plain(given: Sequence[Operands], hypers: Sequence[oracle.Hyper], thre
     lists = ([getattr(o, name) for o in given] for name in ("weight", "grad", "history"))
     masters = [o.master for o in given] if any(o.master is not None for o in given) else []
     lrs, wds = [h.lr for h in hypers], [h.wd for h in hypers]
-    return fast_path.update_plain(*lists, masters, [], lrs, wds, rule_of(hypers[0]), threads)
+    return fast_path.update_plain(Batch(rule_of(hypers[0]), *lists, masters, lrs, wds), [], threads)
 
 
 def set_layout(monkeypatch: pytest.MonkeyPatch, how: np.ndarray | None) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from adagrad import RowSparse
 from adagrad.kernels import cpu_rows, fast_path, outcomes, row_lists, threads
+from adagrad.kernels.batch import Batch
 from adagrad.kernels.rows import inspect_rows
 from row_operands import FLOAT32, FLOAT64, HALF, MASTER, rows, some
 from support import HYPERS, KINDS, Kind, Operands, assert_same, expected, operands, rule_of, update_plain
@@ -106,7 +107,7 @@ def test_too_few_rates_are_not_read_beyond_their_end(sparse: bool, rates: Any) -
     given = [rows(rng, FLOAT32, (9, 4), [1, 2]) if sparse else operands(rng, FLOAT32, (9, 4)) for _ in range(3)]
     before = [o.copy() for o in given]
     lists = [[getattr(o, name) for o in given] for name in ("weight", "grad", "history")]
-    assert not fast_path.update_plain(*lists, [], [], *rates, rule_of(HYPERS["plain"]), None)
+    assert not fast_path.update_plain(Batch(rule_of(HYPERS["plain"]), *lists, [], *rates), [], None)
     for o, w in zip(given, before, strict=True):
         assert_same(o, w)
 

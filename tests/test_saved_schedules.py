@@ -28,7 +28,7 @@ def test_a_schedule_of_ones_own_is_kept_and_never_saved() -> None:
     assert other.optimizer.lr_scheduler is kept
     assert other.optimizer.learning_rate == 2.0
     without = get_updater(AdaGrad(0.5))
-    with pytest.warns(UserWarning, match=r"custom scheduler, which state files do not contain: keeping learning_rate=0.5"):
+    with pytest.warns(UserWarning, match=r"custom scheduler, which .* not contain: keeping learning_rate=0\.5"):
         without.set_states(data)
     assert without.optimizer.lr_scheduler is None
     assert without.optimizer.learning_rate == 0.5

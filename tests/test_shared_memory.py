@@ -134,7 +134,7 @@ def test_an_empty_view_of_a_weight_shares_no_byte() -> None:
 
 
 def test_what_is_too_hard_to_decide_is_refused(monkeypatch: Any) -> None:
-    monkeypatch.setattr(arrays, "WORK", 1)
+    monkeypatch.setattr(arrays, "MAX_WORK", 1)
     base = np.ones(400, np.float32)
     forms = ((2, (4, 4, 2), (132, 128, 68)), (0, (2, 2, 3), (20, 60, 24)))
     weights = [np.lib.stride_tricks.as_strided(base[start:], shape, strides) for start, shape, strides in forms]

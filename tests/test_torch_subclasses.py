@@ -12,6 +12,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from adagrad import kernels
 from adagrad.kernels import fast_path
+from adagrad.kernels.batch import Batch
 from adagrad.rule import Rule
 from adagrad.torch import Adagrad
 from support import assert_same_bits
@@ -147,7 +148,7 @@ def test_a_rate_on_a_device_is_not_read_by_the_host(count: int) -> None:
     """Those on a CUDA device go to its kernels; here "meta" stands for it."""
     tensors = [torch.ones(3, device="meta") for _ in range(count)]
     lrs = [torch.tensor(0.1, device="meta")] * count
-    assert not fast_path.update_plain(tensors, tensors, tensors, [], [], lrs, [0.0], Rule(), None)
+    assert not fast_path.update_plain(Batch(Rule(), tensors, tensors, tensors, [], lrs, [0.0]), [], None)
 
 
 @pytest.mark.parametrize("options", [{"lr_decay": 0.1}, {"multi_precision": True}])

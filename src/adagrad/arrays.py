@@ -16,7 +16,7 @@ LOW_PRECISION = ("float16", "bfloat16")
 
 _NATIVE = {np.dtype(name): name for name in FORMATS if name != "bfloat16"}
 
-WORK: Any = 1_000_000
+MAX_WORK: Any = 1_000_000
 """Candidate solutions to try (``max_work``) when deciding whether two interleaved arrays share memory."""
 
 
@@ -135,7 +135,7 @@ def refuse_unwritable(o: Operand) -> None:
         if not o.memory.flags.writeable:
             raise ValueError(f"{o.name}: read-only: must be writable, as a copy by numpy.array is")
         if overlaps_itself(o.memory):
-            raise ValueError(f"{o.name}: strides {o.memory.strides}: elements share memory: each must have its own")
+            raise ValueError(f"{o.name}: strides {o.memory.strides}: elements share memory: must each have their own")
 
 
 def refuse_shared_memory(written: list[Operand], read: list[Operand]) -> None:
@@ -159,7 +159,7 @@ def _share_a_byte(first: Operand, second: Operand) -> bool:
     if first.memory.flags.c_contiguous and second.memory.flags.c_contiguous:
         return True  # their bounds overlap and have no gaps
     try:
-        return bool(np.shares_memory(first.memory, second.memory, max_work=WORK))
+        return bool(np.shares_memory(first.memory, second.memory, max_work=MAX_WORK))
     except RuntimeError:  # numpy's TooHardError
         return True  # undecided within max_work: refused rather than risked
 

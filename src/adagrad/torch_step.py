@@ -47,13 +47,13 @@ class Part(Batch):
         """
         params: list[Any] = list(group["params"])
         grads: list[Any] = list(map(_grad_of, params))
-        places: Sequence[int] = range(first, first + len(params)) if first else ()
+        positions: Sequence[int] = range(first, first + len(params)) if first else ()
         if type(None) in map(type, grads):
             present = [i for i, grad in enumerate(grads) if grad is not None]
             params, grads, states = ([some[i] for i in present] for some in (params, grads, states))
-            places = [first + i for i in present]
+            positions = [first + i for i in present]
         rule, wd, lr_decay = rule_and_decays(group)
-        super().__init__(rule, params, grads, [], [], [], [wd], places)
+        super().__init__(rule, params, grads, [], [], [], [wd], positions)
         try:
             self.histories, self.steps = list(map(_sum_of, states)), list(map(_step_of, states))
         except KeyError as missing:
@@ -197,7 +197,7 @@ def _batches(parts: list[Part]) -> list[Batch]:
 
 
 def _together(rule: Rule, parts: list[Part]) -> Batch:
-    batch, places = Batch(rule, [], [], [], [], [], []), list[int]()
+    batch, positions = Batch(rule, [], [], [], [], [], []), list[int]()
     has_masters = any(part.masters for part in parts)
     for part in parts:
         n = len(part.weights)
@@ -208,8 +208,8 @@ def _together(rule: Rule, parts: list[Part]) -> Batch:
         batch.histories += part.histories
         batch.lrs += part.lrs if len(part.lrs) == n else part.lrs * n
         batch.wds += part.wds * n
-        places += part.places or range(n)
-    batch.places = places
+        positions += part.positions or range(n)
+    batch.positions = positions
     return batch
 
 
@@ -265,10 +265,7 @@ def _update_and_count(batches: Sequence[Batch], parts: list[Part], threads: int)
     steps = parts[0].steps if len(parts) == 1 else [step for part in parts for step in part.steps]
     if len(batches) > 1:
         return fast_path.update_batches(batches, steps, threads)
-    b = batches[0]
-    return fast_path.update_plain(
-        b.weights, b.grads, b.histories, b.masters, steps, b.lrs, b.wds, b.rule, threads, b.places
-    )
+    return fast_path.update_plain(batches[0], steps, threads)
 
 
 def _finish(parts: list[Part], owed: list[Counts], found_inf: Tensor | None, skips: list[Tensor]) -> None:

@@ -11,18 +11,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from adagrad.kernels import cache_folder, expressions
-from adagrad.kernels.batch import Prepared, of_states
+from adagrad.kernels.batch import NUMPY_ARRAYS, Batch, Prepared, of_states
 from adagrad.kernels.interrupts import came_late, mark_late, uninterrupted
 from adagrad.kernels.validate import any_row_sparse, check_gradient, is_row_sparse
 from adagrad.rule import Array, Rule, is_torch
 
 __all__ = ["any_row_sparse", "came_late", "check_gradient", "is_row_sparse", "prepare", "update"]
-
-
-_ARRAYS = {np.ndarray, np.memmap}
 
 
 @functools.cache
@@ -64,28 +59,18 @@ def update(
     MemoryError
         No memory is left. Of several row-sparse or strided weights, some may have been updated.
     """
-    is_done = False
+    batch, is_done = of_states(weights, grads, states, lrs, wds, rule), False
     try:
-        is_done = fused and _update_plain(weights, grads, states, lrs, wds, rule, threads)
+        is_done = fused and _path("fast_path").update_plain(batch, [], threads)
         if not is_done:
-            prepare(weights, grads, states, lrs, wds, rule, fused=fused, threads=threads).run()
+            _prepare(batch, fused=fused, threads=threads).run()
             is_done = True
-        if not _ARRAYS.issuperset(map(type, weights)):
+        if not NUMPY_ARRAYS.issuperset(map(type, weights)):
             _mark_changed(weights, states)
     except BaseException as interrupt:
         if is_done:
             mark_late(interrupt)
         raise
-
-
-def _update_plain(weights: list[Array], grads: list[Any], states: list[Any], lrs: Any, wds: Any, rule: Rule,
-                  threads: int | None) -> bool:  # fmt: skip
-    histories, masters = states, list[Any]()
-    if not _ARRAYS.issuperset(map(type, states)):  # some may be pairs
-        batch = of_states(weights, grads, states, lrs, wds, rule)
-        histories, masters = batch.histories, batch.masters
-    done: bool = _path("fast_path").update_plain(weights, grads, histories, masters, [], lrs, wds, rule, threads)
-    return done
 
 
 def _mark_changed(weights: list[Array], states: list[Any]) -> None:
@@ -113,17 +98,19 @@ def prepare(
     rule: Rule,
     *,
     fused: bool,
-    threads: int | None = None,
-    places: Sequence[int] = (),
-    wait: bool | None = False,
+    positions: Sequence[int] = (),
+    **options: Any,
 ) -> Prepared:
     """Check a list of updates, which :meth:`Prepared.run` carries out; parameters and errors as in :func:`update`.
 
-    Messages number the updates by ``places``, their positions in the caller's lists, if given. For ``wait`` see
-    :func:`adagrad.kernels.general_path.prepare`.
+    Messages number the updates by ``positions``, their positions in the caller's lists, if given. ``options`` are those
+    of :func:`adagrad.kernels.general_path.prepare`.
     """
-    batch = of_states(weights, grads, states, lrs, wds, rule, places)
+    return _prepare(of_states(weights, grads, states, lrs, wds, rule, positions), fused=fused, **options)
+
+
+def _prepare(batch: Batch, *, fused: bool, **options: Any) -> Prepared:
     if not fused:
         return expressions.prepare(batch)
-    prepared: Prepared = _path("general_path").prepare([batch], threads=threads, wait=wait)
+    prepared: Prepared = _path("general_path").prepare([batch], **options)
     return prepared

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from adagrad.arrays import operand
 from adagrad.kernels.interrupts import mark_late
 from adagrad.rule import Array, Rule
@@ -14,7 +16,7 @@ Job = Callable[[], Any]
 """Carries out a part of a call. It may return a number on a CUDA device, see :func:`general_path.prepare`."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Batch:
     """Updates under one rule. Each list has one entry per weight; ``lrs`` and ``wds`` may have a single one for all."""
 
@@ -28,12 +30,12 @@ class Batch:
     lrs: list[Any]
     """Numbers, or tensors of one number on the device of their weights."""
     wds: list[float]
-    places: Sequence[int] = ()
+    positions: Sequence[int] = ()
     """The positions of the weights in the caller's lists, for messages; empty if they are the same."""
 
     def at(self, i: int) -> str:
         """The index that follows an argument's name in messages about the ``i``-th update."""
-        return f"[{self.places[i] if self.places else i}]"
+        return f"[{self.positions[i] if self.positions else i}]"
 
     def arrays(self, i: int) -> tuple[Any, Any, Any, Any]:
         """Weight, gradient, history and master copy (None for none) of the ``i``-th update."""
@@ -49,8 +51,8 @@ class Batch:
             return self
         lists = self.weights, self.grads, self.histories, self.masters
         weights, grads, histories, masters = ([values[i] for i in which] if values else [] for values in lists)
-        places = [self.places[i] for i in which] if self.places else which
-        return Batch(self.rule, weights, grads, histories, masters, *self.some_rates(which), places)
+        positions = [self.positions[i] for i in which] if self.positions else which
+        return Batch(self.rule, weights, grads, histories, masters, *self.some_rates(which), positions)
 
     def by_kind(self, are_sparse: list[bool]) -> tuple[Batch | None, Batch | None]:
         """The dense and the row-sparse updates, None for none; ``are_sparse`` tells which are which."""
@@ -68,11 +70,22 @@ def some(values: list[Any], which: Sequence[int]) -> list[Any]:
     return [values[i] for i in which] if len(values) > 1 else values
 
 
+NUMPY_ARRAYS = {np.ndarray, np.memmap}
+
+
 def of_states(
-    weights: list[Any], grads: list[Any], states: list[Any], lrs: Any, wds: Any, rule: Rule, places: Sequence[int] = ()
+    weights: list[Any],
+    grads: list[Any],
+    states: list[Any],
+    lrs: Any,
+    wds: Any,
+    rule: Rule,
+    positions: Sequence[int] = (),
 ) -> Batch:
     """A batch of updates whose states are histories or pairs (master copy, history)."""
-    batch = Batch(rule, weights, grads, states, [], lrs, wds, places)
+    batch = Batch(rule, weights, grads, states, [], lrs, wds, positions)
+    if NUMPY_ARRAYS.issuperset(map(type, states)):  # the usual case, asked fast
+        return batch
     if not any(issubclass(kind, (tuple, list)) for kind in set(map(type, states))):
         return batch
     histories, masters = [], []
@@ -87,7 +100,7 @@ def of_states(
                 operand(f"master copy in states{batch.at(i)}", master)  # says what it must be
         histories.append(state)
         masters.append(master)
-    return Batch(rule, weights, grads, histories, masters, lrs, wds, places)
+    return Batch(rule, weights, grads, histories, masters, lrs, wds, positions)
 
 
 class Prepared(NamedTuple):

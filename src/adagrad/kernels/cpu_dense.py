@@ -196,9 +196,9 @@ def kernel(weight: str, grad: str, history: str, master: str | None, row_wise: b
     tw, tg, th, tm = TOKENS[weight], TOKENS[grad], TOKENS[history], None if master is None else TOKENS[master]
     rows = row_wise or None  # None or True differ in type: only one branch is compiled
 
-    def dense(arguments: Any, k: Any, count: Any) -> None:
+    def dense(arguments: Any, k: Any, workers: Any) -> None:
         table, rates, scalars, total = _given(arguments)
-        _share(table, rates, scalars, tw, tg, th, tm, rows, total * k // count, total * (k + 1) // count)
+        _share(table, rates, scalars, tw, tg, th, tm, rows, total * k // workers, total * (k + 1) // workers)
 
     return worker(dense)
 
@@ -214,7 +214,7 @@ def row_part_kernel(weight: str, grad: str, history: str, master: str | None, de
     tw, tg, th, tm = TOKENS[weight], TOKENS[grad], TOKENS[history], None if master is None else TOKENS[master]
     second = descending or None  # as above
 
-    def row_part(arguments: Any, k: Any, count: Any) -> None:
+    def row_part(arguments: Any, k: Any, workers: Any) -> None:
         table, rates, scalars, _ = _given(arguments)
         w, g = pointer(table[0, WEIGHT], tw, "weight"), pointer(table[0, GRAD], tg, "grad")
         m = pointer(table[0, MASTER], tm, "master")
@@ -277,8 +277,8 @@ def launch(table: Any, total: int, rates: Any, scalars: Any, formats: Any, row_w
 
 
 @jit()
-def _run(work: int, block: Any, notes: Any, count: int) -> None:
-    run(work, block, claim(notes, count))
+def _run(worker_at: int, block: Any, notes: Any, workers: int) -> None:
+    run(worker_at, block, claim(notes, workers))
     give_back(notes)
 
 

@@ -30,10 +30,10 @@ from adagrad.kernels.records import (
 from adagrad.kernels.row_passes import (
     TILE,
     add_up,
+    addresses,
     by_blocks,
     by_elements,
     by_row,
-    places,
     update_from_sums,
     update_once,
     update_short_rows,
@@ -71,24 +71,24 @@ def kernel(needs_int64: bool, weight: str, values: str, history: str, master: st
     dtype = np.int64 if needs_int64 else np.int32
     per_row = row_wise or None  # None or True differ in type: only one branch is compiled
 
-    def update(arguments: Any, k: Any, count: Any) -> None:
+    def update(arguments: Any, k: Any, workers: Any) -> None:
         facts = array_at(arguments, FACTS, np.int64)
         n, length, increasing = facts[ENTRIES], facts[LENGTH], facts[ARE_INCREASING]
         ids = array_at(facts[CHECKED_IDS], n, dtype)
-        base, stride = places(facts)
+        base, stride = addresses(facts)
         operands = base, stride, tw, tv, th, tm
         rates = array_at(facts[RATES], 3, np.float64)
         scalars = array_at(facts[SCALARS], 4, np.float64)
         fixed = constants(scalars, rates, th)
-        kept = array_at(facts[GROUPS], (count, GROUPED, 3), np.int64)[k]
-        scratch = array_at(facts[SCRATCH], (count, SCRATCH_WORDS), np.int64)[k]
+        groups = array_at(facts[GROUPS], (workers, GROUPED, 3), np.int64)[k]
+        scratch = array_at(facts[SCRATCH], (workers, SCRATCH_WORDS), np.int64)[k]
         own_positions = array_at(scratch.ctypes.data, BATCH, np.int32)
         tile = scratch[BATCH // 2 :].ctypes.data
         are_plain = length % LANES == 0 and not has_rare_terms(fixed) and not has_decay(fixed)
         # Workers divide ids that increase by position, others by owner.
-        first, last = n * k // count, n * (k + 1) // count
-        rows = ids[first:last] if increasing else grouped(kept[SINGLE], dtype)
-        positions = grouped(kept[POSITIONS], np.int32)
+        first, last = n * k // workers, n * (k + 1) // workers
+        rows = ids[first:last] if increasing else grouped(groups[SINGLE], dtype)
+        positions = grouped(groups[POSITIONS], np.int32)
         for start in range(0, len(rows), BATCH):
             stop = min(start + BATCH, len(rows))
             if increasing:
@@ -105,44 +105,44 @@ def kernel(needs_int64: bool, weight: str, values: str, history: str, master: st
                 update_once(rows[start:stop], here, operands, length, plain_terms(fixed), by_blocks)
             else:
                 update_once(rows[start:stop], here, operands, length, fixed, by_elements)
-        add_up(kept, operands, length)
+        add_up(groups, operands, length)
         if per_row is not None:
-            update_from_sums(kept, dtype, operands, length, fixed, by_row)
+            update_from_sums(groups, dtype, operands, length, fixed, by_row)
         elif are_plain:
-            update_from_sums(kept, dtype, operands, length, plain_terms(fixed), by_blocks)
+            update_from_sums(groups, dtype, operands, length, plain_terms(fixed), by_blocks)
         else:
-            update_from_sums(kept, dtype, operands, length, fixed, by_elements)
+            update_from_sums(groups, dtype, operands, length, fixed, by_elements)
 
     return worker(update)
 
 
 @jit(helper=True)
-def carry_out(facts: Any, kept: Any, scratch: Any, group: int, update: int, count: int) -> bool:
-    """Group and update by ``count`` workers; False if memory ran out, and then nothing has changed.
+def carry_out(facts: Any, groups: Any, scratch: Any, group: int, update: int, workers: int) -> bool:
+    """Group and update by so many workers; False if memory ran out, and then nothing has changed.
 
-    ``group`` and ``update`` are the workers' addresses; ``kept`` and ``scratch`` come from :func:`room`, for ``count``
+    ``group`` and ``update`` are the workers' addresses; ``groups`` and ``scratch`` come from :func:`room`, for as many
     workers or more.
     """
-    kept[:] = 0
-    facts[GROUPS], facts[SCRATCH] = kept.ctypes.data, scratch.ctypes.data
+    groups[:] = 0
+    facts[GROUPS], facts[SCRATCH] = groups.ctypes.data, scratch.ctypes.data
     are_grouped = True
     if not facts[ARE_INCREASING]:
-        run(group, facts, count)
-        for k in range(count):
-            are_grouped &= kept[k, SUMS, OWNER] != 0
+        run(group, facts, workers)
+        for k in range(workers):
+            are_grouped &= groups[k, SUMS, OWNER] != 0
     if are_grouped:
-        run(update, facts, count)
-    for k in range(count):
+        run(update, facts, workers)
+    for k in range(workers):
         for what in range(GROUPED):
-            if kept[k, what, OWNER] != 0:
-                decref(kept[k, what, OWNER])
+            if groups[k, what, OWNER] != 0:
+                decref(groups[k, what, OWNER])
     return are_grouped
 
 
 @jit(helper=True)
-def room(count: int) -> Any:
-    """Memory for ``count`` workers: for what they group, and scratch memory for positions and a tile."""
-    return np.empty((count, GROUPED, 3), np.int64), word_table(count, SCRATCH_WORDS)
+def room(workers: int) -> Any:
+    """Memory for so many workers: for what they group, and scratch memory for positions and a tile."""
+    return np.empty((workers, GROUPED, 3), np.int64), word_table(workers, SCRATCH_WORDS)
 
 
 def out_of_memory(at: str, entries: int) -> MemoryError:
@@ -173,8 +173,8 @@ def launch(at: str, facts: Any, rows: Any, formats: Any, row_wise: bool, rates: 
 
 
 @jit()
-def _carry_out(facts: Any, group: int, update: int, notes: Any, count: int) -> bool:
-    kept, scratch = room(count)
-    done = carry_out(facts, kept, scratch, group, update, claim(notes, count))
+def _carry_out(facts: Any, group: int, update: int, notes: Any, workers: int) -> bool:
+    groups, scratch = room(workers)
+    done = carry_out(facts, groups, scratch, group, update, claim(notes, workers))
     give_back(notes)
     return done

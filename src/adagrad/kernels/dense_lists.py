@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from adagrad.kernels import cpu_dense
+from adagrad.kernels.batch import Batch
 from adagrad.kernels.counts import advance_counts, find_counts
 from adagrad.kernels.cpu_dense import GIVEN, kernel, put_arguments
+from adagrad.kernels.cpu_rule import rate_table
 from adagrad.kernels.layout import current_layout
 from adagrad.kernels.memory import keep_alive, word_table, words, zero_words
 from adagrad.kernels.numba_jit import acquire_gil, jit, release_gil, run, worker_count
@@ -22,12 +24,11 @@ from adagrad.kernels.records import COLUMNS, SIZE
 from adagrad.kernels.spans import disjoint
 from adagrad.kernels.table import CODES_PER_DEVICE, decode, fill
 from adagrad.kernels.threads import WORK, claim, give_back
-from adagrad.rule import Rule
 
 
 @jit(holds_gil=True)
 def _update(weights: int, grads: int, histories: int, masters: int, steps: int, n: int, layout: Any, row_wise: int,
-            rates: Any, scalars: Any, known: Any, notes: Any, guess: Any, parallel_min: int, count: int
+            rates: Any, scalars: Any, known: Any, notes: Any, guess: Any, parallel_min: int, workers: int
             ) -> Any:  # fmt: skip
     """What was done, or the code whose worker must be compiled first; see :func:`adagrad.kernels.outcomes.attempt`.
 
@@ -43,7 +44,7 @@ def _update(weights: int, grads: int, histories: int, masters: int, steps: int, 
         counts[codes[i]] += 1
         elements[codes[i]] += table[i, SIZE]
     notes[WORK] = total if total >= parallel_min else 0
-    if count == 0 and total >= parallel_min:
+    if workers == 0 and total >= parallel_min:
         return NOT_SMALL, 0, 0, 0
     if not disjoint(spans[0], spans[1], len(guess) - n, guess) or (steps and not find_counts(steps, layout, step_at)):
         return NOT_PLAIN, 0, 0, 0
@@ -53,15 +54,15 @@ def _update(weights: int, grads: int, histories: int, masters: int, steps: int, 
     rows, rows_rates = (table, rates) if counts[codes[0]] == n else _by_code(table, codes, rates, counts)
     # From here on nothing may raise or allocate: an exception would find no GIL, and a part of the list updated. The
     # GIL is released once for all launches; threads are for those launches that are worth them.
-    claimed = claim(notes, count)
-    state, first = np.int64(0) if count == 0 else release_gil(), 0
+    claimed = claim(notes, workers)
+    state, first = np.int64(0) if workers == 0 else release_gil(), 0
     for code in range(CODES_PER_DEVICE):
         if counts[code]:
             put_arguments(blocks[code], rows, first, counts[code], rows_rates, scalars, elements[code])
             run(known[code], blocks[code], worker_count(elements[code], parallel_min, claimed))
             first += counts[code]
     give_back(notes)
-    if count > 0:
+    if workers > 0:
         acquire_gil(state)
     advance_counts(step_at)
     notes[LISTS_DONE] += 1
@@ -88,20 +89,21 @@ def _by_code(table: Any, codes: Any, rates: Any, counts: Any) -> Any:
     return rows, rows_rates
 
 
-def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], steps: list[Any],
-           rates: np.ndarray, rule: Rule, threads: int | None) -> bool:  # fmt: skip
-    """Check and update a list by one call of compiled code; False if it is left as it was.
+def update(batch: Batch, steps: list[Any], threads: int | None) -> bool:
+    """Check and update a batch by one call of compiled code; False if it is left as it was.
 
-    The lists must satisfy :func:`adagrad.kernels.table.fit`; ``rates`` has a row for each weight, or one for all.
+    Its lists must satisfy :func:`adagrad.kernels.table.fit`.
     """
+    weights, masters, rule = batch.weights, batch.masters, batch.rule
     n, layout = len(weights), current_layout()
     if layout is None:
         return False
     known, notes, read_notes, guess = remembered(_addresses, rule.row_wise, get_ident(), 4 * n if masters else 3 * n)
     given = (
-        id(weights), id(grads), id(histories), id(masters) if masters else 0, id(steps) if steps else 0, n,
+        id(weights), id(batch.grads), id(batch.histories), id(masters) if masters else 0, id(steps) if steps else 0, n,
         # Numba takes longer to tell the type of a bool.
-        layout, 1 if rule.row_wise else 0, rates, rule.scalars, known, notes, guess, cpu_dense.PARALLEL_MIN,
+        layout, 1 if rule.row_wise else 0, rate_table(batch.lrs, batch.wds, rule), rule.scalars, known, notes, guess,
+        cpu_dense.PARALLEL_MIN,
     )  # fmt: skip
 
     def compile_worker(code: int) -> None:

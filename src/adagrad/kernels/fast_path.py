@@ -7,36 +7,31 @@ from typing import Any
 
 from adagrad.kernels import dense_lists, row_lists, table
 from adagrad.kernels.batch import Batch
-from adagrad.kernels.cpu_rule import rate_table
 from adagrad.kernels.mixed_lists import dense_part
 from adagrad.kernels.validate import is_row_sparse, seems_row_sparse
-from adagrad.rule import Rule
 
 
-def update_plain(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], steps: list[Any],
-                 lrs: Any, wds: Any, rule: Rule, threads: int | None, places: Sequence[int] = ()) -> bool:  # fmt: skip
-    """Check and update a list, if all of it is plain and on the CPU. Messages number the weights by ``places``, if any.
+def update_plain(batch: Batch, steps: list[Any], threads: int | None) -> bool:
+    """Check and update a batch, if all of it is plain and on the CPU.
 
     ``steps`` are the weights' update counts, tensors of one number, which are advanced by 1; or an empty list. False
-    if nothing has changed and the list is left to :func:`adagrad.kernels.general_path.prepare`.
+    if nothing has changed and the batch is left to :func:`adagrad.kernels.general_path.prepare`.
 
     Raises
     ------
     IndexError, MemoryError
         As :func:`adagrad.kernels.row_lists.update`.
     """
-    if not (table.fit(weights, grads, histories, masters) and _are_plain(lrs, wds, len(weights))):
+    if not _are_plain(batch):
         return False
-    is_sparse, n = seems_row_sparse(grads[0]), len(grads)
+    grads, n = batch.grads, len(batch.grads)
+    is_sparse = seems_row_sparse(grads[0])
     if n == 1 or seems_row_sparse(grads[-1]) == is_sparse:
-        if is_sparse:
-            done = row_lists.update(weights, grads, histories, masters, steps, lrs, wds, rule, threads, places=places)
-        else:
-            rates = rate_table(lrs, wds, rule)
-            done = dense_lists.update(weights, grads, histories, masters, steps, rates, rule, threads)
+        update = row_lists.update if is_sparse else dense_lists.update
+        done = update(batch, steps, threads)
         if done or n < 3:
             return done
-    return update_batches([Batch(rule, weights, grads, histories, masters, lrs, wds, places)], steps, threads)
+    return update_batches([batch], steps, threads)
 
 
 def update_batches(batches: Sequence[Batch], steps: list[Any], threads: int | None) -> bool:
@@ -52,25 +47,20 @@ def update_batches(batches: Sequence[Batch], steps: list[Any], threads: int | No
     sparse: list[Batch] = []
     dense: list[Batch] = []
     for batch, are_sparse in zip(batches, of_batches, strict=True):
-        weights, n = batch.weights, len(batch.weights)
-        if not (
-            table.fit(weights, batch.grads, batch.histories, batch.masters) and _are_plain(batch.lrs, batch.wds, n)
-        ):
-            return False
-        if getattr(weights[0], "is_cuda", False):
+        if not _are_plain(batch) or getattr(batch.weights[0], "is_cuda", False):
             return False
         some_dense, some_sparse = batch.by_kind(are_sparse)
         dense += [some_dense] if some_dense else []
         sparse += [some_sparse] if some_sparse else []
-    beside, rows = dense_part(dense), sparse[0]
-    return beside is not None and row_lists.update(
-        rows.weights, rows.grads, rows.histories, rows.masters, steps, rows.lrs, rows.wds, rows.rule, threads, beside,
-        rows.places,
-    )  # fmt: skip
+    beside = dense_part(dense)
+    return beside is not None and row_lists.update(sparse[0], steps, threads, beside)
 
 
-def _are_plain(lrs: Sequence[Any], wds: Sequence[Any], n: int) -> bool:
-    """Whether there is a rate for each weight, or one for all, and each lr is a float: a tensor may be on a device."""
+def _are_plain(batch: Batch) -> bool:
+    """Whether there is one of each for each weight, or one rate for all, and each lr is a float, not a tensor."""
+    if not table.fit(batch.weights, batch.grads, batch.histories, batch.masters):
+        return False
+    lrs, wds, n = batch.lrs, batch.wds, len(batch.weights)
     if len(lrs) == len(wds) == 1:
         return type(lrs[0]) is float
     return len(lrs) in (1, n) and len(wds) in (1, n) and set(map(type, lrs)) == {float}

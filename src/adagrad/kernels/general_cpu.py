@@ -14,7 +14,7 @@ from adagrad.kernels.batch import Job
 from adagrad.kernels.cpu_rule import rate_table
 from adagrad.kernels.expressions import by_expression
 from adagrad.kernels.records import ARE_LONG, BASE, CHECKED_IDS, ENTRIES, FACTS, HEIGHT, IDS, LENGTH, STRIDE
-from adagrad.kernels.row_groups import MOST, checked_rows
+from adagrad.kernels.row_groups import MAX_OCCURRENCES, checked_rows
 from adagrad.kernels.table import Formats
 from adagrad.kernels.validate import Update, host_indices
 from adagrad.rule import Rule, is_torch
@@ -66,7 +66,7 @@ def _rows(at: str, u: Update, lr: float, wd: float, rule: Rule, threads: int | N
     facts, ids = _checked_rows(at, u)
     if not len(ids) or not facts[LENGTH]:
         return None
-    if len(ids) > MOST:
+    if len(ids) > MAX_OCCURRENCES:
         return by_expression(at, u, lr, wd, rule)
 
     def run() -> None:

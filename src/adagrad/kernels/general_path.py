@@ -31,7 +31,8 @@ def prepare(
     threads: int | None = None,
     grad_scale: Any = None,
     found_inf: Any = None,
-    wait: bool | None = False,
+    wait: bool = False,
+    check_only: bool = False,
 ) -> Prepared:
     """Check batches of updates, row ids on the CPU included; compile what they need.
 
@@ -44,9 +45,10 @@ def prepare(
         One number each. Every gradient is divided by ``grad_scale`` first (outside the CUDA kernels, ``rescale_grad``
         is divided instead, which is the same for powers of two). If ``found_inf`` is not 0, nothing changes. Both are
         waited for unless the CUDA kernels take every weight.
-    wait : bool, optional
-        Whether to wait for CUDA devices to check their row ids, because more depends on the result than these updates;
-        None if these are only to be checked here: then nothing is done on a device, or returned.
+    wait : bool, default False
+        Whether to wait for CUDA devices to check their row ids, because more depends on the result than these updates.
+    check_only : bool, default False
+        Whether nothing is to be done on a device, or returned.
 
     Returns
     -------
@@ -72,7 +74,7 @@ def prepare(
         each.add_to(plan, scale, threads)
     for device in plan.on_devices:
         cuda().raise_reported(device)
-    if wait is None:
+    if check_only:
         return Prepared([])
     on_devices = [updates.prepare(grad_scale, found_inf) for updates in plan.on_devices.values()]
     if wait or plan.wrapped or plan.jobs or plan.dense or len(plan.on_devices) > 1:
@@ -105,7 +107,7 @@ class _Plan:
 
 class _CheckedBatch:
     """A batch, inspected: ``table``, the plain dense updates; ``rows``, the plain row-sparse ones, at the positions
-    ``sparse``; ``places``, where these are; ``others``, as checked operands; ``wrapped``, those of tensors that only
+    ``sparse``; ``devices``, where these are; ``others``, as checked operands; ``wrapped``, those of tensors that only
     PyTorch understands."""
 
     def __init__(self, batch: Batch) -> None:
@@ -116,7 +118,7 @@ class _CheckedBatch:
         self.sparse: list[int] = []
         self.others: dict[int, Update] = {}
         self.wrapped: dict[int, Wrapped] = {}
-        self.places: set[int]
+        self.devices: set[int]
         rest: Sequence[int] = range(len(batch.weights))
         if all(map(is_row_sparse, batch.grads)):
             rest = self._describe_rows([*rest])
@@ -128,14 +130,14 @@ class _CheckedBatch:
                 sparse = [i for i in left if is_row_sparse(batch.grads[i])]
                 not_plain = self._describe_rows(sparse)
                 rest = sorted({*left} - {*sparse} | {*not_plain})
-        self.places = self._find_places()
-        if any(self.places) and not has_kernels():
+        self.devices = self._find_devices()
+        if any(self.devices) and not has_kernels():
             rest = [*rest, *self._take_from_cuda()]
-            self.places = self._find_places()
+            self.devices = self._find_devices()
         for i in rest:
             self._validate(i)
 
-    def _find_places(self) -> set[int]:
+    def _find_devices(self) -> set[int]:
         """The devices of the plain updates: 0 for the CPU, 1 + index for a CUDA device."""
         codes = {*self.rows.codes, *(code for code, _ in self.groups)}
         return {table.decode(code)[0] for code in codes}
@@ -173,7 +175,7 @@ class _CheckedBatch:
 
     def all_on_cuda(self) -> bool:
         """Whether the CUDA kernels update every weight."""
-        return all(self.places) and not self.wrapped and all(map(is_on_cuda, self.others.values()))
+        return all(self.devices) and not self.wrapped and all(map(is_on_cuda, self.others.values()))
 
     def add_to(self, plan: _Plan, scale: float, threads: int | None) -> None:
         """Add what updates the batch; row ids on the CPU are checked here."""
@@ -187,18 +189,18 @@ class _CheckedBatch:
 
     def _add_table(self, plan: _Plan, scaled: Rule, threads: int | None) -> None:
         for code, which in self.groups:
-            place, formats = table.decode(code)
-            if place == 0:
+            device, formats = table.decode(code)
+            if device == 0:
                 plan.dense.append(self._dense_job(which, formats, scaled, threads))
             else:
                 device = self.batch.weights[which[0]].device
                 plan.updates_on(device).add_dense(self.batch.rule, self._dense_on_cuda(which))
 
     def _add_rows(self, plan: _Plan, scaled: Rule, threads: int | None) -> None:
-        places = [table.decode(code)[0] for code in self.rows.codes]
-        for place in dict.fromkeys(places):
-            members = [k for k, each in enumerate(places) if each == place]
-            if place:
+        devices = [table.decode(code)[0] for code in self.rows.codes]
+        for device in dict.fromkeys(devices):
+            members = [k for k, each in enumerate(devices) if each == device]
+            if device:
                 device = self.batch.weights[self.sparse[members[0]]].device
                 plan.updates_on(device).add_rows(self.batch.rule, self._rows_on_cuda(members))
                 continue

@@ -27,7 +27,7 @@ LAUNCHES, WEIGHTS, ELEMENTS, THRESHOLD, WRITTEN = range(5)
 ABOUT = 5
 """Words before those of the launches."""
 
-WORKER, ARGUMENTS, WORK = range(3)
+WORKER, ARGUMENTS, LAUNCH_ELEMENTS = range(3)
 LAUNCH = 3
 """Words per launch."""
 
@@ -91,10 +91,10 @@ def is_large(words: Any) -> Any:
 
 
 @jit(helper=True)
-def update_dense_part(words: Any, count: int) -> None:
-    """Update the weights, with ``count`` threads (at least one) for launches that are worth them."""
+def update_dense_part(words: Any, workers: int) -> None:
+    """Update the weights, with ``workers`` threads (at least one) for launches that are worth them."""
     for j in range(words[LAUNCHES]):
         launch = words[ABOUT + LAUNCH * j :]
-        if launch[WORK] > 0:
+        if launch[LAUNCH_ELEMENTS] > 0:
             block = array_at(launch[ARGUMENTS], GIVEN, np.int64)
-            run(launch[WORKER], block, worker_count(launch[WORK], words[THRESHOLD], count))
+            run(launch[WORKER], block, worker_count(launch[LAUNCH_ELEMENTS], words[THRESHOLD], workers))

@@ -110,13 +110,13 @@ def entry(helper: F, *, holds_gil: bool = False) -> F:
 
 # -------------------------------------------------------------------------------------------------------------- workers
 #
-# Work for several threads is compiled once, as a C function `work(arguments, k, count)` that does the k-th of count
+# Work for several threads is compiled once, as a C function `worker(arguments, k, workers)` for the k-th of so many
 # parts; one serial and one parallel driver call it by address. Otherwise every kernel would be compiled into two
 # drivers, and again for each of Numba's layers around a parallel loop: a minute instead of seconds.
 
 
 def worker(function: Callable[[Any, Any, Any], None]) -> int:
-    """Compile ``function(arguments, k, count)`` and return its address; ``arguments`` is that of an int64 array.
+    """Compile ``function(arguments, k, workers)`` and return its address; ``arguments`` is that of an int64 array.
 
     What it closes over is part of its name in the cache: numbers, types, arrays, but no compiled function, which has a
     name of its own in each process.
@@ -137,15 +137,15 @@ _compiled: list[Any] = []
 _BYTES = ir.IntType(8).as_pointer()
 
 
-def _call_code(typing: Any, work: Any, arguments: Any, k: Any, count: Any) -> Any:
+def _call_code(typing: Any, worker_at: Any, arguments: Any, k: Any, workers: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         word = ir.IntType(64)
         kind = ir.FunctionType(ir.VoidType(), [word, word, word])
-        work = builder.inttoptr(args[0], kind.as_pointer())
+        worker_at = builder.inttoptr(args[0], kind.as_pointer())
         # Some programs make the calling thread flush subnormal numbers; the threads of the pool do not. Flushing is
         # turned off here, so that the result depends on neither.
         restore = _stop_flushing(builder)
-        builder.call(work, args[1:])
+        builder.call(worker_at, args[1:])
         restore()
         return context.get_dummy_value()
 
@@ -188,7 +188,7 @@ def _stop_flushing(builder: Any) -> Callable[[], object]:
 
 
 call_worker: Any = intrinsic(_call_code)
-"""``call_worker(work, arguments, k, count)``: call the worker at an address, subnormal numbers not flushed."""
+"""``call_worker(worker_at, arguments, k, workers)``: call the worker at an address, subnormal numbers not flushed."""
 
 
 def _release_gil_code(typing: Any) -> Any:
@@ -213,25 +213,25 @@ acquire_gil: Any = intrinsic(_acquire_gil_code)
 
 
 @jit(parallel=True)
-def _in_parallel(work: int, arguments: Any, count: int) -> None:
+def _in_parallel(worker_at: int, arguments: Any, workers: int) -> None:
     address = np.int64(arguments.ctypes.data)
-    for k in numba.prange(count):
-        call_worker(work, address, k, count)
+    for k in numba.prange(workers):
+        call_worker(worker_at, address, k, workers)
 
 
 @jit()
-def run(work: int, arguments: Any, count: int) -> None:
-    """Run the ``count`` parts of the worker at the address ``work`` on as many threads.
+def run(worker_at: int, arguments: Any, workers: int) -> None:
+    """Run the ``workers`` parts of the worker at the address ``worker_at`` on as many threads.
 
     More than one only between :func:`adagrad.kernels.threads.claim` and ``give_back``. ``arguments`` is an int64 array.
     """
-    if count > 1:
-        _in_parallel(work, arguments, count)
+    if workers > 1:
+        _in_parallel(worker_at, arguments, workers)
     else:
-        call_worker(work, np.int64(arguments.ctypes.data), 0, 1)
+        call_worker(worker_at, np.int64(arguments.ctypes.data), 0, 1)
 
 
 @jit(helper=True)
-def worker_count(work: Any, parallel_min: int, count: int) -> Any:
-    """How many workers so much work is worth: ``count``, but one if ``work`` is less than ``parallel_min``."""
-    return count if work >= parallel_min and count > 1 else 1
+def worker_count(work: Any, parallel_min: int, workers: int) -> Any:
+    """How many workers so much work is worth: ``workers``, but one if ``work`` is less than ``parallel_min``."""
+    return workers if work >= parallel_min and workers > 1 else 1

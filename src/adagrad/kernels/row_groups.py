@@ -33,7 +33,7 @@ SAMPLE = 1024
 INT32_ROWS = 2**31
 """The number of rows of a weight above which its row ids need 64 bits."""
 
-MOST = 2**31 - 1
+MAX_OCCURRENCES = 2**31 - 1
 """Occurrences that int32 positions can number; a gradient with more is left to the array expression."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -89,12 +89,12 @@ def checking(needs_int64: bool) -> int:
     """The address of the worker that copies and checks ids, to int64 if a weight needs 64-bit ids, else to int32."""
     dtype = np.int64 if needs_int64 else np.int32
 
-    def check(arguments: Any, k: Any, count: Any) -> None:
+    def check(arguments: Any, k: Any, workers: Any) -> None:
         facts = array_at(arguments, FACTS, np.int64)
         address, n, height = facts[BASE + IDS], facts[ENTRIES], facts[HEIGHT]
         rows = array_at(facts[CHECKED_IDS], n, dtype)
-        found = array_at(facts[FOUND], (count, FINDINGS), np.int64)[k]
-        start, stop = n * k // count, n * (k + 1) // count
+        found = array_at(facts[FOUND], (workers, FINDINGS), np.int64)[k]
+        start, stop = n * k // workers, n * (k + 1) // workers
         if facts[ARE_LONG]:
             _copy(array_at(address, n, np.int64), rows, start, stop, height, found)
         else:
@@ -104,16 +104,16 @@ def checking(needs_int64: bool) -> int:
 
 
 @jit(helper=True)
-def check_ids(facts: Any, rows: int, found: Any, check: int, count: int) -> Any:
+def check_ids(facts: Any, rows: int, found: Any, check: int, workers: int) -> Any:
     """Copy the ids to the address ``rows``; return position and value of one outside the weight, or -1 and 0.
 
-    ``found`` has room for what ``count`` workers find, FINDINGS words each; ``check`` is from :func:`checking`. Sets
+    ``found`` has room for what so many workers find, FINDINGS words each; ``check`` is from :func:`checking`. Sets
     CHECKED_IDS, FOUND and ARE_INCREASING in ``facts``.
     """
     facts[CHECKED_IDS], facts[FOUND] = rows, found.ctypes.data
-    run(check, facts, count)
+    run(check, facts, workers)
     increase, before = True, np.int64(-1)
-    for k in range(count):
+    for k in range(workers):
         if found[k, BAD] >= 0:
             return found[k, BAD], found[k, BAD_ID]
         if found[k, FIRST] <= found[k, LAST] or found[k, INCREASE] == 0:
@@ -161,14 +161,14 @@ def _hash(row: Any, seed: Any) -> Any:
 
 
 @jit(helper=True)
-def own_rows(ids: Any, k: int, count: int) -> Any:
-    """The positions (int32, ascending) of ids whose rows worker ``k`` of ``count`` owns; the ids there, and padding.
+def own_rows(ids: Any, k: int, workers: int) -> Any:
+    """The positions (int32, ascending) of ids whose rows worker ``k`` of ``workers`` owns; the ids there, and padding.
 
     Each worker scans all ids: having another one distribute them, into its own cache, costs more.
     """
     n, m = len(ids), np.uint64(0)
     positions, rows = np.empty(n + 1, np.int32), np.empty(n + 1 + _AHEAD, ids.dtype)
-    is_mine = _own_buckets(ids, k, count)
+    is_mine = _own_buckets(ids, k, workers)
     for i in range(n):
         row = ids[np.uint64(i)]
         positions[m], rows[m] = i, row
@@ -179,29 +179,29 @@ def own_rows(ids: Any, k: int, count: int) -> Any:
 
 
 @jit(helper=True)
-def _own_buckets(ids: Any, k: int, count: int) -> Any:
+def _own_buckets(ids: Any, k: int, workers: int) -> Any:
     """Whether worker ``k`` owns each bucket: full ones go to the least loaded worker, others fill workers in turn."""
-    if count == 1:
+    if workers == 1:
         return np.ones(BUCKETS, np.bool_)
     # Sampled at irregular positions, because features recur at regular ones; plus one for each bucket.
     n, counts = np.uint64(len(ids)), np.ones(BUCKETS, np.int64)
     for i in range(min(len(ids), SAMPLE)):
         at = ((_hash(i, _NO_SEED) >> np.uint64(32)) * n) >> np.uint64(32)
         counts[_hash(ids[at], _NO_SEED) >> _BUCKET] += 1
-    is_mine, loads, total = np.zeros(BUCKETS, np.bool_), zero_words(count), 0
+    is_mine, loads, total = np.zeros(BUCKETS, np.bool_), zero_words(workers), 0
     for bucket in range(BUCKETS):
         total += counts[bucket]
     for bucket in range(BUCKETS):
-        if counts[bucket] * count * FULL > total:
+        if counts[bucket] * workers * FULL > total:
             least = 0
-            for owner in range(count):
+            for owner in range(workers):
                 least = owner if loads[owner] < loads[least] else least
             loads[least] += counts[bucket]
             is_mine[bucket] = least == k
     owner = 0
     for bucket in range(BUCKETS):
-        if counts[bucket] * count * FULL <= total:
-            while owner < count - 1 and loads[owner] * count >= total:
+        if counts[bucket] * workers * FULL <= total:
+            while owner < workers - 1 and loads[owner] * workers >= total:
                 owner += 1
             loads[owner] += counts[bucket]
             is_mine[bucket] = owner == k
@@ -220,11 +220,11 @@ def _number(ids: Any, m: int) -> Any:
         bits += 1
     numbers, rows, counts = np.empty(m + 1, np.uint32), np.empty(m + 1, ids.dtype), np.empty(m + 1, np.int32)
     table = np.full(1 << bits, _NONE, np.uint32)
-    places, seed = pointer(np.int64(table.ctypes.data), _INT32S, "sum"), np.uint64(table.ctypes.data)
+    slots, seed = pointer(np.int64(table.ctypes.data), _INT32S, "sum"), np.uint64(table.ctypes.data)
     shift, mask, n = np.uint64(64 - bits), np.uint64((1 << bits) - 1), np.uint64(0)
     for i in range(m):
         j = np.uint64(i)
-        prefetch(places, np.int64(_hash(ids[j + np.uint64(_AHEAD)], seed) >> shift))
+        prefetch(slots, np.int64(_hash(ids[j + np.uint64(_AHEAD)], seed) >> shift))
         row = ids[j]
         at = _hash(row, seed) >> shift
         # Entered as if new, so that finding a row and adding it take the same steps: no branch to mispredict.
@@ -242,13 +242,13 @@ def _number(ids: Any, m: int) -> Any:
 
 
 @jit(helper=True)
-def group(ids: Any, k: int, count: int) -> Any:
-    """Group the ids whose rows worker ``k`` of ``count`` owns.
+def group(ids: Any, k: int, workers: int) -> Any:
+    """Group the ids whose rows worker ``k`` of ``workers`` owns.
 
     For rows that occur once: the rows and their positions, ascending. For the others: the positions, ascending, and the
     number of the sum that each adds to; the row of each sum, and how often it occurs.
     """
-    positions, rows_there = own_rows(ids, k, count)
+    positions, rows_there = own_rows(ids, k, workers)
     m, sums = len(positions), np.uint64(0)
     to, rows, counts, n, sum_of = _number(rows_there, m)
     for number in range(n):

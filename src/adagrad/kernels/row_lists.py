@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from threading import get_ident
 from typing import Any
 
 import numpy as np
 
 from adagrad.kernels import cpu_rows
+from adagrad.kernels.batch import Batch
 from adagrad.kernels.counts import advance_counts, find_counts
 from adagrad.kernels.cpu_rows import ID_COST, carry_out, kernel, room, work_of
 from adagrad.kernels.cpu_rule import rate_table
@@ -53,7 +53,6 @@ from adagrad.kernels.table import CODES_PER_DEVICE, decode
 from adagrad.kernels.threads import WORK, claim, give_back
 from adagrad.kernels.validate import refuse_row
 from adagrad.row_sparse import RowSparse
-from adagrad.rule import Rule
 
 CHECK, GROUP, UPDATE = range(3)
 """The workers of an update, see :func:`_addresses`."""
@@ -62,7 +61,7 @@ CHECK, GROUP, UPDATE = range(3)
 @jit(holds_gil=True)
 def _update(weights: int, values: int, histories: int, masters: int, steps: int, indices: int, n: int, layout: Any,
             row_wise: int, rates: Any, scalars: Any, known: Any, notes: Any, guess: Any, dense: Any, parallel_min: int,
-            count: int) -> Any:  # fmt: skip
+            workers: int) -> Any:  # fmt: skip
     """The outcome, see :mod:`adagrad.kernels.outcomes`; a number >= 0 is that of the workers in :func:`_addresses`.
 
     Lists are given by ``id``, ``masters`` and ``steps`` as 0 for none. ``dense`` is the dense part of a mixed list, see
@@ -88,29 +87,29 @@ def _update(weights: int, values: int, histories: int, masters: int, steps: int,
         put_row_spans(facts[i], i, n, masters != 0, theirs, spans)
     is_small = work < parallel_min and not is_large(dense)
     notes[WORK] = 0 if is_small else work + dense[ELEMENTS]
-    if count == 0 and not is_small:
+    if workers == 0 and not is_small:
         return NOT_SMALL, 0, 0, 0
     if not disjoint(spans[0], spans[1], written_in_all, guess) or (steps and not find_counts(steps, layout, step_at)):
         return NOT_PLAIN, 0, 0, 0
     for i in range(n):
         if known[numbers[i], UPDATE] == 0:
             return numbers[i], i, 0, 0
-    ids, found = words(entries), word_table(max(count, 1), FINDINGS)
-    kept, scratch = room(max(count, 1))
-    handles, state = word_table(n if count > 0 else 0, 2), np.int64(0)
+    ids, found = words(entries), word_table(max(workers, 1), FINDINGS)
+    groups, scratch = room(max(workers, 1))
+    handles, state = word_table(n if workers > 0 else 0, 2), np.int64(0)
     # From here on nothing may raise: threads would stay claimed, without a GIL. A worker without memory sets a flag.
-    claimed = claim(notes, count)
-    if count > 0:
+    claimed = claim(notes, workers)
+    if workers > 0:
         for i in range(n):
             hold_parts(sparse_body(list_item(values, i), layout), layout, handles[i])
         state = release_gil()
     done, which, bad, row = _check_ids_and_carry_out(
-        facts, numbers, known, np.int64(ids.ctypes.data), found, kept, scratch, parallel_min, claimed
+        facts, numbers, known, np.int64(ids.ctypes.data), found, groups, scratch, parallel_min, claimed
     )
     if done == DONE:
         update_dense_part(dense, claimed)
     give_back(notes)
-    if count > 0:
+    if workers > 0:
         acquire_gil(state)
         release_parts(handles.reshape(-1), layout)
     if done == DONE:
@@ -122,30 +121,28 @@ def _update(weights: int, values: int, histories: int, masters: int, steps: int,
 
 
 @jit(helper=True)
-def _check_ids_and_carry_out(facts: Any, numbers: Any, known: Any, ids: Any, found: Any, kept: Any, scratch: Any,
-                             parallel_min: int, count: int) -> Any:  # fmt: skip
+def _check_ids_and_carry_out(facts: Any, numbers: Any, known: Any, ids: Any, found: Any, groups: Any, scratch: Any,
+                             parallel_min: int, workers: int) -> Any:  # fmt: skip
     """What was done, see :func:`_update`; all ids are copied to the address ``ids`` first."""
     for i in range(len(facts)):
-        threads = worker_count(facts[i, ENTRIES] * ID_COST, parallel_min, count)
+        threads = worker_count(facts[i, ENTRIES] * ID_COST, parallel_min, workers)
         bad, row = check_ids(facts[i], ids, found, known[numbers[i], CHECK], threads)
         if bad >= 0:
             return OUT_OF_RANGE, i, bad, row
         ids += 8 * facts[i, ENTRIES]
     for i in range(len(facts)):
         group, update = known[numbers[i], GROUP], known[numbers[i], UPDATE]
-        threads = worker_count(work_of(facts[i]), parallel_min, count)
-        if facts[i, ENTRIES] * facts[i, LENGTH] and not carry_out(facts[i], kept, scratch, group, update, threads):
+        threads = worker_count(work_of(facts[i]), parallel_min, workers)
+        if facts[i, ENTRIES] * facts[i, LENGTH] and not carry_out(facts[i], groups, scratch, group, update, threads):
             return NO_MEMORY, i, facts[i, ENTRIES], np.int64(0)
     return DONE, 0, np.int64(0), np.int64(0)
 
 
-def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: list[Any], steps: list[Any],
-           lrs: Any, wds: Any, rule: Rule, threads: int | None, dense: DensePart = NOTHING,
-           places: Sequence[int] = ()) -> bool:  # fmt: skip
-    """Check and update a list of row-sparse gradients by one call of compiled code; False if it is left as it was.
+def update(batch: Batch, steps: list[Any], threads: int | None, dense: DensePart = NOTHING) -> bool:
+    """Check and update a batch of row-sparse gradients by one call of compiled code; False if it is left as it was.
 
-    The lists must satisfy :func:`adagrad.kernels.table.fit`. ``dense``, the dense part of a mixed list, is updated,
-    too, if all of both can be; then ``steps`` are the counts of both, and messages number weights by ``places``.
+    Its lists must satisfy :func:`adagrad.kernels.table.fit`. ``dense``, the dense part of a mixed list, is updated,
+    too, if all of both can be; then ``steps`` are the counts of both.
 
     Raises
     ------
@@ -155,6 +152,7 @@ def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: 
         No memory is left for grouping and summing the rows of a weight; this one, later row-sparse weights and the
         dense part have not changed.
     """
+    weights, grads, masters, rule = batch.weights, batch.grads, batch.masters, batch.rule
     layout, n = current_layout(), len(weights)
     if layout is None:
         return False
@@ -170,15 +168,14 @@ def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: 
                 indices.append(grad.indices)
             else:
                 return False
-    named = places or range(n)
     masters_id, steps_id = id(masters) if masters else 0, id(steps) if steps else 0
-    lists = id(weights), id(values), id(histories), masters_id, steps_id, id(indices)
+    lists = id(weights), id(values), id(batch.histories), masters_id, steps_id, id(indices)
     spans = (5 if masters else 4) * n + dense.span_count
     known, notes, read_notes, guess = remembered(_addresses, rule.row_wise, get_ident(), spans)
     given = (
         # Numba takes longer to tell the type of a bool.
-        *lists, n, layout, 1 if rule.row_wise else 0, rate_table(lrs, wds, rule), rule.scalars, known, notes, guess,
-        dense.words, cpu_rows.PARALLEL_MIN,
+        *lists, n, layout, 1 if rule.row_wise else 0, rate_table(batch.lrs, batch.wds, rule), rule.scalars, known,
+        notes, guess, dense.words, cpu_rows.PARALLEL_MIN,
     )  # fmt: skip
 
     def compile_worker(number: int) -> None:
@@ -188,9 +185,9 @@ def update(weights: list[Any], grads: list[Any], histories: list[Any], masters: 
 
     done, i, number, row = attempt(_update, given, read_notes, threads, compile_worker)
     if done == OUT_OF_RANGE:
-        refuse_row(f"[{named[i]}]", number, row, weights[i].shape[0])
+        refuse_row(batch.at(i), number, row, weights[i].shape[0])
     if done == NO_MEMORY:
-        raise cpu_rows.out_of_memory(f"[{named[i]}]", number)
+        raise cpu_rows.out_of_memory(batch.at(i), number)
     return done == DONE
 
 

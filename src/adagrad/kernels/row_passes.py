@@ -1,7 +1,7 @@
 """The passes over the rows of a row-sparse update: rows that occur once, sums of the others, rows updated from sums.
 
-While one row is computed, a later one is prefetched, block by block. ``operands`` are what :func:`places` returns and
-the tokens of weight, values, history and master copy; ``kept`` is what the worker grouped, see
+While one row is computed, a later one is prefetched, block by block. ``operands`` are what :func:`addresses` returns
+and the tokens of weight, values, history and master copy; ``groups`` is what the worker grouped, see
 :mod:`adagrad.kernels.row_sums`.
 """
 
@@ -42,7 +42,7 @@ TILE = 256
 
 
 @jit(helper=True)
-def places(facts: Any) -> Any:
+def addresses(facts: Any) -> Any:
     """Addresses and strides of weight, gradient, history and master copy, as values that no store can change."""
     base = facts[BASE + WEIGHT], facts[BASE + GRAD], facts[BASE + HISTORY], facts[BASE + MASTER]
     return base, (facts[STRIDE + WEIGHT], facts[STRIDE + GRAD], facts[STRIDE + HISTORY], facts[STRIDE + MASTER])
@@ -171,11 +171,11 @@ def update_short_rows(rows: Any, positions: Any, operands: Any, fixed: Any, tile
 
 
 @jit(helper=True)
-def add_up(kept: Any, operands: Any, length: int) -> None:
+def add_up(groups: Any, operands: Any, length: int) -> None:
     """Add the values of rows that occur several times to their sums, each complete chunk to the row's second sum."""
     base, stride, _, tv, th, _ = operands
-    positions, to, memory = grouped(kept[ADDED], np.int32), grouped(kept[TO], np.uint32), kept[SUMS, ADDRESS]
-    missing, second = grouped(kept[MISSING], np.int32), grouped(kept[SECOND], np.int32)
+    positions, to, memory = grouped(groups[ADDED], np.int32), grouped(groups[TO], np.uint32), groups[SUMS, ADDRESS]
+    missing, second = grouped(groups[MISSING], np.int32), grouped(groups[SECOND], np.int32)
     n, ahead = len(positions), _ahead(SUMS_AHEAD, length, tv)
     for j in range(n):
         mine, then = np.uint64(to[j]), min(j + ahead, n - 1)
@@ -190,11 +190,11 @@ def add_up(kept: Any, operands: Any, length: int) -> None:
 
 
 @jit(helper=True)
-def update_from_sums(kept: Any, dtype: Any, operands: Any, length: int, fixed: Any, update: Any) -> None:
+def update_from_sums(groups: Any, dtype: Any, operands: Any, length: int, fixed: Any, update: Any) -> None:
     """Update rows, by ``update``, from their sums, to which an incomplete last chunk is added first."""
     base, stride, tw, _, th, tm = operands
-    rows, counts, memory = grouped(kept[SUMMED], dtype), grouped(kept[COUNTS], np.int32), kept[SUMS, ADDRESS]
-    missing, second = grouped(kept[MISSING], np.int32), grouped(kept[SECOND], np.int32)
+    rows, counts, memory = grouped(groups[SUMMED], dtype), grouped(groups[COUNTS], np.int32), groups[SUMS, ADDRESS]
+    missing, second = grouped(groups[MISSING], np.int32), grouped(groups[SECOND], np.int32)
     n, ahead = len(rows), _ahead(AHEAD, length, tw)
     for i in range(n):
         then, g = min(i + ahead, n - 1), sum_at(memory, i, length, th)

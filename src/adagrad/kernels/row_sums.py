@@ -62,12 +62,12 @@ def sum_at(memory: Any, i: Any, length: int, th: Any) -> Any:
 # to add up and the sum for each; row and count of each sum; what `plan_sums` returns for each, and their memory. Each
 # array is kept as its address, its length in elements and its owner.
 SINGLE, POSITIONS, ADDED, TO, SUMMED, COUNTS, MISSING, SECOND, SUMS, GROUPED = range(10)
-ADDRESS, ELEMENTS, OWNER = range(3)
+ADDRESS, SIZE, OWNER = range(3)
 
 
 @jit(helper=True)
 def _hand_over(place: Any, array: Any) -> None:
-    place[ADDRESS], place[ELEMENTS], place[OWNER] = array.ctypes.data, array.size, incref(array)
+    place[ADDRESS], place[SIZE], place[OWNER] = array.ctypes.data, array.size, incref(array)
 
 
 @functools.cache
@@ -75,22 +75,22 @@ def grouping(needs_int64: bool, history: str) -> int:
     """The address of the worker that groups the ids by row: all that may run out of memory, before any update."""
     th, dtype = TOKENS[history], np.int64 if needs_int64 else np.int32
 
-    def group_ids(arguments: Any, k: Any, count: Any) -> None:
+    def group_ids(arguments: Any, k: Any, workers: Any) -> None:
         facts = array_at(arguments, FACTS, np.int64)
         ids = array_at(facts[CHECKED_IDS], facts[ENTRIES], dtype)
-        kept = array_at(facts[GROUPS], (count, GROUPED, 3), np.int64)[k]
+        groups = array_at(facts[GROUPS], (workers, GROUPED, 3), np.int64)[k]
         # The caller releases what is handed over, even if no memory is left for the next.
-        single, positions, added, to, summed, counts = group(ids, k, count)
-        _hand_over(kept[SINGLE], single)
-        _hand_over(kept[POSITIONS], positions)
-        _hand_over(kept[ADDED], added)
-        _hand_over(kept[TO], to)
-        _hand_over(kept[SUMMED], summed)
-        _hand_over(kept[COUNTS], counts)
+        single, positions, added, to, summed, counts = group(ids, k, workers)
+        _hand_over(groups[SINGLE], single)
+        _hand_over(groups[POSITIONS], positions)
+        _hand_over(groups[ADDED], added)
+        _hand_over(groups[TO], to)
+        _hand_over(groups[SUMMED], summed)
+        _hand_over(groups[COUNTS], counts)
         missing, second, total = plan_sums(counts)
-        _hand_over(kept[MISSING], missing)
-        _hand_over(kept[SECOND], second)
-        _hand_over(kept[SUMS], begin_sums(total, facts[LENGTH], th))
+        _hand_over(groups[MISSING], missing)
+        _hand_over(groups[SECOND], second)
+        _hand_over(groups[SUMS], begin_sums(total, facts[LENGTH], th))
 
     return worker(group_ids)
 
@@ -98,4 +98,4 @@ def grouping(needs_int64: bool, history: str) -> int:
 @jit(helper=True)
 def grouped(place: Any, dtype: Any) -> Any:
     """The array that was handed over there."""
-    return array_at(place[ADDRESS], place[ELEMENTS], dtype)
+    return array_at(place[ADDRESS], place[SIZE], dtype)

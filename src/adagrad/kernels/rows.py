@@ -53,7 +53,7 @@ from adagrad.kernels.records import (
     STRIDE,
     WEIGHT,
 )
-from adagrad.kernels.row_groups import MOST, checked_rows
+from adagrad.kernels.row_groups import MAX_OCCURRENCES, checked_rows
 from adagrad.kernels.sparse_layout import describe_part, sparse_body
 from adagrad.kernels.table import Formats, code_of, decode, fit
 from adagrad.row_sparse import RowSparse
@@ -84,7 +84,9 @@ def describe_rows(weight: int, values: int, history: int, master: int, indices: 
     if ids[KIND] != w[KIND] or ids[DEVICE] != w[DEVICE] or ids[FORMAT] < INT32 or last < 0 or last > ids[KIND]:
         return -1
     entries = read_word(ids[SIZES], 8 * last)
-    if entries > MOST or ids[COUNT] != entries or (entries > 1 and read_word(ids[STRIDES], 8 * last) != ids[UNIT]):
+    if entries > MAX_OCCURRENCES or ids[COUNT] != entries:
+        return -1
+    if entries > 1 and read_word(ids[STRIDES], 8 * last) != ids[UNIT]:
         return -1
     if w[RANK] == 0 or v[RANK] != w[RANK] or read_word(v[SIZES], 0) != entries:
         return -1

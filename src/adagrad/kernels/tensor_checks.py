@@ -42,7 +42,7 @@ def check_memory(written: Sequence[Operand], read: Operand) -> None:
         if o.array.numel() and not o.array.data_ptr():
             raise ValueError(f"{o.name}: address 0: must have memory for its {o.array.numel()} elements")
         if o.memory is None and o is not read and overlaps_itself(_addresses(o.array)):
-            raise ValueError(f"{o.name}: strides {o.array.stride()}: elements share memory: each must have its own")
+            raise ValueError(f"{o.name}: strides {o.array.stride()}: elements share memory: must each have their own")
 
 
 def check_wrapped(at: str, weight: Tensor, grad: Any, history: Tensor, master: Tensor | None, rule: Rule) -> None:
@@ -67,7 +67,8 @@ def check_wrapped(at: str, weight: Tensor, grad: Any, history: Tensor, master: T
             raise ValueError(f"{name}{at}: shape {tuple(tensor.shape)}: must be {shape}")
     for name, tensor in (("weights", weight), *of_state):
         if tensor is not None and _overlaps_itself(tensor):
-            raise ValueError(f"{name}{at}: strides {tuple(tensor.stride())}: elements share memory: each must have its own")
+            strides = tuple(tensor.stride())
+            raise ValueError(f"{name}{at}: strides {strides}: elements share memory: must each have their own")
     for name, tensor in (("grads", values), *of_state):
         if tensor is not None and tensor.device != weight.device:
             raise ValueError(f"{name}{at}: device {tensor.device}: must be {weight.device}")

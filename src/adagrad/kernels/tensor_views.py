@@ -41,7 +41,7 @@ def ordinary(at: str, weight: Tensor, grad: Tensor | RowSparse, history: Tensor,
         weight, grad, history, master = _local(at, weight, grad, history, master, row_wise=row_wise)
     for name, tensor in (("weights", weight), ("history in states", history), ("master copy in states", master)):
         if isinstance(tensor, Tensor) and (tensor.is_neg() or tensor.is_conj()):
-            raise ValueError(f"{name}{at}: a negated or conjugated view: must be resolved, as by resolve_neg, because it is written to")
+            raise ValueError(f"{name}{at}: a negated or conjugated view: must be resolved, as by resolve_neg")
     if isinstance(grad, Tensor):
         if grad.layout == torch.sparse_coo:
             weight, grad, history, master = _rows(at, weight, grad, history, master, row_wise=row_wise)

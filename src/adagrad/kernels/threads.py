@@ -49,9 +49,9 @@ def new_notes(work: int) -> np.ndarray:
 
 
 @jit(helper=True)
-def claim(notes: Any, count: int) -> Any:
-    """How many threads, of ``count``, may be used until they are given back."""
-    notes[CLAIMED] = 1 if count > 1 and exchange(notes[LAYER_AT], 1) != 0 else count
+def claim(notes: Any, workers: int) -> Any:
+    """How many threads, of ``workers``, may be used until they are given back."""
+    notes[CLAIMED] = 1 if workers > 1 and exchange(notes[LAYER_AT], 1) != 0 else workers
     return notes[CLAIMED]
 
 
@@ -83,19 +83,19 @@ _stalls, _backoff = 0, 0
 
 
 def on_threads(function: Callable[..., Any], given: tuple[Any, ...], notes: memoryview, threads: int | None) -> Any:
-    """Return ``function(*given, count)``, which may claim ``count`` threads: by default as many as Numba may use.
+    """Return ``function(*given, workers)``, which may claim ``workers`` threads: by default as many as Numba may use.
 
     It is one, unless there is much work, for a while after launches have stalled: with all cores busy, each waits for
     the scheduler, milliseconds for microseconds of work. ``notes`` are those of the launch; without work, nothing can
-    stall, nor where another launch had claimed the threads. The results do not depend on ``count``.
+    stall, nor where another launch had claimed the threads. The results do not depend on ``workers``.
     """
     global _stalls, _backoff
-    count = threads or max_threads()
-    if count > 1 and _backoff > 0 and notes[WORK] < ALWAYS_PARALLEL:
-        count, _backoff = 1, _backoff - 1
+    workers = threads or max_threads()
+    if workers > 1 and _backoff > 0 and notes[WORK] < ALWAYS_PARALLEL:
+        workers, _backoff = 1, _backoff - 1
     clock = time.thread_time if _stalls else time.perf_counter
     notes[CLAIMED], started = 0, clock()
-    result = function(*given, count)
+    result = function(*given, workers)
     if notes[CLAIMED] > 1 and notes[WORK] and _CLOCK_IS_FINE:
         stalled = clock() - started > STALL_SECONDS + SECONDS_PER_ELEMENT * notes[WORK]
         _stalls = _stalls + 1 if stalled else 0
