@@ -53,7 +53,7 @@ def run(rule: Rule, dense: Sequence[DenseUpdate], rows: Sequence[RowUpdate] = ()
     elements = [cuda_dense.of_tensors(*u, rule) for u in dense]
     runs = [cuda_row_lists.of_tensors(*u, rule) for u in rows]
     group = cuda.Group(rule, cuda_dense.concatenate(elements), cuda_row_lists.concatenate(runs))
-    return cuda.prepare([group], HERE, **options)()
+    return cuda.job([group], HERE, **options)()
 
 
 def computing(dtype: str) -> np.dtype[Any]:

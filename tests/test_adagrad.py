@@ -122,7 +122,7 @@ def test_mixed_lists_on_a_device(klass: type[AdaGrad], monkeypatch: pytest.Monke
     as_operand = arrays._tensor
     monkeypatch.setattr(arrays, "_tensor", lambda *given: as_operand(*given)._replace(device="cuda:0", memory=None))
     set_layout(monkeypatch, None)
-    monkeypatch.setattr(general_path.DeviceUpdates, "prepare", prepare)
+    monkeypatch.setattr(general_path.DeviceUpdates, "job", prepare)
     weights = [torch.full((4,), i, dtype=torch.float32) for i in range(4)]
     grads: list[Any] = [torch.ones(4) for _ in weights]
     for i in (1, 2):

@@ -362,7 +362,7 @@ for dtype, kind, wide, row_wise, has_master in cases if int(sys.argv[2]) else ca
     ids = torch.zeros(200, dtype=torch.int64)
     rows = cuda.cuda_row_lists.of_tensors(weight, ids, values, history, master, number, 0.1, rule)
     for some in ([rows] if dtype == kind != double else []) + [cuda.cuda_row_lists.concatenate([rows, rows])]:
-        cuda.prepare([cuda.Group(rule, dense, some)], number.device, grad_scale=number, found_inf=number)()
+        cuda.job([cuda.Group(rule, dense, some)], number.device, grad_scale=number, found_inf=number)()
 
 operations = re.compile(r"\\b(?:fma|mad|add|sub|mul|div|r?sqrt|rcp|min|max)[a-z0-9.]*[.]f(?:32|64)(?:x2)?\\b")
 names = set()
@@ -377,6 +377,10 @@ for name, options, ptx in compiled:
     wide = name == "update_elements" or (name == "update_runs" and not options["LONG"] and "bf16" not in str(options))
     if wide and not all(re.search(f"{a}.global.v(4.b32|2.b64)", ptx) for a in ("ld", "st")):
         raise SystemExit(f"{name} {options}: no 16-byte accesses")
+    # The bits of -0, in one of the formats; what stands for no occurrence must not change a sum of -0.
+    minus_zero = r"-2147483648|-2147450880|-9223372036854775808|0f80000000|0d8000000000000000"
+    if name in ("sum_chunks", "update_runs") and not re.search(minus_zero, ptx):
+        raise SystemExit(f"{name} {options}: no -0")
 if names != {*used, "update_elements", "update_rows", "update_runs"}:
     raise SystemExit(f"compiled only {names}")
 kinds = {(o["LONG"], o["ALIGNED"], o["HAS_MASTER"], o["ROW_WISE"]) for name, o, _ in compiled if name == "update_runs"}
@@ -480,7 +484,7 @@ def test_each_group_has_its_own_rule() -> None:
     for rule, w in zip(rules, weights, strict=True):
         dense = cuda.cuda_dense.of_tensors(w, torch.ones(3), torch.zeros(3), None, 1.0, 0.0, rule)
         groups.append(cuda.Group(rule, dense, None))
-    cuda.prepare(groups, torch.device("cpu"))()
+    cuda.job(groups, torch.device("cpu"))()
     assert [w.tolist() for w in weights] == [[-0.5] * 3, [-0.25] * 3]
 
 

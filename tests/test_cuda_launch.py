@@ -161,7 +161,8 @@ def observed(self, programs, *arguments):
     return lambda: watched(start, self, programs, arguments, is_known)
 
 def watched(start, self, programs, arguments, is_known):
-    given = [a for a in arguments if a is not None]
+    folded = [type(a) is int and a == 1 and not p.do_not_specialize for a, p in zip(arguments, self._function.params)]
+    given = [a for a, is_folded in zip(arguments, folded) if a is not None and not is_folded]  # 1: not an argument
     before = ctypes.c_int.in_dll(driver, "launches").value
     ctypes.c_int.in_dll(driver, "arguments").value = len(given)
     start()
@@ -182,7 +183,7 @@ def step(row_wise, tables, found_inf):
     dense = cuda.cuda_dense.of_tensors(weight, weight.clone(), history, None, 0.1, 0.1, rule)
     rows = [cuda.cuda_row_lists.of_tensors(table, ids, values, sums, None, 0.1, 0.1, rule)] * tables
     group = cuda.Group(rule, dense, cuda.cuda_row_lists.concatenate(rows))
-    cuda.prepare([group], weight.device, found_inf=found_inf)()
+    cuda.job([group], weight.device, found_inf=found_inf)()
 
 for row_wise, tables, found_inf in (False, 1, None), (False, 2, None), (True, 1, torch.zeros(())):
     launched.clear()

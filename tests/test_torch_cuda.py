@@ -94,7 +94,7 @@ def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     from adagrad.kernels import cuda
 
     calls = []
-    real = cuda.prepare
+    real = cuda.job
 
     def prepare(groups: Any, device: Any, **others: Any) -> Any:
         dense = sum(len(group.dense.rows) for group in groups if group.dense)
@@ -109,7 +109,7 @@ def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
         return checked
 
-    monkeypatch.setattr(cuda, "prepare", prepare)
+    monkeypatch.setattr(cuda, "job", prepare)
     decode = table.decode
     monkeypatch.setattr(table, "decode", lambda code: (1, decode(code)[1]))
     monkeypatch.setattr(fast_path, "update_plain", lambda *lists: False)

@@ -146,7 +146,7 @@ class Rates:
         return self._get_lrs([index])[0]
 
     def _get_wd(self, index: Index) -> float:
-        """Return the weight decay of the weight ``index``; likewise."""
+        """Return the weight decay of the weight ``index``; subclasses may override this or :meth:`_get_wds`."""
         return self._get_wds([index])[0]
 
     def _get_lrs(self, indices: Sequence[Index]) -> list[float]:

@@ -279,7 +279,7 @@ def _finish(parts: list[Part], owed: list[Counts], found_inf: Tensor | None, ski
 
 
 def update_differentiably(parts: list[Part]) -> None:
-    """Do the same by the rule's expressions, recorded by autograd; sparse gradients are coalesced."""
+    """Update the parameters by the rule's expressions, recorded by autograd; sparse gradients are coalesced."""
     writes = []
     counts = [part.counts for part in parts]
     _widen_gradients(parts)

@@ -38,7 +38,7 @@ class Group(NamedTuple):
     rows: cuda_row_lists.RowUpdates | None
 
 
-def prepare(
+def job(
     groups: Sequence[Group],
     device: torch.device,
     *,

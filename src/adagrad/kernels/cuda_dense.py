@@ -57,7 +57,7 @@ ROW_TILES = ((16, 32), (32, 16), (64, 8), (128, 4))
 
 
 @triton.jit
-def find_record(table: tl.tensor, firsts: tl.tensor, records: tl.tensor, tensors: tl.tensor) -> tl.tensor:
+def find_record(table: tl.tensor, firsts: tl.tensor, records: tl.tensor, tensors: tl.tensor) -> tuple[tl.tensor, ...]:
     """A pointer to the record of this program's tensor, and which of that tensor's blocks is this program's.
 
     ``firsts`` and ``records`` are offsets in ``table``, in words; ``tensors`` is the number of tensors.

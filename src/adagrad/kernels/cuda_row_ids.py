@@ -23,7 +23,7 @@ def check_ids(ids: tl.tensor, keys: tl.tensor, count: tl.tensor, rows: tl.tensor
 @triton.jit(do_not_specialize=["weights"])
 def check_ids_of_all(records: tl.tensor, weights: tl.tensor, keys: tl.tensor, skip: tl.tensor, report: tl.tensor,
                      BLOCK: tl.constexpr) -> None:  # fmt: skip
-    """The same for all weights, one after the other, with rows numbered consecutively."""
+    """As :func:`check_ids`, for all weights, one after the other, with rows numbered consecutively."""
     record, block = find_record(records, 0, weights, weights)
     count, rows = tl.load(record + 2), tl.load(record + 3)
     position = block * BLOCK + tl.arange(0, BLOCK)
@@ -55,8 +55,8 @@ def sort_keys(keys: tl.tensor, ids: tl.tensor, order: tl.tensor, count: tl.tenso
               OTHERS: tl.constexpr) -> None:  # fmt: skip
     """Sort few keys stably: each goes to the place that is the number of keys before it.
 
-    A program compares BLOCK keys with all, OTHERS at a time (a multiple of BLOCK). For some thousands the device takes
-    less time than the launches of a sort take the host. ``order`` gets the positions that the keys had.
+    A program compares BLOCK keys with all, 4 OTHERS at a time (a multiple of BLOCK). For some thousands the device
+    takes less time than the launches of a sort take the host. ``order`` gets the positions that the keys had.
     """
     begin = tl.program_id(0) * BLOCK
     position = begin + tl.arange(0, BLOCK)
@@ -64,17 +64,31 @@ def sort_keys(keys: tl.tensor, ids: tl.tensor, order: tl.tensor, count: tl.tenso
     key = own[:, None]
     lane = tl.arange(0, OTHERS)
     before = tl.zeros([BLOCK, OTHERS], tl.int32)
-    among = begin // OTHERS * OTHERS
-    for left in range(0, among, OTHERS):
-        before += (tl.load(keys + left + lane)[None, :] <= key).to(tl.int32)
-    other = among + lane
-    theirs = tl.load(keys + other, mask=other < count, other=0)[None, :]
-    earlier = (theirs < key) | ((theirs == key) & (other[None, :] < position[:, None]))
-    before += (earlier & (other < count)[None, :]).to(tl.int32)
-    for right in range(among + OTHERS, count, OTHERS):
-        inside = right + lane < count
-        theirs = tl.load(keys + right + lane, mask=inside, other=0)[None, :]
-        before += ((theirs < key) & inside[None, :]).to(tl.int32)
+    among = begin // (4 * OTHERS) * (4 * OTHERS)
+    for left in range(0, among, 4 * OTHERS):
+        # All loads before the first comparison, here and below: only then are all of them in flight at once.
+        at = keys + left + lane
+        a, b, c, d = tl.load(at), tl.load(at + OTHERS), tl.load(at + 2 * OTHERS), tl.load(at + 3 * OTHERS)
+        before += (a[None, :] <= key).to(tl.int32)
+        before += (b[None, :] <= key).to(tl.int32)
+        before += (c[None, :] <= key).to(tl.int32)
+        before += (d[None, :] <= key).to(tl.int32)
+    for k in tl.static_range(4):
+        other = among + k * OTHERS + lane
+        theirs = tl.load(keys + other, mask=other < count, other=0)[None, :]
+        earlier = (theirs < key) | ((theirs == key) & (other[None, :] < position[:, None]))
+        before += (earlier & (other < count)[None, :]).to(tl.int32)
+    HIGHEST: tl.constexpr = 2 ** (keys.dtype.element_ty.primitive_bitwidth - 1) - 1  # lower than no key
+    for right in range(among + 4 * OTHERS, count, 4 * OTHERS):
+        at = right + lane
+        a = tl.load(keys + at, mask=at < count, other=HIGHEST)
+        b = tl.load(keys + at + OTHERS, mask=at + OTHERS < count, other=HIGHEST)
+        c = tl.load(keys + at + 2 * OTHERS, mask=at + 2 * OTHERS < count, other=HIGHEST)
+        d = tl.load(keys + at + 3 * OTHERS, mask=at + 3 * OTHERS < count, other=HIGHEST)
+        before += (a[None, :] < key).to(tl.int32)
+        before += (b[None, :] < key).to(tl.int32)
+        before += (c[None, :] < key).to(tl.int32)
+        before += (d[None, :] < key).to(tl.int32)
     place = tl.sum(before, axis=1)
     tl.store(ids + place, own, mask=position < count)
     tl.store(order + place, position.to(tl.int64), mask=position < count)

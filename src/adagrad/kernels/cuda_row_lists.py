@@ -54,7 +54,7 @@ FEW = 8192
 """The most row ids that :func:`adagrad.kernels.cuda_row_ids.sort_keys` sorts, with SORT_BLOCK of them in a program.
 PyTorch's sort takes 14 launches: 110 to 150 us of the host's time beside an H200, 40 of the device's."""
 
-SORT_BLOCK = 32
+SORT_BLOCK = 16
 
 ELEMENTS = 512
 """Elements in the tile of a program, which is one warp: its parts never wait for each other, and each thread has four
@@ -135,7 +135,7 @@ class Launch(NamedTuple):
     """The table of several weights, in device memory."""
     are_aligned: bool
     sums: Tensor
-    """(n, length): slots for the sums of chunks of long runs, see :mod:`adagrad.kernels.cuda_rows`."""
+    """(windows, n, columns): slots for the sums of chunks of long runs, see :mod:`adagrad.kernels.cuda_rows`."""
 
 
 def by_form(updates: RowUpdates, rule: Rule) -> dict[Form, list[int]]:
@@ -172,7 +172,8 @@ def sort_ids(updates: RowUpdates, form: Form, which: Sequence[int], index: int, 
     else:
         _CHECK_ALL.launch(found.blocks, records, len(which), keys, skip, report)
     ids, order = sort(keys)
-    sums = first[3].new_empty((slots(count), form.length))
+    columns = chunk_columns(form.length)
+    sums = first[3].new_empty((-(-form.length // columns), slots(count), columns))
     return Launch(form, first, index + which[0], ids, order, rows, len(which), records, are_aligned, sums)
 
 
@@ -225,6 +226,11 @@ def plan(facts: np.ndarray, settings: np.ndarray, form: Form) -> Plan:
     return Plan(words, int(blocks.sum()), int(counts.sum()), int(heights.sum()), are_aligned)
 
 
+def chunk_columns(length: int) -> int:
+    """How many columns of a chunk a program sums: at a constant distance, the slots of one need little arithmetic."""
+    return min(1 << (length - 1).bit_length(), 64)
+
+
 class Kernels(NamedTuple):
     """The kernels that update rows of one form, and how many columns a program takes.
 
@@ -236,7 +242,6 @@ class Kernels(NamedTuple):
     """Sorted positions that a program of ``short`` takes."""
     columns: int
     chunks: Kernel
-    chunk_columns: int
     long: Kernel
     long_columns: int
 
@@ -244,25 +249,23 @@ class Kernels(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def _kernels(form: Form, are_aligned: bool) -> Kernels:
     _, (weight, values, history, master) = decode(form.code)
-    columns = min(1 << (form.length - 1).bit_length(), 128)
-    chunk_columns = min(columns, 64)
+    columns, of_chunk = min(1 << (form.length - 1).bit_length(), 128), chunk_columns(form.length)
     if form.row_wise:
         columns = max(columns, LANES.value)
-    long_columns = columns if form.row_wise else chunk_columns
+    long_columns = columns if form.row_wise else of_chunk
     of_sums = {"GRAD": TRITON_DTYPE[values], "COMPUTE": TRITON_DTYPE[history], "ALIGNED": are_aligned}
     constants: dict[str, Any] = of_sums | {
         "WEIGHT": TRITON_DTYPE[weight], "HAS_MASTER": master is not None, "ROW_WISE": form.row_wise,
-        "ONE_PASS": form.row_wise and form.length <= columns,
+        "ONE_PASS": form.row_wise and form.length <= columns, "CHUNK_COLUMNS": of_chunk,
     }  # fmt: skip
     tile = min(ELEMENTS // columns, 64)
     update = cuda_rows.update_runs
     return Kernels(
-        Kernel(update, 1, LONG=False, TILE=tile, COLUMNS=columns, UNROLL=2, **constants),
+        Kernel(update, 1, LONG=False, TILE=tile, COLUMNS=columns, **constants),
         tile,
         columns,
-        Kernel(cuda_rows.sum_chunks, 1, COLUMNS=chunk_columns, **of_sums),
-        chunk_columns,
-        Kernel(update, 1, LONG=True, TILE=1, COLUMNS=long_columns, UNROLL=1, **constants),
+        Kernel(cuda_rows.sum_chunks, 1, COLUMNS=of_chunk, **of_sums),
+        Kernel(update, 1, LONG=True, TILE=1, COLUMNS=long_columns, **constants),
         long_columns,
     )
 
@@ -282,12 +285,12 @@ def bind(launch: Launch, table: Tensor, grad_scale: Tensor | None, skip: Tensor 
     def update(kernel: Kernel, programs: int, columns: int) -> Callable[[], object]:
         windows = 1 if form.row_wise else -(-form.length // columns)
         return kernel.bind(programs * windows, ids, order, *operands, weights, table, settings, count, rows,
-                           form.length, grad_scale, skip, found_inf)  # fmt: skip
+                           form.length, windows, grad_scale, skip, found_inf)  # fmt: skip
 
     short = update(kernels.short, -(-count // kernels.tile), kernels.columns)
-    slots = len(sums)
+    windows, slots, _ = sums.shape
     if not slots:
         return [short]
-    programs = slots * -(-form.length // kernels.chunk_columns)
-    chunks = kernels.chunks.bind(programs, ids, order, operands[0], sums, records, weights, count, form.length)
+    chunks = kernels.chunks.bind(slots * windows, ids, order, operands[0], sums, records, weights, count, form.length,
+                                 windows)  # fmt: skip
     return [short, chunks, update(kernels.long, slots // 2, kernels.long_columns)]

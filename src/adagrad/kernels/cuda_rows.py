@@ -14,7 +14,8 @@ the host.
 
 The sum of a chunk whose first position is p goes to slot ``2 (p // SHORT) + (1 if it is its run's first)``. Among SHORT
 neighbouring positions at most one long run begins and at most one chunk continues a run, so no two chunks share a slot;
-the slots of a run's later chunks are STRIDE apart.
+the slots of a run's later chunks are STRIDE apart. The slots of the columns that one program sums lie together, so that
+these distances are constants.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def first_position(ids: tl.tensor, begin: tl.tensor, end: tl.tensor, row: tl.ten
 
 @triton.jit
 def find_heads(ids: tl.tensor, count: tl.tensor, begin: tl.tensor, LONG: tl.constexpr, TILE: tl.constexpr
-               ) -> tl.tensor:  # fmt: skip
+               ) -> tuple[tl.tensor, ...]:  # fmt: skip
     """Positions (TILE,) from ``begin``, their rows, and whether a short or a LONG run begins there.
 
     Where the row is negative, there is no id, or a bad one.
@@ -105,14 +106,14 @@ def find_heads(ids: tl.tensor, count: tl.tensor, begin: tl.tensor, LONG: tl.cons
 
 
 @triton.jit
-def find_long_run(ids: tl.tensor, count: tl.tensor, begin: tl.tensor) -> tl.tensor:
+def find_long_run(ids: tl.tensor, count: tl.tensor, begin: tl.tensor) -> tuple[tl.tensor, ...]:
     """The position and the row of the long run that begins among the SHORT positions from ``begin``; -1 if none."""
     position, row, head = find_heads(ids, count, begin, True, SHORT)
     return tl.max(tl.where(head, position, -1), axis=0), tl.max(tl.where(head, row, -1), axis=0)
 
 
 @triton.jit
-def find_chunk(ids: tl.tensor, count: tl.tensor, slot: tl.tensor) -> tl.tensor:
+def find_chunk(ids: tl.tensor, count: tl.tensor, slot: tl.tensor) -> tuple[tl.tensor, ...]:
     """The position and the row of the chunk whose sum goes to ``slot``; a negative row if there is none."""
     begin = slot // 2 * SHORT
     if slot % 2 == 1:
@@ -128,146 +129,153 @@ def find_chunk(ids: tl.tensor, count: tl.tensor, slot: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def load_occurrences(values: tl.tensor, order: tl.tensor, position: tl.tensor, end: tl.tensor, column: tl.tensor,
-                     length: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:  # fmt: skip
-    """The values (1, COLUMNS) at 4 sorted positions from ``position``; from ``end`` on, the last again."""
-    a = tl.load(order + tl.minimum(position, end - 1))
-    b = tl.load(order + tl.minimum(position + 1, end - 1))
-    c = tl.load(order + tl.minimum(position + 2, end - 1))
-    d = tl.load(order + tl.minimum(position + 3, end - 1))
-    inside = column < length
-    a = tl.load(values + a * length + column, mask=inside)
-    b = tl.load(values + b * length + column, mask=inside)
-    c = tl.load(values + c * length + column, mask=inside)
-    d = tl.load(values + d * length + column, mask=inside)
+def minus_zero(TYPE: tl.constexpr) -> tl.tensor:
+    """-0, which changes no sum that it is added to. Made of bits, because Triton compiles ``-0.0`` to 0."""
+    BITS: tl.constexpr = TYPE.primitive_bitwidth
+    INTEGER: tl.constexpr = tl.int16 if BITS == 16 else (tl.int32 if BITS == 32 else tl.int64)
+    return tl.full([], -(2 ** (BITS - 1)), INTEGER).to(TYPE, bitcast=True)
+
+
+@triton.jit
+def load_occurrences(values: tl.tensor, order: tl.tensor, n: tl.tensor, column: tl.tensor, length: tl.tensor,
+                     COMPUTE: tl.constexpr) -> tuple[tl.tensor, ...]:  # fmt: skip
+    """The values (1, COLUMNS) at the first ``n`` of 4 places; from ``n`` on -0, which changes no sum."""
+    zero = minus_zero(values.dtype.element_ty)
+    a = tl.load(order, mask=n > 0, other=0)
+    b = tl.load(order + 1, mask=n > 1, other=0)
+    c = tl.load(order + 2, mask=n > 2, other=0)
+    d = tl.load(order + 3, mask=n > 3, other=0)
+    a = tl.load(values + a * length + column, mask=column < tl.where(n > 0, length, 0), other=zero)
+    b = tl.load(values + b * length + column, mask=column < tl.where(n > 1, length, 0), other=zero)
+    c = tl.load(values + c * length + column, mask=column < tl.where(n > 2, length, 0), other=zero)
+    d = tl.load(values + d * length + column, mask=column < tl.where(n > 3, length, 0), other=zero)
     return widen(a, COMPUTE), widen(b, COMPUTE), widen(c, COMPUTE), widen(d, COMPUTE)
 
 
 @triton.jit
-def load_sums(sums: tl.tensor, k: tl.tensor, end: tl.tensor, column: tl.tensor, length: tl.tensor) -> tl.tensor:
-    """The sums (1, COLUMNS) of 4 chunks from the ``k``-th of a run, whose first is at ``sums``; from ``end`` on, the
-    last again."""
-    inside = column < length
-    a = tl.load(sums + STRIDE * tl.minimum(k, end - 1) * length + column, mask=inside)
-    b = tl.load(sums + STRIDE * tl.minimum(k + 1, end - 1) * length + column, mask=inside)
-    c = tl.load(sums + STRIDE * tl.minimum(k + 2, end - 1) * length + column, mask=inside)
-    d = tl.load(sums + STRIDE * tl.minimum(k + 3, end - 1) * length + column, mask=inside)
+def load_sums(sums: tl.tensor, n: tl.tensor, column: tl.tensor, length: tl.tensor, STEP: tl.constexpr
+              ) -> tuple[tl.tensor, ...]:  # fmt: skip
+    """The first ``n`` of 4 sums (1, COLUMNS), STEP elements apart; -0 from ``n`` on."""
+    zero = minus_zero(sums.dtype.element_ty)
+    a = tl.load(sums, mask=column < tl.where(n > 0, length, 0), other=zero)
+    b = tl.load(sums + STEP, mask=column < tl.where(n > 1, length, 0), other=zero)
+    c = tl.load(sums + 2 * STEP, mask=column < tl.where(n > 2, length, 0), other=zero)
+    d = tl.load(sums + 3 * STEP, mask=column < tl.where(n > 3, length, 0), other=zero)
     return a, b, c, d
-
-
-@triton.jit
-def add_first(total: tl.tensor, a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor, n: tl.tensor) -> tl.tensor:
-    """``total`` plus the first ``n`` of 4 terms, one after the other."""
-    total = tl.where(n > 0, total + a, total)
-    total = tl.where(n > 1, total + b, total)
-    total = tl.where(n > 2, total + c, total)
-    return tl.where(n > 3, total + d, total)
 
 
 @triton.jit(do_not_specialize=["weights", "count"])
 def sum_chunks(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.tensor, records: tl.tensor,
-               weights: tl.tensor, count: tl.tensor, length: tl.tensor, GRAD: tl.constexpr, COMPUTE: tl.constexpr,
-               ALIGNED: tl.constexpr, COLUMNS: tl.constexpr) -> None:  # fmt: skip
+               weights: tl.tensor, count: tl.tensor, length: tl.tensor, windows: tl.tensor, GRAD: tl.constexpr,
+               COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr) -> None:  # fmt: skip
     """Put COLUMNS columns of the sum of a chunk, added one occurrence after the other, into its slot.
 
     The address of the values is an argument, or for several weights in ``records``.
     """
-    windows = (length - 1) // COLUMNS + 1  # length + COLUMNS could overflow 32 bits
     slot = (tl.program_id(0) // windows).to(tl.int64)
     position, row = find_chunk(ids, count, slot)
     if row < 0:
         return
     if records is not None:
         values = operand(find_operands(records, weights, row + tl.arange(0, 1), 1) + 1, GRAD, ALIGNED)
-    column = (tl.program_id(0) % windows * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    window = tl.program_id(0) % windows
+    lane = tl.arange(0, COLUMNS)[None, :]
+    column = window * COLUMNS + lane
     ahead = position + tl.arange(0, CHUNK)
-    end = position + tl.sum((tl.load(ids + ahead, mask=ahead < count, other=-1) == row).to(tl.int32), axis=0)
-    total = widen(tl.load(values + tl.load(order + position) * length + column, mask=column < length), COMPUTE)
-    k = position + 1
-    while k < end:
+    n = tl.sum((tl.load(ids + ahead, mask=ahead < count, other=-1) == row).to(tl.int32), axis=0)
+    order += position
+    total = tl.broadcast_to(minus_zero(COMPUTE), [1, COLUMNS])
+    while n > 0:
         # All loads before the first addition: only then does the compiler have all of them in flight at once.
-        a, b, c, d = load_occurrences(values, order, k, end, column, length, COMPUTE)
-        e, f, g, h = load_occurrences(values, order, k + 4, end, column, length, COMPUTE)
-        p, q, r, s = load_occurrences(values, order, k + 8, end, column, length, COMPUTE)
-        t, u, v, w = load_occurrences(values, order, k + 12, end, column, length, COMPUTE)
-        total = add_first(total, a, b, c, d, end - k)
-        total = add_first(total, e, f, g, h, end - k - 4)
-        total = add_first(total, p, q, r, s, end - k - 8)
-        total = add_first(total, t, u, v, w, end - k - 12)
-        k += 16
-    tl.store(sums + slot * length + column, total, mask=column < length)
+        a, b, c, d = load_occurrences(values, order, n, column, length, COMPUTE)
+        e, f, g, h = load_occurrences(values, order + 4, n - 4, column, length, COMPUTE)
+        p, q, r, s = load_occurrences(values, order + 8, n - 8, column, length, COMPUTE)
+        t, u, v, w = load_occurrences(values, order + 12, n - 12, column, length, COMPUTE)
+        total = total + a + b + c + d
+        total = total + e + f + g + h
+        total = total + p + q + r + s
+        total = total + t + u + v + w
+        order += 16
+        n -= 16
+    tl.store(sums + (window * (tl.num_programs(0) // windows) + slot) * COLUMNS + lane, total)
 
 
 @triton.jit
-def add_sums(sums: tl.tensor, position: tl.tensor, end: tl.tensor, column: tl.tensor, length: tl.tensor) -> tl.tensor:
-    """The sum (1, COLUMNS) of the long run that begins at ``position``: that of its ``end`` chunks, in order."""
+def add_sums(sums: tl.tensor, chunks: tl.tensor, column: tl.tensor, length: tl.tensor, windows: tl.tensor,
+             CHUNK_COLUMNS: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """The sum (1, COLUMNS) of a long run's ``chunks``, in order. The first of them is in the slot after ``sums``."""
     column = column[None, :]
-    sums += 2 * (position // SHORT)[:, None] * length
-    total = tl.load(sums + length + column, mask=column < length)
-    k = end * 0 + 1
-    while k < end:
+    slots = 2 * (tl.num_programs(0) // windows).to(tl.int64)
+    at = column // CHUNK_COLUMNS * slots * CHUNK_COLUMNS + column % CHUNK_COLUMNS
+    total = tl.load(sums + CHUNK_COLUMNS + at, mask=column < length)
+    STEP: tl.constexpr = STRIDE * CHUNK_COLUMNS
+    n = chunks - 1
+    while n > 0:
         # As in sum_chunks.
-        a, b, c, d = load_sums(sums, k, end, column, length)
-        e, f, g, h = load_sums(sums, k + 4, end, column, length)
-        p, q, r, s = load_sums(sums, k + 8, end, column, length)
-        t, u, v, w = load_sums(sums, k + 12, end, column, length)
-        total = add_first(total, a, b, c, d, end - k)
-        total = add_first(total, e, f, g, h, end - k - 4)
-        total = add_first(total, p, q, r, s, end - k - 8)
-        total = add_first(total, t, u, v, w, end - k - 12)
-        k += 16
+        a, b, c, d = load_sums(sums + STEP + at, n, column, length, STEP)
+        e, f, g, h = load_sums(sums + 5 * STEP + at, n - 4, column, length, STEP)
+        p, q, r, s = load_sums(sums + 9 * STEP + at, n - 8, column, length, STEP)
+        t, u, v, w = load_sums(sums + 13 * STEP + at, n - 12, column, length, STEP)
+        total = total + a + b + c + d
+        total = total + e + f + g + h
+        total = total + p + q + r + s
+        total = total + t + u + v + w
+        sums += 16 * STEP
+        n -= 16
     return total
 
 
 @triton.jit
 def add_occurrences(values: tl.tensor, order: tl.tensor, ids: tl.tensor, count: tl.tensor, position: tl.tensor,
-                    row: tl.tensor, head: tl.tensor, column: tl.tensor, length: tl.tensor, COMPUTE: tl.constexpr,
-                    UNROLL: tl.constexpr) -> tl.tensor:  # fmt: skip
+                    row: tl.tensor, head: tl.tensor, place: tl.tensor, next_row: tl.tensor, column: tl.tensor,
+                    length: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:  # fmt: skip
     """The sums (TILE, COLUMNS) of the runs that begin at ``position`` where ``head``, one addition after the other.
 
-    UNROLL loads are in flight at once.
+    ``place`` is that of their first values, ``next_row`` the row at the position after it.
     """
     inside_row = (column < length)[None, :]
-    place = tl.load(order + position, mask=head, other=0)
     mask = head[:, None] & inside_row
     total = widen(tl.load(values + place[:, None] * length + column[None, :], mask=mask), COMPUTE)
+    going = head & (next_row == row)
     after = position + 1
-    inside = head & (after < count)
     # The condition is a number: Triton 3.2 to 3.7 cannot compile a loop whose condition is a tensor that it carries.
-    more = tl.max((inside & (tl.load(ids + after, mask=inside, other=-1) == row)).to(tl.int32), axis=0)
+    more = tl.max(going.to(tl.int32), axis=0)
     while more > 0:
-        for _ in tl.static_range(UNROLL):
-            inside = head & (after < count)
-            going = inside & (tl.load(ids + after, mask=inside, other=-1) == row)
-            place = tl.load(order + after, mask=going, other=0)
-            mask = going[:, None] & inside_row
-            value = widen(tl.load(values + place[:, None] * length + column[None, :], mask=mask), COMPUTE)
-            total = tl.where(mask, total + value, total)
-            after += 1
+        place = tl.load(order + after, mask=going, other=0)
+        inside = going & (after + 1 < count)
+        next_row = tl.load(ids + after + 1, mask=inside, other=-1)
+        mask = going[:, None] & inside_row
+        at = values + place[:, None] * length + column[None, :]
+        value = tl.load(at, mask=mask, other=minus_zero(values.dtype.element_ty))
+        going = going & (next_row == row)
         more = tl.max(going.to(tl.int32), axis=0)
+        total = total + widen(value, COMPUTE)
+        after += 1
     return total
 
 
 @triton.jit
 def add_up(values: tl.tensor, sums: tl.tensor, chunks: tl.tensor, order: tl.tensor, ids: tl.tensor, count: tl.tensor,
-           position: tl.tensor, row: tl.tensor, head: tl.tensor, column: tl.tensor, length: tl.tensor,
-           COMPUTE: tl.constexpr, LONG: tl.constexpr, UNROLL: tl.constexpr) -> tl.tensor:  # fmt: skip
+           position: tl.tensor, row: tl.tensor, head: tl.tensor, place: tl.tensor, next_row: tl.tensor,
+           column: tl.tensor, length: tl.tensor, windows: tl.tensor, COMPUTE: tl.constexpr, LONG: tl.constexpr,
+           CHUNK_COLUMNS: tl.constexpr) -> tl.tensor:  # fmt: skip
     """The sums (TILE, COLUMNS) of the runs that begin at ``position`` where ``head``."""
     if LONG:
-        total = add_sums(sums, position, chunks, column, length)
+        total = add_sums(sums, chunks, column, length, windows, CHUNK_COLUMNS)
     else:
-        total = add_occurrences(values, order, ids, count, position, row, head, column, length, COMPUTE, UNROLL)
+        total = add_occurrences(values, order, ids, count, position, row, head, place, next_row, column, length,
+                                COMPUTE)  # fmt: skip
     return total
 
 
 @triton.jit(do_not_specialize=["weights", "index", "count", "rows"])
 def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.tensor, weight: tl.tensor,
                 history: tl.tensor, master: tl.tensor, records: tl.tensor, weights: tl.tensor, table: tl.tensor,
-                index: tl.tensor, count: tl.tensor, rows: tl.tensor, length: tl.tensor, grad_scale: tl.tensor,
-                skip: tl.tensor, found_inf: tl.tensor, WEIGHT: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr,
-                HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr, ROW_WISE: tl.constexpr, ONE_PASS: tl.constexpr,
-                LONG: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr
-                ) -> None:  # fmt: skip
+                index: tl.tensor, count: tl.tensor, rows: tl.tensor, length: tl.tensor, windows: tl.tensor,
+                grad_scale: tl.tensor, skip: tl.tensor, found_inf: tl.tensor, WEIGHT: tl.constexpr, GRAD: tl.constexpr,
+                COMPUTE: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr, ROW_WISE: tl.constexpr,
+                ONE_PASS: tl.constexpr, LONG: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+                CHUNK_COLUMNS: tl.constexpr) -> None:  # fmt: skip
     """Sum the values of the runs that begin in a tile of positions and update their rows.
 
     It takes short runs among TILE positions, or adds the sums of chunks of the LONG run that begins among SHORT ones.
@@ -275,15 +283,19 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
     COLUMNS (ONE_PASS), a first pass is for the mean of squares. Operands and the index of their settings are arguments,
     or for several weights in ``records``.
     """
-    windows = 1 if ROW_WISE else (length - 1) // COLUMNS + 1  # length + COLUMNS could overflow 32 bits; likewise below
     tile = (tl.program_id(0) // windows).to(tl.int64)
     left = tl.program_id(0) % windows * COLUMNS
+    place = None
+    next_row = None
     if LONG:
         first, its_row = find_long_run(ids, count, tile * SHORT)
         position, row = first + tl.arange(0, 1), its_row + tl.arange(0, 1)
         head = row >= 0
     else:
         position, row, head = find_heads(ids, count, tile * TILE, False, TILE)
+        # At once, though only heads need them: no load waits for the ids.
+        place = tl.load(order + position, mask=position < count, other=0)
+        next_row = tl.load(ids + position + 1, mask=position + 1 < count, other=-1)
     # A halted call counts as having no rows: tested here, not by a return at the top, so that no load waits for it.
     head = head & (row < tl.where(halted(skip, found_inf), 0, rows))
     if tl.max(head.to(tl.int32), axis=0) == 0:
@@ -298,18 +310,19 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
     lr, decoupled_wd, eps_inside, eps_outside = step_scalars(table, index, COMPUTE)
     chunks = None
     if LONG:
-        chunks = tl.cdiv(first_position(ids, first, first * 0 + count, its_row + 1) - first, CHUNK)
+        chunks = tl.cdiv(first_position(ids, first, first * 0 + count, its_row + 1) - first, CHUNK).to(tl.int32)
+        sums += 2 * (first // SHORT) * CHUNK_COLUMNS
 
     if ROW_WISE:
         h = tl.load(history + row[:, None], mask=head[:, None], other=0.0)
         lanes = tl.zeros([TILE, LANES], COMPUTE)
     if ROW_WISE and not ONE_PASS:
-        for k in range((length - 1) // COLUMNS + 1):
+        for k in range((length - 1) // COLUMNS + 1):  # length + COLUMNS could overflow 32 bits
             column = k * COLUMNS + tl.arange(0, COLUMNS)
             mask = head[:, None] & (column < length)[None, :]
             w = read_weight(weight, master, row_start + column[None, :], mask, COMPUTE, HAS_MASTER)
-            g = add_up(values, sums, chunks, order, ids, count, position, row, head, column, length, COMPUTE, LONG,
-                       UNROLL)  # fmt: skip
+            g = add_up(values, sums, chunks, order, ids, count, position, row, head, place, next_row, column, length,
+                       windows, COMPUTE, LONG, CHUNK_COLUMNS)  # fmt: skip
             g = effective_gradient(g, w, grad_scale, rescale, clip, wd)
             lanes = add_to_lanes(lanes, tl.where(mask, g * g, 0.0), TILE, COLUMNS)
         h = add_mean(history, row[:, None], h, lanes, length, head[:, None], TILE)
@@ -321,7 +334,8 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
         w = read_weight(weight, master, at, mask, COMPUTE, HAS_MASTER)
         if not ROW_WISE:
             h = tl.load(history + at, mask=mask)
-        g = add_up(values, sums, chunks, order, ids, count, position, row, head, column, length, COMPUTE, LONG, UNROLL)
+        g = add_up(values, sums, chunks, order, ids, count, position, row, head, place, next_row, column, length,
+                   windows, COMPUTE, LONG, CHUNK_COLUMNS)  # fmt: skip
         g = effective_gradient(g, w, grad_scale, rescale, clip, wd)
         if ROW_WISE and ONE_PASS:
             lanes = add_to_lanes(lanes, tl.where(mask, g * g, 0.0), TILE, COLUMNS)

@@ -111,7 +111,7 @@ def as_number(word: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def gradient_scalars(table: tl.tensor, index: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
+def gradient_scalars(table: tl.tensor, index: tl.tensor, COMPUTE: tl.constexpr) -> tuple[tl.tensor, ...]:
     """rescale_grad, clip_gradient and the coupled wd of weight ``index``."""
     wd = as_number(table + HEADER + SETTINGS * index + 1, COMPUTE)
     decoupled = as_number(table + 4, COMPUTE)
@@ -119,7 +119,7 @@ def gradient_scalars(table: tl.tensor, index: tl.tensor, COMPUTE: tl.constexpr) 
 
 
 @triton.jit
-def step_scalars(table: tl.tensor, index: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
+def step_scalars(table: tl.tensor, index: tl.tensor, COMPUTE: tl.constexpr) -> tuple[tl.tensor, ...]:
     """lr, the decoupled wd and the two epsilons of weight ``index``."""
     settings = table + HEADER + SETTINGS * index
     wd = as_number(settings + 1, COMPUTE)
@@ -154,9 +154,10 @@ def new_weight(weight: tl.tensor, grad: tl.tensor, history: tl.tensor, lr: tl.te
 
 
 @triton.jit
-def halves(x: tl.tensor, ROWS: tl.constexpr, HALF: tl.constexpr) -> tl.tensor:
+def halves(x: tl.tensor, ROWS: tl.constexpr, HALF: tl.constexpr) -> tuple[tl.tensor, ...]:
     """The left and the right half of the columns of ``x`` (ROWS, 2 HALF)."""
-    return tl.split(tl.permute(tl.reshape(x, [ROWS, 2, HALF]), [0, 2, 1]))
+    left, right = tl.split(tl.permute(tl.reshape(x, [ROWS, 2, HALF]), [0, 2, 1]))
+    return left, right
 
 
 @triton.jit

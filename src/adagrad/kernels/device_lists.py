@@ -26,7 +26,10 @@ from adagrad.kernels.validate import is_row_sparse
 
 
 def prepare(batches: Sequence[Batch], grad_scale: Any, found_inf: Any) -> Prepared | None:
-    """As :func:`adagrad.kernels.general_path.prepare`; None if the updates are left to it. No batch may be empty."""
+    """Check batches of plain tensors on one CUDA device; None if they are left to the general path.
+
+    No batch may be empty. Parameters and errors as of :func:`adagrad.kernels.general_path.prepare`.
+    """
     groups: list[Any] = []
     parts: list[_Part] = []
     for batch in batches:
@@ -42,7 +45,7 @@ def prepare(batches: Sequence[Batch], grad_scale: Any, found_inf: Any) -> Prepar
             return None
     device = batches[0].weights[0].device
     cuda().raise_reported(device)
-    return Prepared([device_updates.prepare(groups, device, grad_scale, found_inf)], batches)
+    return Prepared([device_updates.job(groups, device, grad_scale, found_inf)], batches)
 
 
 class _Part(NamedTuple):
@@ -124,7 +127,7 @@ def _device_of(code: int) -> int:
 @jit(holds_gil=True)
 def _check_rows(weights: int, grads: int, values: int, indices: int, histories: int, masters: int, layout: Any,
                 row_wise: int, facts: Any, codes: Any, spans: Any, guess: Any) -> int:  # fmt: skip
-    """The same for row-sparse updates; see :func:`adagrad.kernels.rows.describe_rows`."""
+    """As :func:`_check_dense`, for row-sparse updates; see :func:`adagrad.kernels.rows.describe_rows`."""
     n = len(codes)
     describe_all(weights, values, histories, masters, indices, layout, row_wise != 0, facts, codes)
     for i in range(n):

@@ -1,4 +1,4 @@
-"""What a call does on a CUDA device, collected from its batches: one :func:`adagrad.kernels.cuda.prepare`."""
+"""What a call does on a CUDA device, collected from its batches: one :func:`adagrad.kernels.cuda.job`."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def is_on_cuda(u: Update) -> bool:
     return all(o is None or o.array.is_contiguous() for o in operands) and has_kernels()
 
 
-def prepare(groups: list[Any], device: Any, grad_scale: Any, found_inf: Any) -> Any:
-    """Return what :func:`adagrad.kernels.cuda.prepare` returns; both numbers may be on another device, or None."""
+def job(groups: list[Any], device: Any, grad_scale: Any, found_inf: Any) -> Any:
+    """Return what :func:`adagrad.kernels.cuda.job` returns; both numbers may be on another device, or None."""
     scale, found = (t if t is None else t.to(device, non_blocking=True) for t in (grad_scale, found_inf))
-    return cuda().prepare(groups, device, grad_scale=scale, found_inf=found)
+    return cuda().job(groups, device, grad_scale=scale, found_inf=found)
 
 
 class DeviceUpdates:
@@ -81,11 +81,11 @@ class DeviceUpdates:
     def have_row_ids(self) -> bool:
         return any(len(tensors[1]) for _, rows in self._groups.values() for each in rows for tensors in each.tensors)
 
-    def prepare(self, grad_scale: Any, found_inf: Any) -> Any:
-        """Return what :func:`adagrad.kernels.cuda.prepare` returns."""
+    def job(self, grad_scale: Any, found_inf: Any) -> Any:
+        """Return what :func:`adagrad.kernels.cuda.job` returns."""
         kernels = cuda()
         groups = [
             kernels.Group(rule, kernels.cuda_dense.concatenate(dense), kernels.cuda_row_lists.concatenate(rows))
             for rule, (dense, rows) in self._groups.items()
         ]
-        return prepare(groups, self.device, grad_scale, found_inf)
+        return job(groups, self.device, grad_scale, found_inf)

@@ -35,7 +35,7 @@ def update_plain(batch: Batch, steps: list[Any], threads: int | None) -> bool:
 
 
 def update_batches(batches: Sequence[Batch], steps: list[Any], threads: int | None) -> bool:
-    """The same for updates of both kinds, each under the rule of its batch; False for others.
+    """Check and update batches with both kinds of gradients by one call of compiled code; False if nothing changed.
 
     Row-sparse gradients must all be in one batch. ``steps`` are the counts of all weights, in any order.
     """

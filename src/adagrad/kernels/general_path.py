@@ -76,7 +76,7 @@ def prepare(
         cuda().raise_reported(device)
     if check_only:
         return Prepared([])
-    on_devices = [updates.prepare(grad_scale, found_inf) for updates in plan.on_devices.values()]
+    on_devices = [updates.job(grad_scale, found_inf) for updates in plan.on_devices.values()]
     if wait or plan.wrapped or plan.jobs or plan.dense or len(plan.on_devices) > 1:
         for device, updates in plan.on_devices.items():
             if updates.have_row_ids():  # a bad one stops the kernels, but nothing else

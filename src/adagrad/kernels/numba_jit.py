@@ -104,7 +104,7 @@ def jit(
 
 
 def entry(helper: F, *, holds_gil: bool = False) -> F:
-    """The same function for calls from Python."""
+    """Compile a helper once more, for calls from Python."""
     return cast(F, jit(holds_gil=holds_gil)(cast(Any, helper).py_func))
 
 

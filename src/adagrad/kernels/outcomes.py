@@ -27,8 +27,8 @@ NO_MEMORY = -1
 
 
 LISTS_DONE = NOTES
-"""One more word of a list's notes, in which compiled code counts those that are done. Its WORK is 0 if one thread is
-enough for it, and stays from one list to the next."""
+"""One more word after the notes of a launch: how many lists compiled code has finished. In such notes, WORK is 0 if
+one thread is enough; it stays from one list to the next."""
 
 
 class Remembered(NamedTuple):
@@ -46,7 +46,7 @@ class Remembered(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def remembered(addresses: Callable[[bool], np.ndarray], row_wise: bool, thread: int, spans: int) -> Remembered:
-    """The same, of lists with so many spans of memory; ``addresses(row_wise)`` are those of their workers.
+    """Return what is remembered of lists with so many spans of memory; ``addresses(row_wise)`` are their workers'.
 
     All of it is in one place, because a step that finds the caches cold pays for each that it looks at.
     """
@@ -56,7 +56,7 @@ def remembered(addresses: Callable[[bool], np.ndarray], row_wise: bool, thread: 
 
 def attempt(function: Callable[..., Any], given: tuple[Any, ...], notes: memoryview, threads: int | None,
             compile_worker: Callable[[int], None]) -> tuple[int, int, int, int]:  # fmt: skip
-    """Call ``function(*given, count)``, compiling workers and adding threads as it asks; returns its final outcome.
+    """Call ``function(*given, workers)``, compiling workers and adding threads as it asks; returns its final outcome.
 
     ``notes`` are :attr:`Remembered.read_notes`, which the function writes. ``count`` is 0 for a trial on the calling
     thread, made if one was enough for the last list. An interrupt that comes after the list is done is marked as late.

@@ -90,7 +90,7 @@ def _pieces(operands: Any, written: list[bool], order: Any) -> Iterator[list[np.
 
 
 def row_blocks(weight: Any, grad: Any, history: Any, master: Any | None) -> Iterator[list[np.ndarray]]:
-    """The same, by blocks of whole rows, which must fit a buffer; they are copied there and back if need be."""
+    """Pieces of whole rows, which must fit a buffer; they are copied there and back if need be."""
     operands = [each for each in (weight, grad, history, master) if each is not None]
     rows = max(TILE // max(row_length(weight.shape), 1), 1)
     for start in range(0, len(weight), rows):

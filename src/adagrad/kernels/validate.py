@@ -52,7 +52,7 @@ def validate(at: str, weight: Array, grad: Any, history: Any, master: Any, rule:
 
 
 def check_update(at: str, weight: Array, grad: Any, history: Any, master: Any, rule: Rule) -> Update:
-    """The same for arrays that are memory of real numbers."""
+    """Check an update of arrays that are memory of real numbers; errors as of :func:`validate`."""
     w = operand(f"weights{at}", weight)
     if rule.row_wise and not w.shape:
         raise ValueError(f"weights{at}: shape (): row-wise history needs rows: one dimension or more")
@@ -181,7 +181,7 @@ def is_row_sparse(grad: Any) -> bool:
 
 
 def seems_row_sparse(grad: Any) -> bool:
-    """The same, faster, but also true of other objects with ``is_sparse``, which are left to the general path."""
+    """As :func:`is_row_sparse`, faster, but also true of other objects with ``is_sparse``, which no path takes."""
     return type(grad) is not np.ndarray and (isinstance(grad, RowSparse) or getattr(grad, "is_sparse", False) is True)
 
 
