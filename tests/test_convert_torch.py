@@ -71,6 +71,38 @@ def test_from_torch_knows_groups() -> None:
     assert_close(found, train_in_torch(before, params, grads[HALF:]))
 
 
+def row_wise_steps(p: torch.nn.Parameter, state: dict[str, torch.Tensor], group: dict[str, Any], grads: Any) -> None:
+    """The rule of torchrec's RowWiseAdagrad."""
+    for grad in grads:
+        state["step"] += 1
+        state["sum"] += grad.square().mean(1, keepdim=True)
+        lr = group["lr"] / (1 + (state["step"] - 1) * group["lr_decay"])
+        p.data.addcdiv_(grad, state["sum"].sqrt() + group["eps"], value=-float(lr))
+
+
+@pytest.mark.parametrize("lr_decay", [0.0, 0.1])
+def test_from_torchrec(lr_decay: float) -> None:
+    """Its groups do not say that it is row-wise."""
+    group = {"lr": 0.3, "lr_decay": lr_decay, "eps": 1e-10, "weight_decay": 0.0, "initial_accumulator_value": 0.0}
+    group |= {"maximize": False, "params": [0]}
+    p, grads = torch.nn.Parameter(torch.tensor(problem()[0][0])), [torch.tensor(each[0]) for each in problem()[1]]
+    state = {"step": torch.tensor(0.0), "sum": torch.zeros(len(p), 1)}
+    row_wise_steps(p, state, group, grads[:HALF])
+    saved = copy.deepcopy({"state": {0: state}, "param_groups": [group]})
+    half = p.detach().numpy().copy()
+    row_wise_steps(p, state, group, grads[HALF:])
+
+    options = {"learning_rate": None, "begin_num_update": HALF, "lr_scheduler": lambda t: 0.3 / (1 + (t - 1) * 0.1)}
+    optimizer = GroupAdaGrad(dialect="torch", **(options if lr_decay else {"learning_rate": 0.3}))
+    states = convert.from_torch(saved, optimizer)
+    assert_close(go_on(optimizer, states, [half], [[grad.numpy()] for grad in grads[HALF:]]), [p.detach()])
+
+    same = torch.nn.Parameter(torch.tensor(half))
+    loaded = Adagrad([same], row_wise=True)
+    loaded.load_state_dict(saved)
+    assert_close(train_in_torch(loaded, [same], [[grad.numpy()] for grad in grads[HALF:]]), [p.detach()])
+
+
 def test_states_are_copies() -> None:
     before, params = in_torch()
     train_in_torch(before, params, problem()[1][:1])
@@ -159,6 +191,24 @@ def test_from_torch_refuses_another_trajectory(changes: Any, options: Any, match
     optimizer = AdaGrad(**({"learning_rate": 0.1, "dialect": "torch"} | options))
     with pytest.raises(ValueError, match=match):
         convert.from_torch(saved_with(**changes), optimizer)
+
+
+def test_one_schedule_cannot_continue_parameters_that_differ_in_their_steps() -> None:
+    """With any begin_num_update the count of one of them would be wrong."""
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    before = torch.optim.Adagrad(params, lr=0.3, lr_decay=0.1)
+    ones = np.ones(2, np.float32)
+    train_in_torch(before, params, [[ones, ones]] * 3)
+    params[1].grad = None
+    train_in_torch(before, params[:1], [[ones]] * 2)
+    for begin in (3, 5):
+        optimizer = AdaGrad(
+            None, dialect="torch", lr_scheduler=lambda t: 0.3 / (1 + 0.1 * (t - 1)), begin_num_update=begin
+        )
+        with pytest.raises(ValueError, match=r"step=\[3, 5\]: must be one number: a schedule counts from one beg"):
+            convert.from_torch(before.state_dict(), optimizer)
+    with pytest.raises(ValueError, match=r"step=.*convert these separately, for one optimizer each"):
+        convert.from_torch(before.state_dict(), AdaGrad(0.3, dialect="torch"))
 
 
 def test_master_copies_need_an_optimizer_that_keeps_them() -> None:

@@ -80,12 +80,18 @@ def history(what: str, value: Any, optimizer: AdaGrad | None = None) -> History:
     array = floats(what, value)
     if (array < 0).any():
         raise ValueError(f"{what}: {np.nanmin(array)}: must be >= 0, as a sum of squares is")
-    if optimizer is not None and optimizer.row_wise and (array.ndim == 0 or math.prod(array.shape[1:]) != 1):
+    if optimizer is not None and optimizer.row_wise and not is_row_wise(array):
         raise ValueError(
             f"{what}: shape {array.shape}: must be (n, 1, ...), one value for each row of its weight; "
             "a history of elements continues with AdaGrad"
         )
     return array
+
+
+def is_row_wise(array: Any) -> bool:
+    """Whether it has one value for each row; so has a history of elements, if a row is one element."""
+    shape = np.shape(array)
+    return len(shape) > 0 and math.prod(shape[1:]) == 1
 
 
 def floats(what: str, value: Any) -> History:

@@ -8,7 +8,7 @@ from typing import Any
 
 from adagrad import checks
 from adagrad.adagrad import AdaGrad
-from adagrad.convert.arrays import States, floats, history, single
+from adagrad.convert.arrays import States, floats, history, is_row_wise, single
 from adagrad.convert.trajectory import count, next_lr, ordered, require_adagrad, require_rate, require_rule
 from adagrad.rates import Index
 
@@ -16,7 +16,8 @@ from adagrad.rates import Index
 def from_torch(state_dict: Mapping[str, Any], optimizer: AdaGrad) -> States:
     """Convert the ``state_dict()`` of ``torch.optim.Adagrad`` or :class:`adagrad.torch.Adagrad` to states.
 
-    Between these two no conversion is needed: each loads what the other saved.
+    Between these two no conversion is needed: each loads what the other saved. That of
+    ``torchrec.optim.RowWiseAdagrad`` is converted for :class:`~adagrad.GroupAdaGrad`.
 
     Parameters
     ----------
@@ -36,8 +37,8 @@ def from_torch(state_dict: Mapping[str, Any], optimizer: AdaGrad) -> States:
     ValueError
         If the learning rate at the next update or an option of the rule in the groups (epsilon, weight decay, maximize
         and, from :class:`adagrad.torch.Adagrad`, its own) is not the optimizer's, ``lr_decay`` is not 0 and the
-        optimizer has no ``lr_scheduler`` that continues it, a history is in float16 or bfloat16, or ``state_dict`` is
-        not such a dict.
+        optimizer has no ``lr_scheduler`` that continues it, or the parameters differ in their steps, a history is in
+        float16 or bfloat16, or ``state_dict`` is not such a dict.
 
     Examples
     --------
@@ -59,10 +60,13 @@ def from_torch(state_dict: Mapping[str, Any], optimizer: AdaGrad) -> States:
         ]
         if not found and any(group["params"] for group in state_dict["param_groups"]):
             raise KeyError("no parameter has a state; torch.optim.Adagrad's have one from the start")
+        _require_steps(found, optimizer)
         states: States = {}
         for index, group, step, array in found:
             what = f"parameter {index}"
-            _require_options(what, group, optimizer, index)
+            # Groups of torchrec's RowWiseAdagrad do not say that it is row-wise; the shapes of its histories do.
+            row_wise = optimizer.row_wise and is_row_wise(array)
+            _require_options(what, {"row_wise": row_wise} | group, optimizer, index)
             require_rate(what, float(group["lr"]), float(group["lr_decay"]), step, optimizer, index)
             states[index] = history(f"sum of {what}", array, optimizer)
             if "master" in saved[index]:
@@ -73,6 +77,18 @@ def from_torch(state_dict: Mapping[str, Any], optimizer: AdaGrad) -> States:
         need = "must be what torch.optim.Adagrad.state_dict() returns, with nothing around it"
         raise ValueError(f"state_dict: {need}: {error!r}") from error
     return states
+
+
+def _require_steps(found: Sequence[tuple[Index, Mapping[str, Any], int, Any]], optimizer: AdaGrad) -> None:
+    """Check that one schedule can continue all parameters that have one."""
+    scheduled = optimizer.lr_scheduler is not None
+    steps = {index: step for index, group, step, _ in found if scheduled or group["lr_decay"] != 0}
+    counts = sorted(set(steps.values()))
+    if len(counts) > 1 and any(count(optimizer, index) != step for index, step in steps.items()):
+        raise ValueError(
+            f"step={checks.describe(counts)}: must be one number: a schedule counts from one begin_num_update, and so "
+            "cannot continue parameters that differ in their steps; convert these separately, for one optimizer each"
+        )
 
 
 def _require_options(what: str, group: Mapping[str, Any], optimizer: AdaGrad, index: Index) -> None:
@@ -87,7 +103,7 @@ def _require_options(what: str, group: Mapping[str, Any], optimizer: AdaGrad, in
         "decoupled_decay": ("decoupled_decay", optimizer.decoupled_decay and wd != 0),
         "clip_value": ("clip_gradient", optimizer.clip_gradient),
     }
-    missing: dict[str, Any] = dict.fromkeys(("maximize", "row_wise", "epsilon_inside", "decoupled_decay"), False)
+    missing: dict[str, Any] = dict.fromkeys(("maximize", "epsilon_inside", "decoupled_decay"), False)
     # The dict does not say whether gradients are clipped before PyTorch's step.
     group = missing | {"clip_value": optimizer.clip_gradient} | dict(group)
     for theirs, (name, value) in ours.items():
