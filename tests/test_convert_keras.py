@@ -73,6 +73,109 @@ def test_keras_there_and_back(keras: Any, scheduled: bool) -> None:
     assert_close(train(again, same, [more]), go_on(optimizer, states, found, [more]))
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras' own, on torch
+def test_keras_counts_batches_when_it_accumulates_gradients(keras: Any) -> None:
+    """As docs/migrating.md says."""
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.3, 3, 0.5)
+    theirs = keras.optimizers.Adagrad(schedule, gradient_accumulation_steps=2)
+    (weight, _), grads = problem()
+    variables = [keras.Variable(weight)]
+
+    def train(grads: Any) -> np.ndarray:
+        for grad, _ in grads:
+            theirs.apply([keras.ops.convert_to_tensor(grad)], variables)
+        return keras.ops.convert_to_numpy(variables[0]).copy()
+
+    half = train(grads[:4])
+    optimizer = AdaGrad(None, dialect="keras", lr_scheduler=lambda t: float(schedule(2 * t - 1)), begin_num_update=2)
+    states = convert.from_keras(theirs.variables, optimizer, gradient_accumulation_steps=2)
+    found = go_on(optimizer, states, [half], [[(grads[4][0] + grads[5][0]) / 2]])
+    assert_close(found, [train(grads[4:])])
+
+
+def accumulating(iteration: int, *more: SimpleNamespace) -> list[SimpleNamespace]:
+    return [
+        variable("iteration", iteration), *more, variable("w_accumulator", 1), variable("w_gradient_accumulator", 0)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("iteration", "begin", "steps", "match"),
+    [
+        (
+            6,
+            6,
+            1,
+            r"gradient_accumulation_steps=1: must be Keras's n, .* begin_num_update=iteration // n, "
+            r"lr_scheduler=lambda t: float\(schedule\(n \* t - 1\)\)",
+        ),
+        (
+            6,
+            6,
+            2,
+            r"iteration=6: Keras continues .* begin_num_update=3, lr_scheduler=lambda t: float\(schedule\(2 \* t - 1"
+            r"\)\), since Keras counts batches, from 0",
+        ),
+        (7, 3, 2, "iteration=7: must be a multiple of gradient_accumulation_steps=2: convert right after an update"),
+    ],
+)
+def test_batches_are_not_updates(iteration: int, begin: int, steps: int, match: str) -> None:
+    optimizer = AdaGrad(None, dialect="keras", lr_scheduler=lambda t: 0.1, begin_num_update=begin)
+    with pytest.raises(ValueError, match=match):
+        convert.from_keras(accumulating(iteration), optimizer, gradient_accumulation_steps=steps)
+
+
+def test_without_a_schedule_the_count_of_batches_is_no_matter() -> None:
+    rate = variable("learning_rate", 0.1)
+    assert len(convert.from_keras(accumulating(6, rate), AdaGrad(0.1, dialect="keras"))) == 1
+    for begin, steps in ((6, 1), (6, 2)):
+        optimizer = AdaGrad(None, dialect="keras", lr_scheduler=lambda t: 0.1, begin_num_update=begin)
+        with pytest.raises(ValueError, match=r"gradient_accumulation_steps=1: must be|step=3 of variable 0: must be"):
+            convert.from_keras(accumulating(6, rate), optimizer, gradient_accumulation_steps=steps)
+
+
+def test_gradient_accumulation_steps_must_be_those_of_keras() -> None:
+    optimizer = AdaGrad(None, dialect="keras", lr_scheduler=lambda t: 0.1, begin_num_update=6)
+    variables = [variable("iteration", 6), variable("w_accumulator", 1)]
+    for steps, match in ((0, "must be >= 1"), (2, "must be 1: there are no gradient accumulators")):
+        with pytest.raises(ValueError, match=f"gradient_accumulation_steps={steps}: {match}"):
+            convert.from_keras(variables, optimizer, gradient_accumulation_steps=steps)
+
+
+@pytest.mark.parametrize("scope", ["Adagrad/", ""])
+def test_the_variables_of_keras_2(scope: str) -> None:
+    """They have other names, and none is the learning rate."""
+    variables = [
+        SimpleNamespace(name="iteration:0", value=np.int64(3)),
+        variable(f"{scope}accumulator/w:0", 1, 2),
+        variable(f"{scope}accumulator/dense/kernel:0", 3),
+        variable(f"{scope}average/w:0", 4, 5),
+    ]
+    optimizer = AdaGrad(0.1, dialect="keras", begin_num_update=3)
+    states = convert.from_keras(variables, optimizer)
+    assert [each.tolist() for each in states.values()] == [[1, 2], [3]]
+    for each in variables[1:]:
+        each.shape = each.value.shape
+    back = convert.to_keras(states, optimizer, variables)
+    assert [each.name for each, _ in back] == [variables[1].name, variables[2].name, "iteration:0"]
+    assert back[-1][1] == 3
+    scheduled = AdaGrad(None, dialect="keras", lr_scheduler=lambda t: 0.1, begin_num_update=2)
+    with pytest.raises(ValueError, match=r"iteration=3: Keras continues its schedule from there.*begin_num_update=3"):
+        convert.from_keras(variables, scheduled)
+    for other in ("Adam/m/w:0", "Adam/m/accumulator/w:0", "linear/w:0"):
+        with pytest.raises(ValueError, match=f"variables: '{other}': must be those of keras.optimizers.Adagrad"):
+            convert.from_keras([*variables, variable(other, 1)], optimizer)
+
+
+def test_a_learning_rate_in_bfloat16() -> None:
+    """Of ``keras.config.set_floatx("bfloat16")`` on PyTorch; NumPy has no such numbers."""
+    rate = SimpleNamespace(name="learning_rate", value=torch.tensor(0.25, dtype=torch.bfloat16), dtype="bfloat16")
+    variables = [variable("iteration", 3), rate, variable("w_accumulator", 1)]
+    assert len(convert.from_keras(variables, AdaGrad(0.25, dialect="keras"))) == 1
+    with pytest.raises(ValueError, match=r"lr=0\.25 of variable 0: must be the optimizer's"):
+        convert.from_keras(variables, AdaGrad(0.5, dialect="keras"))
+
+
 def variable(name: str, *numbers: float) -> SimpleNamespace:
     array = np.float32(numbers[0]) if name in ("iteration", "learning_rate") else f32(*numbers)
     return SimpleNamespace(name=name, value=array, dtype="float32")
@@ -87,7 +190,11 @@ def variable(name: str, *numbers: float) -> SimpleNamespace:
             {"dialect": "optax", "wd": 0.1},
             "decoupled_decay=False: must be True, since wd=0.1: Keras 3.15 has w",
         ),
-        ([variable("iteration", 3)], {}, "variables: none of 1 is an accumulator: must be those of keras.optimizers"),
+        (
+            [variable("iteration", 3)],
+            {},
+            "variables: none of 1 is an accumulator: must be those of keras.optimizers.*, once it is built",
+        ),
         (
             [variable("w_accumulator", 1), variable("w_linear", 1)],
             {},
@@ -175,7 +282,10 @@ def test_to_keras_refuses() -> None:
         convert.to_keras(states, optimizer, [variable("learning_rate", 0.5), w])
     counted, iteration = AdaGrad(dialect="keras"), SimpleNamespace(name="iteration")
     counted._index_update_count = {0: 7, 1: 3}
-    assert convert.to_keras({0: f32(1), 1: f32(2)}, counted, [iteration, w, same])[-1] == (iteration, 7)
+    constant = variable("learning_rate", counted.learning_rate)
+    assert convert.to_keras({0: f32(1), 1: f32(2)}, counted, [iteration, constant, w, same])[-1] == (iteration, 7)
+    with pytest.raises(ValueError, match="iteration=7: Keras continues its schedule from there, and so must the optim"):
+        convert.to_keras({0: f32(1), 1: f32(2)}, counted, [iteration, w, same])
     for wrong in ([], [longer], [w, SimpleNamespace(name="v_accumulator", shape=(1,))]):
         with pytest.raises(ValueError, match=r"variables: accumulators of shapes .*: must be \[\(1,\)\], the states'"):
             convert.to_keras(states, optimizer, wrong)

@@ -127,4 +127,6 @@ def plain(value: Any) -> Any:
         value = inner
     if hasattr(value, "detach"):
         value = value.detach().cpu()
+        if "bfloat16" in str(value.dtype):  # which NumPy does not have
+            value = value.float()
     return value.numpy() if callable(getattr(value, "numpy", None)) else np.asarray(value)

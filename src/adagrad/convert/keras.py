@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,9 +14,12 @@ from adagrad.convert.arrays import States, history, plain, to_arrays
 from adagrad.convert.trajectory import count, require_rate, require_rule, require_schedule
 from adagrad.rates import Index
 
+_SCALARS = ("iteration", "learning_rate", "iteration:0")
+_OF_KERAS_2 = re.compile(r"^(?:[^/]+/)?(accumulator|average)/(.+):0$")
 
-def from_keras(variables: Iterable[Any], optimizer: AdaGrad) -> States:
-    """Convert the ``variables`` of ``keras.optimizers.Adagrad``, of Keras 3 on any backend, to states.
+
+def from_keras(variables: Iterable[Any], optimizer: AdaGrad, *, gradient_accumulation_steps: int = 1) -> States:
+    """Convert the ``variables`` of ``keras.optimizers.Adagrad`` to states: of Keras 3 on any backend, or Keras 2.
 
     Parameters
     ----------
@@ -24,6 +28,9 @@ def from_keras(variables: Iterable[Any], optimizer: AdaGrad) -> States:
     optimizer : AdaGrad
         Continues with the states: constructed with ``dialect="keras"`` and the learning rate in the variables. For a
         schedule, ``learning_rate=None, lr_scheduler=lambda t: float(schedule(t - 1)), begin_num_update=iterations``.
+    gradient_accumulation_steps : int, default 1
+        Keras's. With ``n``, its iteration and its schedule count batches, of which each ``n``-th is an update: pass
+        ``lr_scheduler=lambda t: float(schedule(n * t - 1)), begin_num_update=iteration // n``.
 
     Returns
     -------
@@ -35,7 +42,8 @@ def from_keras(variables: Iterable[Any], optimizer: AdaGrad) -> States:
     ValueError
         If the optimizer has epsilon or weight decay in another place than Keras, another learning rate than the
         variables, or does not continue a schedule from their iteration; if the variables are of another optimizer, or
-        Keras has accumulated gradients that are not applied yet.
+        of one that is not built; or if Keras has accumulated gradients that are not applied yet. Variables of Keras 2
+        hold no learning rate: only an ``lr_scheduler`` is checked to continue from their iteration.
 
     Examples
     --------
@@ -54,22 +62,54 @@ def from_keras(variables: Iterable[Any], optimizer: AdaGrad) -> States:
                 raise ValueError(f"{name}: gradients that are not applied yet: convert right after an update")
         elif name.endswith("accumulator"):
             found.append((name, each))
-        elif name not in ("iteration", "learning_rate") and not _belongs(name, "_average", names):
+        elif name not in _SCALARS and not _belongs(name, "_average", names):
             need = "must be those of keras.optimizers.Adagrad; for a wrapper, those of its inner_optimizer"
             raise ValueError(f"variables: {name!r}: {need}")
     if named and not found:
         raise ValueError(
-            f"variables: none of {len(named)} is an accumulator: must be those of keras.optimizers.Adagrad"
+            f"variables: none of {len(named)} is an accumulator: must be those of keras.optimizers.Adagrad, once it is "
+            "built: call its build(model.trainable_variables)"
         )
     states: States = {index: history(name, each, optimizer) for index, (name, each) in enumerate(found)}
-    scalars = {name: plain(each) for name, each in named if name in ("iteration", "learning_rate")}
-    step = int(scalars.get("iteration", 0))
-    if "learning_rate" in scalars:
+    batches = checks.integer("gradient_accumulation_steps", gradient_accumulation_steps, 1)
+    _require_rates(named, states, optimizer, batches)
+    return states
+
+
+def _require_rates(named: list[tuple[str, Any]], states: States, optimizer: AdaGrad, batches: int) -> None:
+    """Check that the optimizer continues with the learning rate in the variables, or with a schedule from there."""
+    scalars = {name: plain(each) for name, each in named if name in _SCALARS}
+    step = int(scalars.get("iteration", scalars.get("iteration:0", 0)))
+    has_rate = "learning_rate" in scalars
+    # In Keras 3 a schedule has no variable for the rate; in Keras 2 a constant has none, either.
+    scheduled = bool(scalars) and (optimizer.lr_scheduler is not None or ("iteration" in scalars and not has_rate))
+    what = f"iteration={step}"
+    if scheduled:
+        step = _updates(step, named, batches)
+    if has_rate:
         for index in states:
             require_rate(f"variable {index}", float(scalars["learning_rate"]), 0.0, step, optimizer, index)
-    elif "iteration" in scalars:
-        require_schedule(f"iteration={step}", step, "Keras", optimizer, states)
-    return states
+    elif scheduled:
+        require_schedule(what, step, "Keras", optimizer, states, batches)
+
+
+def _updates(iteration: int, named: list[tuple[str, Any]], batches: int) -> int:
+    """Return how many updates there were after ``iteration`` batches."""
+    names = {name for name, _ in named}
+    if any(_belongs(name, "_gradient_accumulator", names) for name in names) != (batches > 1):
+        need = "must be 1: there are no gradient accumulators"
+        if batches == 1:
+            need = (
+                "must be Keras's n, since its iteration and its schedule count batches: pass that, and an optimizer "
+                "with begin_num_update=iteration // n, lr_scheduler=lambda t: float(schedule(n * t - 1))"
+            )
+        raise ValueError(f"gradient_accumulation_steps={batches}: {need}")
+    if iteration % batches != 0:
+        raise ValueError(
+            f"iteration={iteration}: must be a multiple of gradient_accumulation_steps={batches}: convert right after "
+            "an update"
+        )
+    return iteration // batches
 
 
 def _belongs(name: str, ending: str, names: set[str]) -> bool:
@@ -78,7 +118,7 @@ def _belongs(name: str, ending: str, names: set[str]) -> bool:
 
 
 def to_keras(states: Mapping[Index, Any], optimizer: AdaGrad, variables: Iterable[Any]) -> list[tuple[Any, Any]]:
-    """Return what to assign to the variables of an optimizer of Keras 3; inverse of :func:`from_keras`.
+    """Return what to assign to the variables of an optimizer of Keras; inverse of :func:`from_keras`.
 
     Parameters
     ----------
@@ -97,9 +137,9 @@ def to_keras(states: Mapping[Index, Any], optimizer: AdaGrad, variables: Iterabl
     ------
     ValueError
         If the optimizer has epsilon or weight decay in another place than Keras, or another learning rate than the
-        variables; if there are row-wise histories or master copies, which Keras does not have; if the accumulators are
-        not as many as the states, or of other shapes; if Keras accumulates gradients: then its iteration counts
-        batches.
+        variables; if Keras has a schedule and the optimizer has none; if there are row-wise histories or master copies,
+        which Keras does not have; if the accumulators are not as many as the states, or of other shapes; if Keras
+        accumulates gradients: then its iteration counts batches.
     """
     histories = to_arrays(states, optimizer, "keras")
     named = _named(variables)
@@ -119,13 +159,16 @@ def to_keras(states: Mapping[Index, Any], optimizer: AdaGrad, variables: Iterabl
         if name == "learning_rate":
             for index in states:
                 require_rate(f"variable {index}", float(plain(each)), 0.0, updates, optimizer, index)
-    iteration = [(each, updates) for name, each in named if name == "iteration"]
+    if "iteration" in names and "learning_rate" not in names:
+        require_schedule(f"iteration={updates}", updates, "Keras", optimizer, ())
+    iteration = [(each, updates) for name, each in named if name in ("iteration", "iteration:0")]
     return [*zip(accumulators, histories, strict=True), *iteration]
 
 
 def _named(variables: Any) -> list[tuple[str, Any]]:
-    """The variables with their names; an array is taken for an accumulator."""
+    """The variables with their names in Keras 3; an array is taken for an accumulator."""
     try:
-        return [(getattr(each, "name", None) or "accumulator", each) for each in variables]
+        named = [(getattr(each, "name", None) or "accumulator", each) for each in variables]
     except TypeError:
         raise TypeError(f"variables={checks.describe(variables)}: must be optimizer.variables") from None
+    return [(_OF_KERAS_2.sub(r"\2_\1", name), each) for name, each in named]

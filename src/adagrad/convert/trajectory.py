@@ -56,13 +56,22 @@ def require_rate(what: str, lr: float, lr_decay: float, step: int, optimizer: Ad
         raise ValueError(f"lr={theirs!r} of {what}: must be the optimizer's at its next update, which is {ours!r}")
 
 
-def require_schedule(what: str, step: int, framework: str, optimizer: AdaGrad, indices: Iterable[Index]) -> None:
-    """Check that the optimizer has a schedule and continues it after ``step``."""
+def require_schedule(
+    what: str, step: int, framework: str, optimizer: AdaGrad, indices: Iterable[Index], batches: int = 1
+) -> None:
+    """Check that the optimizer has a schedule and continues it after ``step`` updates.
+
+    Parameters
+    ----------
+    batches : int, default 1
+        How often the framework counts for each update.
+    """
     if optimizer.lr_scheduler is None or any(count(optimizer, index) != step for index in indices):
+        times = f"{batches} * " if batches > 1 else ""
         raise ValueError(
             f"{what}: {framework} continues its schedule from there, and so must the optimizer: pass "
-            f"learning_rate=None, begin_num_update={step}, lr_scheduler=lambda t: float(schedule(t - 1)), "
-            f"since {framework} counts from 0"
+            f"learning_rate=None, begin_num_update={step}, lr_scheduler=lambda t: float(schedule({times}t - 1)), "
+            f"since {framework} counts {'batches, ' if times else ''}from 0"
         )
 
 
