@@ -74,6 +74,15 @@ def test_a_table_without_a_state(nothing: Any) -> None:
         convert.from_fbgemm([nothing], AdaGrad(dialect="fbgemm"))
 
 
+def test_tables_by_name_are_converted_by_their_values() -> None:
+    """As torchrec has them in ``state_dict()["state"]``."""
+    named = {"tables.t.weight": {"t.momentum1": f32(1, 2)}}
+    optimizer = GroupAdaGrad(dialect="fbgemm")
+    with pytest.raises(TypeError, match=r"momentum1=\{.*: must be a list, one for each table: pass its values\(\)"):
+        convert.from_fbgemm(named, optimizer)
+    assert convert.from_fbgemm(named.values(), optimizer)[0].tolist() == [[1], [2]]
+
+
 @pytest.mark.parametrize("shape", [(3,), (3, 2, 2)])
 def test_only_tables_go_to_fbgemm(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="must have two dimensions: FBGEMM has only tables"):

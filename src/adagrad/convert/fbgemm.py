@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from adagrad import checks
 from adagrad.adagrad import AdaGrad
 from adagrad.convert.arrays import History, States, from_arrays, history, to_arrays
 from adagrad.convert.trajectory import require_rule
@@ -18,7 +19,8 @@ def from_fbgemm(momentum1: Iterable[Any], optimizer: AdaGrad) -> States:
     ----------
     momentum1 : iterable
         ``split_optimizer_states()``, ``get_optimizer_state()``, or only the arrays: one for each table, of shape
-        ``(rows, columns)`` or, if row-wise, ``(rows,)``.
+        ``(rows, columns)`` or, if row-wise, ``(rows,)``. In torchrec, the ``values()`` of an optimizer's
+        ``state_dict()["state"]``.
     optimizer : AdaGrad
         Continues with the states: constructed with ``dialect="fbgemm"`` and the learning rate passed to FBGEMM.
 
@@ -29,9 +31,12 @@ def from_fbgemm(momentum1: Iterable[Any], optimizer: AdaGrad) -> States:
 
     Raises
     ------
+    TypeError
+        If ``momentum1`` is a dict.
     ValueError
-        If the optimizer has epsilon in another place than FBGEMM, only one of optimizer and table is row-wise, or the
-        states are of another FBGEMM optimizer.
+        If the optimizer has epsilon in another place than FBGEMM, only one of optimizer and table is row-wise, or a
+        table does not have one state, as with most other FBGEMM optimizers. Those with one of the same form, such as
+        EMAINPLACE_ROWWISE_ADAGRAD, are not recognised, nor is the empty list of EXACT_SGD.
 
     Examples
     --------
@@ -41,6 +46,10 @@ def from_fbgemm(momentum1: Iterable[Any], optimizer: AdaGrad) -> States:
     (3, 1)
     """
     require_rule(optimizer, "fbgemm")
+    if isinstance(momentum1, Mapping):
+        raise TypeError(
+            f"momentum1={checks.describe(momentum1)}: must be a list, one for each table: pass its values()"
+        )
     histories = []
     for table, each in enumerate(momentum1):
         what = f"momentum1 of table {table}"

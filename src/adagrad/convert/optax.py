@@ -191,7 +191,9 @@ def _require_rates(part: Any, step: int, optimizer: AdaGrad, indices: Iterable[I
             raise ValueError(f"hyperparams_states[{name!r}]: must be a learning rate that depends on the count alone")
     eps = _number("eps", hyperparams.get("eps", optimizer.epsilon))
     if not math.isclose(eps, optimizer.epsilon, rel_tol=1e-7):  # the rounding to float32
-        raise ValueError(f"eps={eps:.7g} in hyperparams: must be the optimizer's epsilon, which is {optimizer.epsilon}")
+        raise ValueError(
+            f"eps={np.float32(eps)!s} in hyperparams: must be the optimizer's epsilon, which is {optimizer.epsilon}"
+        )
     if schedules:
         require_schedule(f"count={step}", step, "optax", optimizer, indices)
     elif "learning_rate" in hyperparams:
