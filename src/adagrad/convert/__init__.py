@@ -1,12 +1,23 @@
 """Convert states of other frameworks' AdaGrad to states for an optimizer here, and back.
 
 The history is the same quantity everywhere, so a conversion only copies arrays from one form to another, without
-importing the frameworks. Each function also takes the optimizer here that continues with the states, or that they come
-from. It raises ValueError if this has epsilon or weight decay in another place than the framework (optax and FBGEMM
-permit both places for weight decay), or if what the state contains contradicts it. States of optax, FBGEMM and plain
-arrays hold no learning rate; Keras's do, unless it is a schedule. Of a schedule, those of optax and Keras hold only the
-count. Only PyTorch's hold epsilon, weight decay and, from :class:`adagrad.torch.Adagrad`, clipping. What a state does
-not hold is not compared, so pass the same values yourself.
+importing the frameworks (but JAX, for the trees in states of optax, and PyTorch, to make tensors). Each function also
+takes the optimizer here that continues with the states, or that they come from. It raises ValueError if this has
+epsilon or weight decay in a different place from the framework (optax and FBGEMM permit both places for weight decay),
+or if it contradicts what the state holds. What a state does not hold is not compared: pass the same values yourself.
+
+========  =======================  ================  =====================  ============
+state of  learning rate            schedule's count  epsilon, weight decay  clipping
+========  =======================  ================  =====================  ============
+PyTorch   yes, and ``lr_decay``    the steps         yes                    only if ours
+optax     only if injected         yes               epsilon if injected    no
+Keras 3   unless it is a schedule  the iteration     no                     no
+Keras 2   no                       the iteration     no                     no
+FBGEMM    no                       no                no                     no
+others    no                       no                no                     no
+========  =======================  ================  =====================  ============
+
+("Ours" are those of :class:`adagrad.torch.Adagrad`; injected is what ``optax.inject_hyperparams`` was given.)
 
 =========  =========================================================  =============================
 framework  form                                                       functions
@@ -14,7 +25,7 @@ framework  form                                                       functions
 PyTorch    ``optimizer.state_dict()`` of ``torch.optim.Adagrad``      `from_torch`, `to_torch`
 optax      the ``opt_state`` of ``optax.adagrad``, alone or in a      `from_optax`, `to_optax`
            chain
-Keras 3    ``optimizer.variables``                                    `from_keras`, `to_keras`
+Keras      ``optimizer.variables``                                    `from_keras`, `to_keras`
 FBGEMM     ``split_optimizer_states()``, ``get_optimizer_state()``    `from_fbgemm`, `to_fbgemm`
 others     arrays: slot variables of TensorFlow, ``v`` of MLX         `from_arrays`, `to_arrays`
 =========  =========================================================  =============================

@@ -40,8 +40,8 @@ def from_arrays(histories: Iterable[Any] | Mapping[Index, Any], optimizer: AdaGr
     TypeError
         If ``histories`` is not iterable, or a single array.
     ValueError
-        If the optimizer has epsilon or weight decay in another place than the dialect, or an array is not float32 or
-        float64, is masked, only a part of a tensor or negative anywhere, or not ``(n, 1, ...)`` for a row-wise
+        If the optimizer has epsilon or weight decay in a different place from the dialect, or an array is not float32
+        or float64, is masked, only a part of a tensor or negative anywhere, or not ``(n, 1, ...)`` for a row-wise
         optimizer. Histories in half precision are refused, because they were rounded at every step.
 
     Examples
@@ -65,7 +65,7 @@ def from_arrays(histories: Iterable[Any] | Mapping[Index, Any], optimizer: AdaGr
 def to_arrays(states: Mapping[Index, Any], optimizer: AdaGrad, dialect: str) -> list[History]:
     """Return the histories in ``states``, for another framework to continue with; inverse of :func:`from_arrays`.
 
-    Raises ValueError if the dialect has epsilon or weight decay in another place than the optimizer, or no row-wise
+    Raises ValueError if the dialect has epsilon or weight decay in a different place from the optimizer, or no row-wise
     history for a row-wise optimizer, and for states with master copies.
     """
     require_rule(optimizer, dialect)

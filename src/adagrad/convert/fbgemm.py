@@ -34,7 +34,7 @@ def from_fbgemm(momentum1: Iterable[Any], optimizer: AdaGrad) -> States:
     TypeError
         If ``momentum1`` is a dict.
     ValueError
-        If the optimizer has epsilon in another place than FBGEMM, only one of optimizer and table is row-wise, or a
+        If the optimizer has epsilon in a different place from FBGEMM, only one of optimizer and table is row-wise, or a
         table does not have one state, as with most other FBGEMM optimizers. Those with one of the same form, such as
         EMAINPLACE_ROWWISE_ADAGRAD, are not recognised, nor is the empty list of EXACT_SGD.
 
@@ -79,7 +79,8 @@ def to_fbgemm(states: Mapping[Index, Any], optimizer: AdaGrad) -> list[History]:
     Raises
     ------
     ValueError
-        If the optimizer has epsilon in another place than FBGEMM, a weight is not a table, or there are master copies.
+        If the optimizer has epsilon in a different place from FBGEMM, a weight is not a table, or there are master
+        copies.
     """
     histories = to_arrays(states, optimizer, "fbgemm")
     for array in histories:

@@ -40,7 +40,7 @@ def from_keras(variables: Iterable[Any], optimizer: AdaGrad, *, gradient_accumul
     Raises
     ------
     ValueError
-        If the optimizer has epsilon or weight decay in another place than Keras, another learning rate than the
+        If the optimizer has epsilon or weight decay in a different place from Keras, another learning rate than the
         variables, or does not continue a schedule from their iteration; if the variables are of another optimizer, or
         of one that is not built; or if Keras has accumulated gradients that are not applied yet. Variables of Keras 2
         hold no learning rate: only an ``lr_scheduler`` is checked to continue from their iteration.
@@ -136,7 +136,7 @@ def to_keras(states: Mapping[Index, Any], optimizer: AdaGrad, variables: Iterabl
     Raises
     ------
     ValueError
-        If the optimizer has epsilon or weight decay in another place than Keras, or another learning rate than the
+        If the optimizer has epsilon or weight decay in a different place from Keras, or another learning rate than the
         variables; if Keras has a schedule and the optimizer has none; if there are row-wise histories or master copies,
         which Keras does not have; if the accumulators are not as many as the states, or of other shapes; if Keras
         accumulates gradients: then its iteration counts batches.

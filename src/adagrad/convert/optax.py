@@ -36,9 +36,9 @@ def from_optax(opt_state: Any, optimizer: AdaGrad) -> States:
     Raises
     ------
     ValueError
-        If the optimizer has epsilon in another place than optax, or does not continue a schedule from its count, or has
-        other hyper-parameters than were injected, or there are transformations with a state that this rule does not
-        have; the message names them.
+        If the optimizer has epsilon in a different place from optax, or does not continue a schedule from its count, or
+        differs from the hyper-parameters that were injected, or there are transformations with a state that this rule
+        does not have; the message names them.
 
     Examples
     --------
