@@ -124,7 +124,8 @@ def to_keras(states: Mapping[Index, Any], optimizer: AdaGrad, variables: Iterabl
     ----------
     states : mapping of index to state
     optimizer : AdaGrad
-        The optimizer of the states.
+        The optimizer of the states. If it has a scheduler and Keras a rate that is not a schedule, as one that a
+        callback assigns, the two need only be equal at the next update.
     variables : iterable
         ``keras_optimizer.variables``, once it has been built for the weights of the states, in the same order.
 

@@ -149,7 +149,7 @@ def _hint(part: Any) -> str:
     """Return what to convert instead of this part, if that is known."""
     if hasattr(part, "hyperparams"):  # of optax before 0.1.9, which does not say what is a schedule
         return (
-            f": convert its inner_state, with the epsilon and learning_rate in its hyperparams, or, for a schedule, "
+            ": convert its inner_state, with the epsilon and learning_rate in its hyperparams, or, for a schedule, "
             f"begin_num_update={part.count}"
         )
     hints = {
