@@ -219,6 +219,42 @@ def test_views_that_conjugate_or_negate() -> None:
     assert_same_bits(a, b)
 
 
+@pytest.mark.parametrize("kind", ["complex", "transposed", "expanded", "conjugated", "negated", "with a view"])
+def test_gradients_that_take_the_fast_path_as_others(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside usual ones, to the bits of the general path; no gradient changes."""
+    is_complex = kind in ("complex", "conjugated")
+    results = []
+    for refused in (general_path, fast_path):
+        odd = nn.Parameter(parameter((4, 6)).detach().t() if kind == "with a view" else parameter((6, 4)).detach())
+        if is_complex:
+            odd = nn.Parameter(torch.view_as_complex(parameter((6, 4, 2)).detach()))
+        usual = parameter((5,))
+        optimizer = Adagrad([usual, odd], lr=0.3, weight_decay=0.1, clip_value=2.0)
+        for step in range(2):
+            usual.grad, odd.grad = gradient(usual, step), torch.randn_like(odd, memory_format=torch.contiguous_format)
+            odd.grad.copy_(torch.arange(odd.numel()).view_as(odd) + (1j if is_complex else 0))
+            if kind == "transposed":
+                odd.grad = odd.grad.t().contiguous().t()
+            elif kind == "expanded":
+                odd.grad = torch.full((6, 1), 0.5).expand(6, 4)
+            elif kind == "conjugated":
+                odd.grad = odd.grad.conj()
+            elif kind == "negated":
+                odd.grad = torch._neg_view(odd.grad)
+            before = odd.grad.clone()
+            with monkeypatch.context() as within:
+                if refused is general_path:
+                    within.setattr(general_path, "prepare", lambda *_, **__: pytest.fail("the general path was taken"))
+                else:
+                    within.setattr(fast_path, "update_plain", lambda *_: False)
+                optimizer.step()
+            assert torch.equal(odd.grad, before)
+        results.append([usual, optimizer.state[usual]["sum"], odd, optimizer.state[odd]["sum"]])
+        assert optimizer.state[odd]["step"] == 2
+    for a, b in zip(*results, strict=True):
+        assert_same_bits(torch.view_as_real(a) if a.is_complex() else a, torch.view_as_real(b) if b.is_complex() else b)
+
+
 def test_sparse_complex_gradient() -> None:
     p = nn.Parameter(torch.ones(5, 2, dtype=torch.complex64))
     values = torch.randn(3, 2, dtype=torch.complex64)

@@ -208,7 +208,7 @@ class AdaGrad(Optimizer):
 
     def _overrides(self, name: str) -> bool:
         """Whether a subclass, or this object, has a method ``name`` of its own."""
-        return name in vars(self) or getattr(type(self), name) is not getattr(AdaGrad, name)
+        return getattr(getattr(self, name), "__func__", None) is not getattr(AdaGrad, name)
 
     def _may_take_all_at_once(self) -> bool:
         kind: Any = type(self)

@@ -100,7 +100,7 @@ def _tensor(name: str, tensor: Any) -> Operand:
 
 def bounds(memory: np.ndarray) -> tuple[int, int]:
     """Return the addresses of the first byte of ``memory`` and of the byte after the last."""
-    start = memory.ctypes.data
+    start = memory.__array_interface__["data"][0]  # .ctypes.data makes an object first
     if memory.flags.c_contiguous:  # as is every empty array
         return start, start + memory.nbytes
     spans = [(size - 1) * stride for size, stride in zip(memory.shape, memory.strides, strict=True)]

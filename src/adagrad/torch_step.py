@@ -16,8 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from adagrad import checks
 from adagrad import rule as expression
 from adagrad.kernels import device_lists, fast_path, general_path, tensor_checks
-from adagrad.kernels.batch import Batch
-from adagrad.kernels.tensor_views import mark_changed
+from adagrad.kernels.batch import Batch, Prepared
+from adagrad.kernels.tensor_views import mark_changed, real_views
 from adagrad.rule import Rule
 from adagrad.torch_options import one_real, rule_and_decays
 from adagrad.torch_state import WIDE, Counts, master
@@ -213,13 +213,18 @@ def _together(rule: Rule, parts: list[Part]) -> Batch:
     return batch
 
 
-def _widen_gradients(batches: Sequence[Batch]) -> None:
-    """Convert gradients to the history's dtype that are of another than their parameter's, if that is exact."""
+def _widen_gradients(batches: Sequence[Batch]) -> bool:
+    """Convert gradients to the history's dtype that are of another than their parameter's, if that is exact.
+
+    Returns whether there were any.
+    """
+    found = False
     for batch in batches:
         for i, (p, grad) in enumerate(zip(batch.weights, batch.grads, strict=True)):
             wide = WIDE.get(p.dtype, p.dtype)
             if grad.dtype != p.dtype and wide in _WIDER.get(grad.dtype, ()):
-                batch.grads[i] = grad.to(wide)
+                batch.grads[i], found = grad.to(wide), True
+    return found
 
 
 _WIDER = {
@@ -240,15 +245,19 @@ def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | Non
     threads = torch.get_num_threads()
     owed: list[Counts] = []  # counts still to be advanced: all, or none if they advanced with the weights
     skips: list[Tensor] = []
+    is_plain = not any(on_cuda) and grad_scale is None and found_inf is None
     try:
-        is_scaled = grad_scale is not None or found_inf is not None
-        if any(on_cuda) or is_scaled or not _update_and_count(batches, parts, threads):
+        if not (is_plain and _update_and_count(batches, parts, threads)):
             counts = [part.counts for part in parts]
-            prepared = None
-            if all(on_cuda):
-                prepared = device_lists.prepare(batches, grad_scale, found_inf)
+            prepared = device_lists.prepare(batches, grad_scale, found_inf) if all(on_cuda) else None
             if prepared is None:
-                _widen_gradients(batches)
+                are_widened, views = _widen_gradients(batches), list(map(real_views, batches))
+                if are_widened or any(map(operator.is_not, views, batches)):
+                    if all(on_cuda):
+                        prepared = device_lists.prepare(views, grad_scale, found_inf)
+                    elif is_plain and _update_and_count(views, parts, threads):
+                        counts, prepared = [], Prepared([])
+            if prepared is None:
                 prepared = general_path.prepare(batches, threads=threads, grad_scale=grad_scale, found_inf=found_inf)
             owed = counts
             skips = prepared.run()

@@ -1,8 +1,8 @@
 """Convert states of other frameworks' AdaGrad to states for an optimizer here, and back.
 
 The history is the same quantity everywhere, so a conversion only copies arrays from one form to another, without
-importing the frameworks (except JAX, for the trees in states of optax, and PyTorch, to make tensors). Each function also
-takes the optimizer here that continues with the states, or that they come from. It raises ValueError if this has
+importing the frameworks (except JAX, for the trees in states of optax, and PyTorch, to make tensors). Each function
+also takes the optimizer here that continues with the states, or that they come from. It raises ValueError if this has
 epsilon or weight decay in a different place from the framework (optax and FBGEMM permit both places for weight decay),
 or if it contradicts what the state holds. What a state does not hold is not compared: pass the same values yourself.
 

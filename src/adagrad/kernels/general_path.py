@@ -246,9 +246,9 @@ class _CheckedBatch:
 
 def _accept_classes(given: Sequence[Any]) -> None:
     """From the next call on, let the fast path take tensors of these classes that are nothing but their memory."""
-    from adagrad.kernels.tensor_checks import is_memory
+    from adagrad.kernels.tensor_checks import PLAIN_TYPES, is_memory
 
-    for kind in set(map(type, filter(is_torch, given))):
+    for kind in {type(each) for each in given if is_torch(each)}.difference(PLAIN_TYPES):
         if is_memory(kind):
             accept(kind)
 

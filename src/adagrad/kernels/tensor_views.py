@@ -8,14 +8,16 @@ memory with what was given, except for gradients.
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from adagrad.kernels.batch import Batch
 from adagrad.kernels.dtensor import has_whole_rows, is_dtensor, is_placed_as, local, moved
-from adagrad.kernels.tensor_checks import check_rows
+from adagrad.kernels.tensor_checks import are_memory, check_rows
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import history_shape
 
@@ -61,6 +63,28 @@ def ordinary(at: str, weight: Tensor, grad: Tensor | RowSparse, history: Tensor,
         else:
             grad = _as_real(grad)
     return weight, grad, history, master
+
+
+def real_views(batch: Batch) -> Batch:
+    """The same updates of real numbers, with dense gradients in the order of their weights; ``batch`` if they are that.
+
+    So the fast path takes complex numbers, as pairs, and gradients of another order, copied, as from a transposition.
+    """
+    weights, grads, histories = [*batch.weights], [*batch.grads], [*batch.histories]
+    for i, (weight, grad, history) in enumerate(zip(weights, grads, histories, strict=True)):
+        if batch.masters or not are_memory((weight, grad, history)) or grad.layout != torch.strided:
+            continue
+        if grad.shape != weight.shape or grad.dtype != weight.dtype:
+            continue
+        if grad.stride() != weight.stride() or grad.is_conj() or grad.is_neg():
+            copy = torch.empty_like(weight)
+            grads[i] = copy.copy_(grad) if copy.stride() == weight.stride() else grad  # the weight may have gaps
+        if weight.is_complex() and not (batch.rule.row_wise or weight.is_conj() or history.is_conj()):
+            weights[i], grads[i], histories[i] = map(_as_real, (weight, grads[i], history))
+    is_same = all(map(operator.is_, grads, batch.grads)) and all(map(operator.is_, weights, batch.weights))
+    if is_same:
+        return batch
+    return Batch(batch.rule, weights, grads, histories, batch.masters, batch.lrs, batch.wds, batch.positions)
 
 
 def _as_real(tensor: Tensor) -> Tensor:
