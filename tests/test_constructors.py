@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from adagrad import AdaGrad, GroupAdaGrad, Optimizer, RowSparse, Updater
+from adagrad.torch import Adagrad
+from support import assert_same_bits
 
 CONSTRUCTORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"learning_rate": -0.1}, ValueError, "learning_rate=-0.1: must be >= 0"),
@@ -56,6 +59,27 @@ CONSTRUCTORS: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_constructor(klass: type[AdaGrad], arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         klass(**arguments)
+
+
+@pytest.mark.parametrize("klass", [AdaGrad, GroupAdaGrad, Adagrad])
+def test_defaults_can_be_written_to_files(klass: Any) -> None:
+    """As by programs that make a command line or a configuration of a signature, and take no subclasses of float."""
+    defaults = [p.default for p in inspect.signature(klass).parameters.values() if p.default is not p.empty]
+    assert len(defaults) > 5
+    assert {type(value) for value in defaults} <= {bool, int, float, str, type(None)}
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "epsilon", "initial_accumulator_value", "wd", "rescale_grad"])
+def test_an_array_of_one_number_without_dimensions_is_a_number(name: str) -> None:
+    """As interpolation and np.load return it."""
+    optimizer = AdaGrad(**{name: np.array(0.25)})
+    weight = np.ones(2, np.float32)
+    optimizer.update(0, weight, np.ones(2, np.float32), optimizer.create_state(0, weight))
+    other, expected = AdaGrad(**{name: 0.25}), np.ones(2, np.float32)
+    other.update(0, expected, np.ones(2, np.float32), other.create_state(0, expected))
+    assert_same_bits(weight, expected)
+    with pytest.raises(TypeError, match=f"{name}=.*: must be a number"):
+        AdaGrad(**{name: np.array(True)})
 
 
 def test_aggregate_num_that_is_an_array() -> None:

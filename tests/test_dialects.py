@@ -18,7 +18,7 @@ import torch
 import adagrad
 import peers
 from adagrad import AdaGrad, GroupAdaGrad, RowSparse, checkpoint, lr_scheduler
-from adagrad.dialects import DIALECTS, Default
+from adagrad.dialects import DIALECTS, default
 from adagrad.torch import Adagrad
 from support import assert_same_bits
 
@@ -229,7 +229,7 @@ def test_given_arguments_win() -> None:
 
 def test_a_default_handed_on_is_still_a_default() -> None:
     class Mine(AdaGrad):
-        def __init__(self, learning_rate: float = Default(0.01), **kwargs: Any) -> None:
+        def __init__(self, learning_rate: float = default(0.01), **kwargs: Any) -> None:
             super().__init__(learning_rate, **kwargs)
 
     assert Mine(dialect="keras").learning_rate == 0.001

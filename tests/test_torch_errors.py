@@ -171,8 +171,8 @@ def test_a_parameter_twice() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("weight_decay", np.array(0.1), "weight_decay=array(0.1): must be a number, not ndarray"),
-        ("lr_decay", np.array(0.1), "lr_decay=array(0.1): must be a number, not ndarray"),
+        ("weight_decay", np.array([0.1]), "weight_decay=array([0.1]): must be a number, not ndarray"),
+        ("lr_decay", np.array([0.1]), "lr_decay=array([0.1]): must be a number, not ndarray"),
         ("eps", [0.1], "eps=[0.1]: must be a number, not list"),
         ("clip_value", torch.tensor(1.0), "clip_value=tensor(1.): must be a number, not Tensor"),
     ],

@@ -127,7 +127,7 @@ def test_wrong_option(options: dict[str, Any], error: type[Exception], message: 
 def test_row_wise_needs_rows_of_real_numbers() -> None:
     optimizer = Adagrad([torch.zeros(2)], row_wise=True)
     for parameter, message in (
-        (torch.zeros(()), "parameter of shape ()"),
+        (torch.zeros(()), "parameter 0 of its group of shape (): must have rows"),
         (torch.zeros(2, dtype=torch.complex64), "real"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):

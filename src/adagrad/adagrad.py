@@ -12,7 +12,7 @@ import numpy as np
 from adagrad import checks, dialects, kernels
 from adagrad.arguments import as_lists, check_low_precision
 from adagrad.arrays import LOW_PRECISION, computing_format, format_of, operand
-from adagrad.dialects import Default
+from adagrad.dialects import default
 from adagrad.optimizer import Optimizer, Options, register
 from adagrad.rates import Index, check_indices
 from adagrad.rule import Array, Rule, history_shape, is_torch
@@ -100,11 +100,11 @@ class AdaGrad(Optimizer):
 
     def __init__(
         self,
-        learning_rate: float | None = Default(0.01),
-        epsilon: float = Default(1e-6),
+        learning_rate: float | None = default(0.01),
+        epsilon: float = default(1e-6),
         use_fused_step: bool = True,
         *,
-        initial_accumulator_value: float = Default(0.0),
+        initial_accumulator_value: float = default(0.0),
         dialect: str = "mxnet",
         epsilon_inside: bool | None = None,
         decoupled_decay: bool | None = None,

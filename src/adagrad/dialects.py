@@ -51,7 +51,7 @@ class Dialect:
         own_epsilon = self.row_wise_epsilon if row_wise and self.row_wise_epsilon is not None else self.epsilon
         defaults = (self.learning_rate, own_epsilon, self.initial_accumulator_value)
         given = (learning_rate, epsilon, initial_accumulator_value)
-        return [own if isinstance(value, Default) else value for value, own in zip(given, defaults, strict=True)]
+        return [own if _is_default(value) else value for value, own in zip(given, defaults, strict=True)]
 
     def options(self, epsilon_inside: bool | None, decoupled_decay: bool | None) -> tuple[bool, bool]:
         """Return the two options of the rule, with the dialect's for those that are None."""
@@ -61,8 +61,20 @@ class Dialect:
         )
 
 
-class Default(float):
-    """Default value of an argument: a float that marks the argument as not passed by the caller."""
+def default(value: float) -> float:
+    """Return the default value of an argument, which marks it as not passed by the caller.
+
+    A float like any other, known by its identity: programs that read a signature write what they find to files.
+    """
+    _defaults.append(float(str(value)))  # a new object
+    return _defaults[-1]
+
+
+_defaults: list[float] = []
+
+
+def _is_default(value: object) -> bool:
+    return any(value is each for each in _defaults)
 
 
 # fmt: off

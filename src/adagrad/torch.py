@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from adagrad import dialects
-from adagrad.dialects import Default
+from adagrad.dialects import default
 from adagrad.torch_compiler import apart_from_compiler
 from adagrad.torch_options import RULE, check_options
 from adagrad.torch_state import as_saved, fitted, new_state
@@ -130,11 +130,11 @@ class Adagrad(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = Default(1e-2),
+        lr: float | Tensor = default(1e-2),
         lr_decay: float = 0,
         weight_decay: float = 0,
-        initial_accumulator_value: float = Default(0),
-        eps: float = Default(1e-10),
+        initial_accumulator_value: float = default(0),
+        eps: float = default(1e-10),
         foreach: bool | None = None,
         *,
         maximize: bool = False,

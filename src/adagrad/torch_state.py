@@ -51,9 +51,11 @@ def new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
 
 def _row_wise_history(p: Tensor, group: dict[str, Any], start: float, dtype: torch.dtype) -> Tensor:
     if p.ndim == 0:
-        raise ValueError("row_wise=True: parameter of shape (): must have rows: at least one dimension")
+        need = "must have rows, at least one dimension; put it into a group with row_wise=False"
+        raise ValueError(f"row_wise=True: {_called(p, group)} of shape (): {need}")
     if p.is_complex():
-        raise ValueError(f"row_wise=True: parameter of {p.dtype}: must be real")
+        need = "must be real; put it into a group with row_wise=False"
+        raise ValueError(f"row_wise=True: {_called(p, group)} of {p.dtype}: {need}")
     if getattr(p, "_fsdp_flattened", False):
         where = f"{_called(p, group)}, flattened by FullyShardedDataParallel"
         raise ValueError(f"row_wise=True: {where}: must have whole rows; fully_shard keeps them")
