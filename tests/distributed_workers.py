@@ -353,7 +353,7 @@ def mixed_with_plain(folder: Path) -> None:
     assert q.tolist() == [1.5] * 3
     before = full(p).clone()
     optimizer.state[q]["sum"] = torch.ones(4)
-    with pytest.raises(ValueError, match=r"history in states\[1\]"):
+    with pytest.raises(ValueError, match=r"sum of parameter\[1\]"):
         optimizer.step()
     same(p, before, "a refused step")
     assert int(optimizer.state[p]["step"]) == 1
@@ -508,13 +508,13 @@ def shapes_and_kinds_of_dtensors(folder: Path) -> None:
 
     p.grad, q.grad = distribute_tensor(torch.ones(7, 2), mesh, [Shard(0)]), torch.ones(7, 2)
     optimizer.state[p]["sum"] = distribute_tensor(torch.zeros(8, 2), mesh, [Shard(0)])
-    refused(ValueError, r"history in states\[0\]: shape \(8, 2\): must be \(7, 2\)")
+    refused(ValueError, r"sum of parameter\[0\]: shape \(8, 2\): must be \(7, 2\)")
     optimizer.state[p]["sum"] = right
     optimizer.state[q]["sum"] = right
-    refused(TypeError, r"history in states\[1\]: must be an ordinary tensor, not a DTensor, like the weight")
+    refused(TypeError, r"sum of parameter\[1\]: must be an ordinary tensor, not a DTensor, like the weight")
     optimizer.state[q]["sum"] = torch.zeros(7, 2)
     p.grad = distribute_tensor(torch.ones(7, 2), other, [Replicate(), Shard(0)])
-    refused(ValueError, r"grads\[0\]: on DeviceMesh.*: must be on DeviceMesh.*, like the weight")
+    refused(ValueError, r"gradient of parameter\[0\]: on DeviceMesh.*: must be on DeviceMesh.*, like the weight")
     p.grad = distribute_tensor(torch.ones(7, 2), mesh, [Shard(1)])
     optimizer.step()
     assert full(p).lt(1).all()

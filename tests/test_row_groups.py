@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from adagrad.kernels import records, row_groups
+from adagrad.kernels.names import in_lists
 from row_operands import FLOAT32, rows
 from support import HYPERS, update_plain
 
@@ -145,7 +146,7 @@ def test_row_ids_are_copied_and_checked(dtype: Any) -> None:
         facts[records.ENTRIES], facts[records.HEIGHT] = len(ids), height
         facts[records.ARE_LONG] = dtype == np.int64
         facts[records.BASE + records.IDS] = given.ctypes.data
-        rows = row_groups.checked_rows("[3]", facts)
+        rows = row_groups.checked_rows(in_lists(3), facts)
         assert rows.dtype == (np.int32 if height <= 2**31 else np.int64)
         assert rows.tolist() == ids
         assert not np.shares_memory(rows, given)

@@ -142,27 +142,27 @@ DIFFERENTIABLE: dict[str, tuple[Any, type[Exception], str]] = {
     "history of another dtype": (
         lambda p, o: o.state[p].update(sum=torch.zeros(4, 2, dtype=torch.float16)),
         TypeError,
-        r"history in states\[1\]: dtype float16: must be float32",
+        r"sum of parameter\[1\]: dtype float16: must be float32",
     ),
     "history that overlaps itself": (
         lambda p, o: o.state[p].update(sum=torch.zeros(4, 1).expand(4, 2)),
         ValueError,
-        r"history in states\[1\]: strides \(4, 0\): elements share memory",
+        r"sum of parameter\[1\]: strides \(4, 0\): elements share memory",
     ),
     "history of another parameter": (
         lambda p, o: o.state[p].update(sum=next(iter(o.state.values()))["sum"]),
         ValueError,
-        r"history in states\[1\]: shares memory with history in states\[0\]",
+        r"sum of parameter\[1\]: shares memory with sum of parameter\[0\]",
     ),
     "gradient of another shape": (
         lambda p, o: p.grad.set_(torch.ones(2)),
         ValueError,
-        r"grads\[1\]: shape \(2,\): must be \(4, 2\)",
+        r"gradient of parameter\[1\]: shape \(2,\): must be \(4, 2\)",
     ),
     "gradient that is the weight": (
         lambda p, o: p.grad.set_(p.detach()),
         ValueError,
-        r"weights\[1\]: shares memory with grads\[1\]",
+        r"parameter\[1\]: shares memory with gradient of parameter\[1\]",
     ),
 }
 

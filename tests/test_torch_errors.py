@@ -71,24 +71,26 @@ def set_option(name: str, value: Any) -> Callable[[Case], None]:
 
 REFUSED: dict[str, tuple[Callable[[Case], None], type[Exception], str]] = {
     "row id too large": (set_sparse([0, 4], torch.ones(2, 3)), IndexError,
-                         "indices of grads[2]: indices[1]=4: must be in [0, 4)"),
+                         "indices of gradient of parameter[2]: indices[1]=4: must be in [0, 4)"),
     "negative row id": (set_sparse([-1, 0], torch.ones(2, 3)), IndexError, "indices[0]=-1: must be in [0, 4)"),
     "history of another shape": (lambda case: replace_state(case, lambda s: s[:2].clone()), ValueError,
-                                 "history in states[1]: shape (2, 3): must be (4, 3)"),
+                                 "sum of parameter[1]: shape (2, 3): must be (4, 3)"),
     "history of another dtype": (lambda case: replace_state(case, Tensor.double), TypeError,
-                                 "history in states[1]: dtype float64: must be float32"),
+                                 "sum of parameter[1]: dtype float64: must be float32"),
     "history elsewhere": (lambda case: replace_state(case, lambda s: s.to("meta")), ValueError,
-                          "history in states[1]: device meta: must be cpu"),
-    "gradient of another dtype": (set_grad_data(Tensor.double), TypeError, "grads[1]: dtype float64: must be float32"),
+                          "sum of parameter[1]: device meta: must be cpu"),
+    "gradient of another dtype": (set_grad_data(Tensor.double), TypeError,
+                                  "gradient of parameter[1]: dtype float64: must be float32"),
     "gradient of another shape": (set_grad_data(lambda g: g[:3].clone()), ValueError,
-                                  "grads[1]: shape (3, 3): must be (4, 3)"),
+                                  "gradient of parameter[1]: shape (3, 3): must be (4, 3)"),
     "weight of 8 bits": (set_data(1, lambda w: w.to(torch.float8_e5m2)), TypeError,
-                         "weights[1]: dtype torch.float8_e5m2: must be float16"),
-    "weights that share memory": (share_memory, ValueError, "weights[1]: shares memory with weights[0]"),
+                         "parameter[1]: dtype torch.float8_e5m2: must be float16"),
+    "weights that share memory": (share_memory, ValueError, "parameter[1]: shares memory with parameter[0]"),
     "history inside a weight": (overlap, ValueError, "shares memory with"),
     "weight that overlaps itself": (set_data(1, lambda w: w[:1].expand(4, 3)), ValueError, "elements share memory"),
-    "gradient without memory": (freed, ValueError, "grads[1]: address 0: must have memory for its 12 elements"),
-    "negated weight": (negated, ValueError, "weights[1]: a negated or conjugated view"),
+    "gradient without memory": (freed, ValueError,
+                                "gradient of parameter[1]: address 0: must have memory for its 12 elements"),
+    "negated weight": (negated, ValueError, "parameter[1]: a negated or conjugated view"),
     "a count that is no tensor": (lambda case: case.optimizer.state[case.params[0]].__setitem__("step", 1.0), TypeError,
                                   "step: not a tensor: must be a tensor of one number"),
     "lr is not a number": (set_option("lr", math.nan), ValueError, "lr=nan: must be finite"),
@@ -98,7 +100,7 @@ REFUSED: dict[str, tuple[Callable[[Case], None], type[Exception], str]] = {
     "negative lr_decay": (set_option("lr_decay", -1.0), ValueError, "lr_decay=-1.0: must be >= 0"),
     "clip_value of 0": (set_option("clip_value", 0.0), ValueError, "clip_value=0.0: must be None or > 0"),
     "row-wise all at once": (set_option("row_wise", True), ValueError,
-                             "history in states[0]: shape (4, 3): must be (4, 1)"),
+                             "sum of parameter[0]: shape (4, 3): must be (4, 1)"),
 }  # fmt: skip
 
 
@@ -121,10 +123,10 @@ def test_gradient_of_another_layout() -> None:
     p = nn.Parameter(torch.ones(4, 4))
     optimizer = Adagrad([p], row_wise=True)
     p.grad = torch.sparse_coo_tensor(torch.zeros(0, 1), torch.ones(1, 4, 4), (4, 4), check_invariants=False)
-    with pytest.raises(ValueError, match=re.escape("grads[0]: 0 sparse dimensions: must be 1 for row-wise history")):
+    with pytest.raises(ValueError, match=r"parameter\[0\]: 0 sparse dimensions: must be 1 for row-wise history"):
         optimizer.step()
     assert optimizer.state[p]["step"] == 0
-    with pytest.raises(TypeError, match=re.escape("grads[7]: layout torch.sparse_csr: must be strided or sparse_coo")):
+    with pytest.raises(TypeError, match=r"parameter\[7\]: layout torch.sparse_csr: must be strided or sparse_coo"):
         tensor_views.ordinary("[7]", p, torch.eye(4).to_sparse_csr(), torch.zeros(4, 4), None, row_wise=False)
 
 
@@ -220,9 +222,9 @@ def test_counts_are_checked_before_anything_changes(count: Tensor, message: str)
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        ("sum", torch.zeros(4, 3), r"history in states\[0\]: shape \(4, 3\): must be \(3, 4\)"),
-        ("sum", torch.zeros(3, 1), r"history in states\[0\]: shape \(3, 1\): must be \(3, 4\)"),
-        ("master", torch.zeros(4, 3), r"master copy in states\[0\]: shape \(4, 3\): must be \(3, 4\)"),
+        ("sum", torch.zeros(4, 3), r"sum of parameter\[0\]: shape \(4, 3\): must be \(3, 4\)"),
+        ("sum", torch.zeros(3, 1), r"sum of parameter\[0\]: shape \(3, 1\): must be \(3, 4\)"),
+        ("master", torch.zeros(4, 3), r"master of parameter\[0\]: shape \(4, 3\): must be \(3, 4\)"),
     ],
 )
 def test_states_of_another_shape_with_several_sparse_dimensions(name: str, tensor: Tensor, message: str) -> None:
@@ -243,7 +245,7 @@ def test_a_master_copy_that_is_none() -> None:
     p.grad = torch.ones_like(p)
     for master, error, message in (
         ("x", TypeError, "master: str: must be a tensor"),
-        (torch.zeros(3).to_sparse(), TypeError, r"master copy in states\[0\]: layout torch.sparse_coo"),
+        (torch.zeros(3).to_sparse(), TypeError, r"master of parameter\[0\]: layout torch.sparse_coo"),
     ):
         optimizer.state[p]["master"] = master
         with pytest.raises(error, match=message):
@@ -276,8 +278,12 @@ def test_messages_count_the_parameters_of_all_groups() -> None:
     groups = [{"params": params[:2]}, {"params": params[2:4], "row_wise": True}, {"params": params[4:], "lr": 0.5}]
     for bad in (1, 3, 5):
         for spoil, error, message in (
-            (lambda p, o: rows_outside(p, o, 9), IndexError, rf"indices of grads\[{bad}\]: indices\[1\]=9"),
-            (lambda p, o: o.state[p].update(sum=torch.zeros(3)), ValueError, rf"history in states\[{bad}\]: shape"),
+            (
+                lambda p, o: rows_outside(p, o, 9),
+                IndexError,
+                rf"indices of gradient of parameter\[{bad}\]: indices\[1\]=9",
+            ),
+            (lambda p, o: o.state[p].update(sum=torch.zeros(3)), ValueError, rf"sum of parameter\[{bad}\]: shape"),
         ):
             optimizer = Adagrad([dict(group) for group in groups])
             for p in params:
@@ -296,7 +302,7 @@ def test_the_position_of_a_bad_row_id_among_parameters_without_gradients() -> No
     bad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 2), (3, 2), check_invariants=False)
     bad._indices()[0, 0] = 3
     params[2].grad = bad
-    with pytest.raises(IndexError, match=r"grads\[2\]"):
+    with pytest.raises(IndexError, match=r"gradient of parameter\[2\]"):
         optimizer.step()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from adagrad import checks, kernels
 from adagrad.arrays import Operand, operand, refuse_shared_memory, refuse_unwritable
+from adagrad.kernels.names import in_lists
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Array, cast
 
@@ -43,15 +44,16 @@ def check_low_precision(which: list[int], weights: list[Any], grads: list[Any], 
     written: list[Operand] = []
     read: list[Operand] = []
     for i in which:
-        weight, state = operand(f"weights[{i}]", weights[i]), states[i]
+        names, state = in_lists(i), states[i]
+        weight = operand(names.weight, weights[i])
         if not isinstance(state, (tuple, list)) or len(state) != 2:
-            raise ValueError(f"states[{i}]: {kind_of(state)}: must be a pair (master copy, state), for this weight")
-        master = operand(f"master copy in states[{i}]", state[0])
+            raise ValueError(f"{names.state}: {kind_of(state)}: must be a pair (master copy, state), for this weight")
+        master = operand(names.master, state[0])
         if master.shape != weight.shape:
             raise ValueError(f"{master.name}: shape {master.shape}: must be {weight.shape}")
         refuse_unwritable(weight)
         refuse_unwritable(master)
-        grad = kernels.check_gradient(f"[{i}]", grads[i], weight)
+        grad = kernels.check_gradient(names, grads[i], weight)
         written += [weight, master]
         read.append(grad)
     refuse_shared_memory(written, read)

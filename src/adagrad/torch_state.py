@@ -16,6 +16,7 @@ from adagrad import checks
 from adagrad.kernels import counts as plain_counts
 from adagrad.kernels.dtensor import from_local, has_whole_rows, is_dtensor, local, moved, spread
 from adagrad.kernels.layout import current_layout
+from adagrad.kernels.names import Names
 from adagrad.kernels.tensor_checks import PLAIN_TYPES
 from adagrad.rule import history_shape
 from adagrad.torch_options import number
@@ -123,15 +124,15 @@ def _check(where: str, count: Any) -> None:
 class Counts:
     """The step counts of a list of parameters, each a one-element tensor, on any device."""
 
-    def __init__(self, counts: list[Tensor], at: Callable[[int], str]) -> None:
-        """``at`` is the index that follows "parameter" in messages."""
+    def __init__(self, counts: list[Tensor], names: Callable[[int], Names]) -> None:
+        """``names`` are for messages."""
         self._counts = counts
         self._addresses = np.empty(len(counts), np.int64)
         layout = current_layout()
         # On the CPU, and read and written by compiled code.
         self.are_plain = layout is not None and plain_counts.find(id(counts), layout, self._addresses)
         for i, count in enumerate(() if self.are_plain else counts):
-            _check(f"state of parameter{at(i)}", count)
+            _check(names(i).state, count)
 
     def values(self, *, wait: bool) -> list[Any]:
         """Return one for each parameter, or one for all; without ``wait``, those on a device as float64 tensors."""

@@ -17,6 +17,7 @@ from adagrad import checks
 from adagrad import rule as expression
 from adagrad.kernels import device_lists, fast_path, general_path, tensor_checks
 from adagrad.kernels.batch import Batch, Prepared
+from adagrad.kernels.names import of_parameter
 from adagrad.kernels.tensor_views import mark_changed, real_views
 from adagrad.rule import Rule
 from adagrad.torch_options import one_real, rule_and_decays
@@ -53,12 +54,12 @@ class Part(Batch):
             params, grads, states = ([some[i] for i in present] for some in (params, grads, states))
             positions = [first + i for i in present]
         rule, wd, lr_decay = rule_and_decays(group)
-        super().__init__(rule, params, grads, [], [], [], [wd], positions)
+        super().__init__(rule, params, grads, [], [], [], [wd], positions, of_parameter)
         try:
             self.histories, self.steps = list(map(_sum_of, states)), list(map(_step_of, states))
         except KeyError as missing:
             i = next(i for i, state in enumerate(states) if missing.args[0] not in state)
-            raise ValueError(f"state of parameter{self.at(i)}: no {missing}: must have step and sum") from None
+            raise ValueError(f"{self.names(i).state}: no {missing}: must have step and sum") from None
         self._are_ours: list[bool] = []
         multi_precision = group["multi_precision"]
         if multi_precision is not False and checks.boolean("multi_precision", multi_precision):
@@ -75,7 +76,7 @@ class Part(Batch):
     @functools.cached_property
     def counts(self) -> Counts:
         """The step counts, checked: TypeError or ValueError if they are not counts."""
-        return Counts(self.steps, self.at)
+        return Counts(self.steps, self.names)
 
     def on_cuda(self) -> bool:
         return all(p.is_cuda for p in self.weights)
@@ -197,7 +198,7 @@ def _batches(parts: list[Part]) -> list[Batch]:
 
 
 def _together(rule: Rule, parts: list[Part]) -> Batch:
-    batch, positions = Batch(rule, [], [], [], [], [], []), list[int]()
+    batch, positions = Batch(rule, [], [], [], [], [], [], names_at=of_parameter), list[int]()
     has_masters = any(part.masters for part in parts)
     for part in parts:
         n = len(part.weights)
@@ -300,11 +301,11 @@ def update_differentiably(parts: list[Part]) -> None:
             rows: Any = ...
             if torch.is_grad_enabled() and p.is_leaf and p.requires_grad:
                 raise RuntimeError(
-                    f"parameter{part.at(i)}: a leaf that requires grad: autograd cannot record its update"
+                    f"{part.names(i).weight}: a leaf that requires grad: autograd cannot record its update"
                 )
             if grad.layout == torch.sparse_coo:
                 for d, indices in enumerate(grad._indices()):
-                    tensor_checks.check_rows(part.at(i), indices, p.shape[d])
+                    tensor_checks.check_rows(part.names(i), indices, p.shape[d])
                 grad = grad.coalesce()
                 rows, grad = tuple(grad.indices()), grad.values()
             targets = [t for t in (p, history, copy) if t is not None]

@@ -10,6 +10,7 @@ import numpy as np
 
 from adagrad.arrays import operand
 from adagrad.kernels.interrupts import mark_late
+from adagrad.kernels.names import Names, in_lists
 from adagrad.rule import Array, Rule
 
 Job = Callable[[], Any]
@@ -33,9 +34,12 @@ class Batch:
     positions: Sequence[int] = ()
     """The positions of the weights in the caller's lists, for messages; empty if they are the same."""
 
-    def at(self, i: int) -> str:
-        """The index that follows an argument's name in messages about the ``i``-th update."""
-        return f"[{self.positions[i] if self.positions else i}]"
+    names_at: Callable[[int], Names] = in_lists
+    """What messages call the arguments at a position."""
+
+    def names(self, i: int) -> Names:
+        """What messages call the arguments of the ``i``-th update."""
+        return self.names_at(self.positions[i] if self.positions else i)
 
     def arrays(self, i: int) -> tuple[Any, Any, Any, Any]:
         """Weight, gradient, history and master copy (None for none) of the ``i``-th update."""
@@ -52,7 +56,8 @@ class Batch:
         lists = self.weights, self.grads, self.histories, self.masters
         weights, grads, histories, masters = ([values[i] for i in which] if values else [] for values in lists)
         positions = [self.positions[i] for i in which] if self.positions else which
-        return Batch(self.rule, weights, grads, histories, masters, *self.some_rates(which), positions)
+        return Batch(self.rule, weights, grads, histories, masters, *self.some_rates(which), positions,
+                     self.names_at)  # fmt: skip
 
     def by_kind(self, are_sparse: list[bool]) -> tuple[Batch | None, Batch | None]:
         """The dense and the row-sparse updates, None for none; ``are_sparse`` tells which are which."""
@@ -94,10 +99,10 @@ def of_states(
         if isinstance(state, (tuple, list)):
             if len(state) != 2:
                 need = "must be a history or a pair (master copy, history)"
-                raise ValueError(f"states{batch.at(i)}: {len(state)} entries: {need}")
+                raise ValueError(f"{batch.names(i).state}: {len(state)} entries: {need}")
             master, state = state
             if master is None:
-                operand(f"master copy in states{batch.at(i)}", master)  # says what it must be
+                operand(batch.names(i).master, master)  # says what it must be
         histories.append(state)
         masters.append(master)
     return Batch(rule, weights, grads, histories, masters, lrs, wds, positions)

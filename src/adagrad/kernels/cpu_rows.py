@@ -15,6 +15,7 @@ import numpy as np
 from adagrad.kernels.cpu_rule import constants, has_decay, has_rare_terms, plain_terms
 from adagrad.kernels.formats import TOKENS
 from adagrad.kernels.memory import array_at, decref, word_table
+from adagrad.kernels.names import Names
 from adagrad.kernels.numba_jit import jit, run, worker
 from adagrad.kernels.records import (
     ARE_INCREASING,
@@ -145,12 +146,12 @@ def room(workers: int) -> Any:
     return np.empty((workers, GROUPED, 3), np.int64), word_table(workers, SCRATCH_WORDS)
 
 
-def out_of_memory(at: str, entries: int) -> MemoryError:
-    return MemoryError(f"indices of grads{at}: {entries} row ids: too many for the memory that is left")
+def out_of_memory(names: Names, entries: int) -> MemoryError:
+    return MemoryError(f"{names.indices}: {entries} row ids: too many for the memory that is left")
 
 
-def launch(at: str, facts: Any, rows: Any, formats: Any, row_wise: bool, rates: Any, scalars: Any, threads: int | None
-           ) -> None:  # fmt: skip
+def launch(names: Names, facts: Any, rows: Any, formats: Any, row_wise: bool, rates: Any, scalars: Any,
+           threads: int | None) -> None:  # fmt: skip
     """Carry out the update that ``facts`` describes; ``rows`` is the array at ``facts[CHECKED_IDS]``.
 
     ``formats`` are those of weight, values, history and master copy (None for none); ``rates`` those of one weight. At
@@ -169,7 +170,7 @@ def launch(at: str, facts: Any, rows: Any, formats: Any, row_wise: bool, rates: 
     notes = new_notes(work)
     given = facts, group, update, notes
     if not on_threads(_carry_out, given, notes.data, 1 if work < PARALLEL_MIN else threads):
-        raise out_of_memory(at, len(rows))
+        raise out_of_memory(names, len(rows))
 
 
 @jit()

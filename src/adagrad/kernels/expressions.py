@@ -9,6 +9,7 @@ import numpy as np
 
 from adagrad import rule as expression
 from adagrad.kernels.batch import Batch, Job, Prepared
+from adagrad.kernels.names import Names
 from adagrad.kernels.validate import Update, Wrapped, refuse_row, refuse_shared, validate
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Array, Rule, is_torch
@@ -22,12 +23,12 @@ def prepare(batch: Batch) -> Prepared:
     TypeError, ValueError, IndexError
         Naming the argument, its value and the rule it broke.
     """
-    found = [validate(batch.at(i), *batch.arrays(i), batch.rule) for i in range(len(batch.weights))]
+    found = [validate(batch.names(i), *batch.arrays(i), batch.rule) for i in range(len(batch.weights))]
     refuse_shared([each for each in found if isinstance(each, Update)])
-    return Prepared([by_expression(batch.at(i), each, *batch.rates(i), batch.rule) for i, each in enumerate(found)])
+    return Prepared([by_expression(batch.names(i), each, *batch.rates(i), batch.rule) for i, each in enumerate(found)])
 
 
-def by_expression(at: str, update: Update | Wrapped, lr: Any, wd: float, rule: Rule) -> Job:
+def by_expression(names: Names, update: Update | Wrapped, lr: Any, wd: float, rule: Rule) -> Job:
     """The job that carries out an update; IndexError for a row id out of range, whose check waits for a device."""
     if isinstance(update, Wrapped):
         weight, grad, history, master = update
@@ -38,17 +39,17 @@ def by_expression(at: str, update: Update | Wrapped, lr: Any, wd: float, rule: R
         master, indices = None if update.master is None else update.master.array, update.indices
     if indices is None:
         return functools.partial(expression.step, weight, values, history, master, lr, wd, rule)
-    _check_rows(at, indices, len(weight))
+    _check_rows(names, indices, len(weight))
     return functools.partial(expression.step_rows, weight, indices, values, history, master, lr, wd, rule)
 
 
-def _check_rows(at: str, indices: Array, rows: int) -> None:
+def _check_rows(names: Names, indices: Array, rows: int) -> None:
     if is_torch(indices):
         from adagrad.kernels import tensor_checks
 
-        tensor_checks.check_rows(at, indices, rows)
+        tensor_checks.check_rows(names, indices, rows)
         return
     indices = np.asarray(indices)  # a user's subclass may refuse comparisons
     if len(indices) and (indices.min() < 0 or indices.max() >= rows):
         position = int(np.flatnonzero((indices < 0) | (indices >= rows))[0])
-        refuse_row(at, position, int(indices[position]), rows)
+        refuse_row(names, position, int(indices[position]), rows)

@@ -13,6 +13,7 @@ from adagrad.kernels import cpu_dense, cpu_rows, strided
 from adagrad.kernels.batch import Job
 from adagrad.kernels.cpu_rule import rate_table
 from adagrad.kernels.expressions import by_expression
+from adagrad.kernels.names import Names
 from adagrad.kernels.records import ARE_LONG, BASE, CHECKED_IDS, ENTRIES, FACTS, HEIGHT, IDS, LENGTH, STRIDE
 from adagrad.kernels.row_groups import MAX_OCCURRENCES, checked_rows
 from adagrad.kernels.table import Formats
@@ -43,31 +44,31 @@ def by_table(
     return run
 
 
-def one_job(at: str, u: Update, lr: Any, wd: float, rule: Rule, threads: int | None) -> Job | None:
+def one_job(names: Names, u: Update, lr: Any, wd: float, rule: Rule, threads: int | None) -> Job | None:
     """The job that carries out an update, None if there is nothing to do; IndexError for a row id out of range."""
     if u.indices is not None:
-        return _rows(at, u, lr, wd, rule, threads)
+        return _rows(names, u, lr, wd, rule, threads)
     if not math.prod(u.weight.shape):
         return None
     return lambda: strided.update(_memories(u), formats(u), rate_table([lr], [wd], rule), rule, threads)
 
 
-def _checked_rows(at: str, u: Update) -> tuple[np.ndarray, np.ndarray]:
+def _checked_rows(names: Names, u: Update) -> tuple[np.ndarray, np.ndarray]:
     """The facts of a row-sparse update, still without its operands' addresses, and a checked copy of its row ids."""
     indices = host_indices(u.indices)
     indices = np.require(np.ascontiguousarray(indices, indices.dtype.newbyteorder("=")), requirements="A")
     facts = np.zeros(FACTS, np.int64)
     facts[ENTRIES], facts[LENGTH], facts[HEIGHT] = len(indices), row_length(u.weight.shape), u.weight.shape[0]
     facts[ARE_LONG], facts[BASE + IDS] = indices.itemsize == 8, indices.ctypes.data
-    return facts, checked_rows(at, facts)
+    return facts, checked_rows(names, facts)
 
 
-def _rows(at: str, u: Update, lr: float, wd: float, rule: Rule, threads: int | None) -> Job | None:
-    facts, ids = _checked_rows(at, u)
+def _rows(names: Names, u: Update, lr: float, wd: float, rule: Rule, threads: int | None) -> Job | None:
+    facts, ids = _checked_rows(names, u)
     if not len(ids) or not facts[LENGTH]:
         return None
     if len(ids) > MAX_OCCURRENCES:
-        return by_expression(at, u, lr, wd, rule)
+        return by_expression(names, u, lr, wd, rule)
 
     def run() -> None:
         weight, grad, history, master = _memories(u)
@@ -85,7 +86,7 @@ def _rows(at: str, u: Update, lr: float, wd: float, rule: Rule, threads: int | N
         for k, m in enumerate(memories):
             facts[BASE + k], facts[STRIDE + k] = (0, 0) if m is None else (m.ctypes.data, m.strides[0])
         rates = rate_table([lr], [wd], rule)[0]
-        cpu_rows.launch(at, facts, rows, formats(u), rule.row_wise, rates, rule.scalars, threads)
+        cpu_rows.launch(names, facts, rows, formats(u), rule.row_wise, rates, rule.scalars, threads)
         if is_gathered:
             for memory, buffer in zip(written, (weight, history, master), strict=True):
                 if memory is not None:

@@ -165,7 +165,7 @@ class _CheckedBatch:
     def _validate(self, i: int) -> None:
         """Check an update that is not plain."""
         given = self.batch.arrays(i)
-        found = validate(self.batch.at(i), *given, self.batch.rule)
+        found = validate(self.batch.names(i), *given, self.batch.rule)
         if isinstance(found, Update):
             self.others[i] = found
             if is_torch(given[0]):
@@ -185,7 +185,7 @@ class _CheckedBatch:
         self._add_rows(plan, scaled, threads)
         self._add_others(plan, scaled, threads)
         for i, given in self.wrapped.items():
-            plan.wrapped.append(by_expression(self.batch.at(i), given, *self.batch.rates(i), scaled))
+            plan.wrapped.append(by_expression(self.batch.names(i), given, *self.batch.rates(i), scaled))
 
     def _add_table(self, plan: _Plan, scaled: Rule, threads: int | None) -> None:
         for code, which in self.groups:
@@ -206,19 +206,19 @@ class _CheckedBatch:
                 continue
             for k in members:
                 rates = rate_table(*self.batch.some_rates([self.sparse[k]]), scaled)[0]
-                plan.jobs.append(self.rows.job(k, self.batch.at(self.sparse[k]), rates, scaled, threads))
+                plan.jobs.append(self.rows.job(k, self.batch.names(self.sparse[k]), rates, scaled, threads))
 
     def _add_others(self, plan: _Plan, scaled: Rule, threads: int | None) -> None:
         dense: dict[table.Formats, list[int]] = {}
         for i, u in self.others.items():
-            at, rates = self.batch.at(i), self.batch.rates(i)
+            names, rates = self.batch.names(i), self.batch.rates(i)
             if is_on_cuda(u):
                 plan.updates_on(u.weight.array.device).add(u, *rates, self.batch.rule)
             elif u.weight.device != "cpu":
-                plan.jobs.append(by_expression(at, u, *rates, scaled))
+                plan.jobs.append(by_expression(names, u, *rates, scaled))
             elif u.indices is None and general_cpu.fits_table(u):
                 dense.setdefault(general_cpu.formats(u), []).append(i)
-            elif (job := general_cpu.one_job(at, u, *rates, scaled, threads)) is not None:
+            elif (job := general_cpu.one_job(names, u, *rates, scaled, threads)) is not None:
                 plan.jobs.append(job)
         for which in dense.values():
             updates = [self.others[i] for i in which]
@@ -262,7 +262,7 @@ def _refuse_shared(checked: list[_CheckedBatch]) -> None:
     for each in checked:
         batch = each.batch
         for i in range(len(batch.weights)):
-            update = each.others.get(i) or validate(batch.at(i), *batch.arrays(i), batch.rule)
+            update = each.others.get(i) or validate(batch.names(i), *batch.arrays(i), batch.rule)
             found += [update] if isinstance(update, Update) else []
     refuse_shared(found)
 

@@ -17,6 +17,7 @@ import numpy as np
 from adagrad.kernels.blocks import prefetch
 from adagrad.kernels.formats import pointer
 from adagrad.kernels.memory import array_at, zero_words
+from adagrad.kernels.names import Names
 from adagrad.kernels.numba_jit import entry, jit, run, worker
 from adagrad.kernels.records import ARE_INCREASING, ARE_LONG, BASE, CHECKED_IDS, ENTRIES, FACTS, FOUND, HEIGHT, IDS
 from adagrad.kernels.validate import refuse_row
@@ -126,7 +127,7 @@ def check_ids(facts: Any, rows: int, found: Any, check: int, workers: int) -> An
 _check_ids = entry(check_ids)
 
 
-def checked_rows(at: str, facts: Any) -> Any:
+def checked_rows(names: Names, facts: Any) -> Any:
     """A copy of the row ids of an update, because what is checked must be what is used; its address goes to ``facts``.
 
     int32 if that is enough, else int64.
@@ -134,13 +135,13 @@ def checked_rows(at: str, facts: Any) -> Any:
     Raises
     ------
     IndexError
-        An id is outside the weight; ``at`` is the index of the gradient, for the message.
+        An id is outside the weight; ``names`` are for the message.
     """
     needs_int64 = bool(facts[HEIGHT] > INT32_ROWS)
     rows = np.empty(facts[ENTRIES], np.int64 if needs_int64 else np.int32)
     bad, row = _check_ids(facts, rows.ctypes.data, np.empty((1, FINDINGS), np.int64), checking(needs_int64), 1)
     if bad >= 0:
-        refuse_row(at, bad, row, int(facts[HEIGHT]))
+        refuse_row(names, bad, row, int(facts[HEIGHT]))
     return rows
 
 

@@ -185,9 +185,9 @@ def update(batch: Batch, steps: list[Any], threads: int | None, dense: DensePart
 
     done, i, number, row = attempt(_update, given, read_notes, threads, compile_worker)
     if done == OUT_OF_RANGE:
-        refuse_row(batch.at(i), number, row, weights[i].shape[0])
+        refuse_row(batch.names(i), number, row, weights[i].shape[0])
     if done == NO_MEMORY:
-        raise cpu_rows.out_of_memory(batch.at(i), number)
+        raise cpu_rows.out_of_memory(batch.names(i), number)
     return done == DONE
 
 

@@ -37,6 +37,7 @@ from adagrad.kernels.layout import (
     read_word,
 )
 from adagrad.kernels.memory import keep_alive, uncounted, word_table
+from adagrad.kernels.names import Names
 from adagrad.kernels.numba_jit import entry, jit
 from adagrad.kernels.records import (
     ARE_LONG,
@@ -167,22 +168,24 @@ class Rows(NamedTuple):
             return self
         return Rows(self.facts[which], *([each[k] for k in which] for each in self[1:]))
 
-    def job(self, k: int, at: str, rates: np.ndarray, rule: Rule, threads: int | None) -> Callable[[], None]:
+    def job(self, k: int, names: Names, rates: np.ndarray, rule: Rule, threads: int | None) -> Callable[[], None]:
         """The job that carries out the ``k``-th update on the CPU; IndexError for a row id outside the weight."""
         facts, form = self.facts[k], decode(self.codes[k])[1]
-        ids = checked_rows(at, facts)
+        ids = checked_rows(names, facts)
         cpu_rows.kernel(ids.itemsize == 8, *form, rule.row_wise)  # compiled now, before anything changes
-        return functools.partial(_launch, at, (self.values[k], self.indices[k]), facts, ids, form, rates, rule, threads)
+        return functools.partial(
+            _launch, names, (self.values[k], self.indices[k]), facts, ids, form, rates, rule, threads
+        )
 
 
 NOTHING = Rows(np.zeros((0, FACTS), np.int64), [], [], [])
 
 
-def _launch(at: str, parts: Any, facts: np.ndarray, ids: np.ndarray, form: Formats, rates: np.ndarray, rule: Rule,
+def _launch(names: Names, parts: Any, facts: np.ndarray, ids: np.ndarray, form: Formats, rates: np.ndarray, rule: Rule,
             threads: int | None) -> None:  # fmt: skip
     """``parts`` are what ``facts`` point to: alive until here, even if another thread gives the gradient new ones."""
     if len(ids) and facts[LENGTH]:
-        cpu_rows.launch(at, facts, ids, form, rule.row_wise, rates, rule.scalars, threads)
+        cpu_rows.launch(names, facts, ids, form, rule.row_wise, rates, rule.scalars, threads)
 
 
 def _values_and_indices(weight: Any, grad: Any) -> tuple[Any, Any]:

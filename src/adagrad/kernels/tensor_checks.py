@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from adagrad.arrays import Operand, overlaps_itself
+from adagrad.kernels.names import Names
 from adagrad.kernels.validate import refuse_row
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Rule, history_shape
@@ -45,33 +46,33 @@ def check_memory(written: Sequence[Operand], read: Operand) -> None:
             raise ValueError(f"{o.name}: strides {o.array.stride()}: elements share memory: must each have their own")
 
 
-def check_wrapped(at: str, weight: Tensor, grad: Any, history: Tensor, master: Tensor | None, rule: Rule) -> None:
+def check_wrapped(names: Names, weight: Tensor, grad: Any, history: Tensor, master: Tensor | None, rule: Rule) -> None:
     """TypeError or ValueError for what can be checked of any tensor: dtypes, shapes, overlaps and devices."""
     computing = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"weights{at}: dtype {weight.dtype}: must be float16, bfloat16, float32 or float64")
-    of_state = (("history in states", history), ("master copy in states", master))
+        raise TypeError(f"{names.weight}: dtype {weight.dtype}: must be float16, bfloat16, float32 or float64")
+    of_state = ((names.history, history), (names.master, master))
     for name, tensor in of_state:
         if tensor is not None and tensor.dtype != computing:
-            raise TypeError(f"{name}{at}: dtype {tensor.dtype}: must be {computing}, for a weight of {weight.dtype}")
+            raise TypeError(f"{name}: dtype {tensor.dtype}: must be {computing}, for a weight of {weight.dtype}")
     values = grad.values if isinstance(grad, RowSparse) else grad
     if values.dtype not in (weight.dtype, computing):
         also = f" or {computing}" if weight.dtype in (torch.float16, torch.bfloat16) else ""
         raise TypeError(
-            f"grads{at}: dtype {values.dtype}: must be {weight.dtype}{also}, for a weight of {weight.dtype}"
+            f"{names.grad}: dtype {values.dtype}: must be {weight.dtype}{also}, for a weight of {weight.dtype}"
         )
     whole = tuple(weight.shape)
     wanted = history_shape(whole, row_wise=rule.row_wise)
-    for (name, tensor), shape in zip((("grads", grad), *of_state), (whole, wanted, whole), strict=True):
+    for (name, tensor), shape in zip(((names.grad, grad), *of_state), (whole, wanted, whole), strict=True):
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}{at}: shape {tuple(tensor.shape)}: must be {shape}")
-    for name, tensor in (("weights", weight), *of_state):
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}: must be {shape}")
+    for name, tensor in ((names.weight, weight), *of_state):
         if tensor is not None and _overlaps_itself(tensor):
             strides = tuple(tensor.stride())
-            raise ValueError(f"{name}{at}: strides {strides}: elements share memory: must each have their own")
-    for name, tensor in (("grads", values), *of_state):
+            raise ValueError(f"{name}: strides {strides}: elements share memory: must each have their own")
+    for name, tensor in ((names.grad, values), *of_state):
         if tensor is not None and tensor.device != weight.device:
-            raise ValueError(f"{name}{at}: device {tensor.device}: must be {weight.device}")
+            raise ValueError(f"{name}: device {tensor.device}: must be {weight.device}")
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
@@ -82,7 +83,7 @@ def _overlaps_itself(tensor: Tensor) -> bool:
         return False
 
 
-def check_rows(at: str, indices: Tensor, rows: int) -> None:
+def check_rows(names: Names, indices: Tensor, rows: int) -> None:
     """IndexError for a row id outside the weight, on any device, for which it waits."""
     if indices.device.type == "meta":
         return
@@ -93,7 +94,7 @@ def check_rows(at: str, indices: Tensor, rows: int) -> None:
     except RuntimeError:  # fake tensors, and those of a transform, have no numbers to check
         return
     position = int(outside.nonzero()[0, 0])
-    refuse_row(at, position, int(indices[position]), rows)
+    refuse_row(names, position, int(indices[position]), rows)
 
 
 def placed(o: Operand) -> Operand:

@@ -17,6 +17,7 @@ from torch.autograd.graph import increment_version
 
 from adagrad.kernels.batch import Batch
 from adagrad.kernels.dtensor import has_whole_rows, is_dtensor, is_placed_as, local, moved
+from adagrad.kernels.names import Names
 from adagrad.kernels.tensor_checks import are_memory, check_rows
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import history_shape
@@ -25,9 +26,9 @@ Operands = tuple[Any, Any, Any, Any]
 """Weight, gradient, history and master copy or None."""
 
 
-def ordinary(at: str, weight: Tensor, grad: Tensor | RowSparse, history: Tensor, master: Tensor | None, *,
+def ordinary(names: Names, weight: Tensor, grad: Tensor | RowSparse, history: Tensor, master: Tensor | None, *,
              row_wise: bool) -> Operands:  # fmt: skip
-    """The operands of an update as the dispatcher takes them; ``at`` follows their names in messages.
+    """The operands of an update as the dispatcher takes them; ``names`` are for messages.
 
     Raises
     ------
@@ -40,15 +41,15 @@ def ordinary(at: str, weight: Tensor, grad: Tensor | RowSparse, history: Tensor,
         For indices in several sparse dimensions on the CPU that are outside the weight.
     """
     if any(map(is_dtensor, (weight, grad, history, master))):
-        weight, grad, history, master = _local(at, weight, grad, history, master, row_wise=row_wise)
-    for name, tensor in (("weights", weight), ("history in states", history), ("master copy in states", master)):
+        weight, grad, history, master = _local(names, weight, grad, history, master, row_wise=row_wise)
+    for name, tensor in ((names.weight, weight), (names.history, history), (names.master, master)):
         if isinstance(tensor, Tensor) and (tensor.is_neg() or tensor.is_conj()):
-            raise ValueError(f"{name}{at}: a negated or conjugated view: must be resolved, as by resolve_neg")
+            raise ValueError(f"{name}: a negated or conjugated view: must be resolved, as by resolve_neg")
     if isinstance(grad, Tensor):
         if grad.layout == torch.sparse_coo:
-            weight, grad, history, master = _rows(at, weight, grad, history, master, row_wise=row_wise)
+            weight, grad, history, master = _rows(names, weight, grad, history, master, row_wise=row_wise)
         elif grad.layout != torch.strided:
-            raise TypeError(f"grads{at}: layout {grad.layout}: must be strided or sparse_coo")
+            raise TypeError(f"{names.grad}: layout {grad.layout}: must be strided or sparse_coo")
         else:
             grad = grad.resolve_conj().resolve_neg()
     elif isinstance(grad, RowSparse) and isinstance(grad.values, Tensor):
@@ -56,7 +57,7 @@ def ordinary(at: str, weight: Tensor, grad: Tensor | RowSparse, history: Tensor,
         grad = grad if values is grad.values else RowSparse(values, grad.indices, grad.shape)
     if weight.is_complex():
         if row_wise:
-            raise ValueError(f"weights{at}: dtype {weight.dtype}: row-wise history is for real numbers")
+            raise ValueError(f"{names.weight}: dtype {weight.dtype}: row-wise history is for real numbers")
         weight, history = torch.view_as_real(weight), _as_real(history)
         if isinstance(grad, RowSparse):
             grad = RowSparse(_as_real(grad.values), grad.indices, (*grad.shape, 2))
@@ -84,7 +85,8 @@ def real_views(batch: Batch) -> Batch:
     is_same = all(map(operator.is_, grads, batch.grads)) and all(map(operator.is_, weights, batch.weights))
     if is_same:
         return batch
-    return Batch(batch.rule, weights, grads, histories, batch.masters, batch.lrs, batch.wds, batch.positions)
+    return Batch(batch.rule, weights, grads, histories, batch.masters, batch.lrs, batch.wds, batch.positions,
+                 batch.names_at)  # fmt: skip
 
 
 def _as_real(tensor: Tensor) -> Tensor:
@@ -92,7 +94,7 @@ def _as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if isinstance(tensor, Tensor) and tensor.is_complex() else tensor
 
 
-def _rows(at: str, weight: Tensor, grad: Tensor, history: Tensor, master: Tensor | None, *,
+def _rows(names: Names, weight: Tensor, grad: Tensor, history: Tensor, master: Tensor | None, *,
           row_wise: bool) -> Operands:  # fmt: skip
     """A sparse COO gradient by rows: several sparse dimensions become one, each entry a row; without any, one row."""
     indices, values = grad._indices(), grad._values().resolve_conj().resolve_neg()
@@ -102,16 +104,16 @@ def _rows(at: str, weight: Tensor, grad: Tensor, history: Tensor, master: Tensor
     written = [t for t in (weight, history, master) if t is not None]
     if row_wise or (count and not all(t.is_contiguous() for t in written)):
         need = "1 for row-wise history" if row_wise else "1 unless the weight and its state are contiguous"
-        raise ValueError(f"grads{at}: {count} sparse dimensions: must be {need}")
+        raise ValueError(f"{names.grad}: {count} sparse dimensions: must be {need}")
     if grad.shape != weight.shape:
-        raise ValueError(f"grads{at}: shape {tuple(grad.shape)}: must be {tuple(weight.shape)}, the weight's")
-    for name, tensor in (("history in states", history), ("master copy in states", master)):
+        raise ValueError(f"{names.grad}: shape {tuple(grad.shape)}: must be {tuple(weight.shape)}, the weight's")
+    for name, tensor in ((names.history, history), (names.master, master)):
         if tensor is not None and tensor.shape != weight.shape:
-            raise ValueError(f"{name}{at}: shape {tuple(tensor.shape)}: must be {tuple(weight.shape)}")
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}: must be {tuple(weight.shape)}")
     sizes, rest = weight.shape[:count], weight.shape[count:]
     if indices.device.type == "cpu":
         for d, size in enumerate(sizes):
-            check_rows(at, indices[d], size)
+            check_rows(names, indices[d], size)
     row = indices.new_zeros(indices.shape[1])
     is_inside = torch.ones_like(row, dtype=torch.bool)
     for d, size in enumerate(sizes):  # sizes as numbers, not as a tensor: the host would wait to send that
@@ -151,24 +153,24 @@ def mark_changed(tensors: list[Tensor]) -> None:
 # ------------------------------------------------------------------------------------------------------------- DTensors
 
 
-def _local(at: str, weight: Any, grad: Any, history: Any, master: Any, *, row_wise: bool) -> Operands:
+def _local(names: Names, weight: Any, grad: Any, history: Any, master: Any, *, row_wise: bool) -> Operands:
     """The local parts. A gradient that is placed differently, such as a pending sum, is redistributed first."""
-    others = ("grads", grad), ("history in states", history), ("master copy in states", master)
+    others = (names.grad, grad), (names.history, history), (names.master, master)
     for name, tensor in others:
         if tensor is not None and is_dtensor(tensor) != is_dtensor(weight):
             kind = "a DTensor" if is_dtensor(weight) else "an ordinary tensor, not a DTensor,"
-            raise TypeError(f"{name}{at}: must be {kind} like the weight")
+            raise TypeError(f"{name}: must be {kind} like the weight")
     for name, tensor in others:  # as a whole: each process sees only its part
         shape = history_shape(tuple(weight.shape), row_wise=row_wise and tensor is history)
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}{at}: shape {tuple(tensor.shape)}: must be {shape}")
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}: must be {shape}")
     placements = weight.placements
     if any(p.is_partial() for p in placements):
-        raise ValueError(f"weights{at}: placements {placements}: must be replicated or sharded")
+        raise ValueError(f"{names.weight}: placements {placements}: must be replicated or sharded")
     for name, tensor in others[1:]:
         if tensor is not None and not is_placed_as(tensor, weight):
-            raise ValueError(f"{name}{at}: placements {tensor.placements}: must be {placements}, the weight's")
+            raise ValueError(f"{name}: placements {tensor.placements}: must be {placements}, the weight's")
     if row_wise and not has_whole_rows(weight):
-        raise ValueError(f"weights{at}: placements {placements}: row-wise history needs whole rows")
-    grad = moved(f"grads{at}", grad, weight)
+        raise ValueError(f"{names.weight}: placements {placements}: row-wise history needs whole rows")
+    grad = moved(names.grad, grad, weight)
     return tuple(None if t is None else local(t) for t in (weight, grad, history, master))  # type: ignore[return-value]

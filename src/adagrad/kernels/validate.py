@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adagrad.arrays import LOW_PRECISION, Operand, computing_format, operand, refuse_shared_memory, refuse_unwritable
+from adagrad.kernels.names import Names
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Array, Rule, history_shape, is_torch
 
@@ -32,8 +33,8 @@ class Wrapped(NamedTuple):
     master: Array | None
 
 
-def validate(at: str, weight: Array, grad: Any, history: Any, master: Any, rule: Rule) -> Update | Wrapped:
-    """An update of a call, checked; ``at`` follows the arguments' names in messages, ``master`` may be None.
+def validate(names: Names, weight: Array, grad: Any, history: Any, master: Any, rule: Rule) -> Update | Wrapped:
+    """An update of a call, checked; ``names`` are for messages, ``master`` may be None.
 
     Raises
     ------
@@ -43,29 +44,29 @@ def validate(at: str, weight: Array, grad: Any, history: Any, master: Any, rule:
     if is_torch(weight):
         from adagrad.kernels import tensor_checks, tensor_views
 
-        given = Wrapped(*tensor_views.ordinary(at, weight, grad, history, master, row_wise=rule.row_wise))
+        given = Wrapped(*tensor_views.ordinary(names, weight, grad, history, master, row_wise=rule.row_wise))
         if not tensor_checks.are_memory(given):
-            tensor_checks.check_wrapped(at, *given, rule)
+            tensor_checks.check_wrapped(names, *given, rule)
             return given
         weight, grad, history, master = given
-    return check_update(at, weight, grad, history, master, rule)
+    return check_update(names, weight, grad, history, master, rule)
 
 
-def check_update(at: str, weight: Array, grad: Any, history: Any, master: Any, rule: Rule) -> Update:
+def check_update(names: Names, weight: Array, grad: Any, history: Any, master: Any, rule: Rule) -> Update:
     """Check an update of arrays that are memory of real numbers; errors as of :func:`validate`."""
-    w = operand(f"weights{at}", weight)
+    w = operand(names.weight, weight)
     if rule.row_wise and not w.shape:
-        raise ValueError(f"weights{at}: shape (): row-wise history needs rows: one dimension or more")
+        raise ValueError(f"{names.weight}: shape (): row-wise history needs rows: one dimension or more")
     computing = computing_format(w.format)
     if master is not None and w.format not in LOW_PRECISION:
-        raise ValueError(f"states{at}: a master copy: only for float16 and bfloat16 weights, not {w.format}")
-    m = None if master is None else operand(f"master copy in states{at}", master)
-    h = operand(f"history in states{at}", history)
+        raise ValueError(f"{names.state}: a master copy: only for float16 and bfloat16 weights, not {w.format}")
+    m = None if master is None else operand(names.master, master)
+    h = operand(names.history, history)
     if m is not None:
         _require(m, "shape", m.shape, w.shape)
     _require(h, "shape", h.shape, history_shape(w.shape, row_wise=rule.row_wise))
 
-    g, indices = _check_gradient(at, grad, w)
+    g, indices = _check_gradient(names, grad, w)
     for o in (h, m):
         if o is not None and o.format != computing:
             raise TypeError(f"{o.name}: dtype {o.format}: must be {computing}, for a weight of {w.format}")
@@ -82,36 +83,36 @@ def check_update(at: str, weight: Array, grad: Any, history: Any, master: Any, r
     return Update(w, g, indices, h, m)
 
 
-def check_gradient(at: str, grad: Any, w: Operand) -> Operand:
+def check_gradient(names: Names, grad: Any, w: Operand) -> Operand:
     """A gradient, or the values of a row-sparse one, checked: TypeError or ValueError if it does not fit ``w``."""
     if is_row_sparse(grad) and not isinstance(grad, RowSparse) and grad.sparse_dim() != 1:
-        _require_shape(at, grad.shape, w)
-        g = operand(f"values of grads{at}", grad._values())
+        _require_shape(names, grad.shape, w)
+        g = operand(names.values, grad._values())
         _require_format(g, w)
     else:
-        g, _ = _check_gradient(at, grad, w)
+        g, _ = _check_gradient(names, grad, w)
     _require_same_place(g, w)
     return g
 
 
-def _check_gradient(at: str, grad: Any, w: Operand) -> tuple[Operand, Array | None]:
+def _check_gradient(names: Names, grad: Any, w: Operand) -> tuple[Operand, Array | None]:
     """A gradient, or the values of a row-sparse one, and its row ids."""
-    rows = as_row_sparse(f"grads{at}", grad)
+    rows = as_row_sparse(names.grad, grad)
     if rows is None:
-        g, indices = operand(f"grads{at}", grad), None
-        _require_shape(at, g.shape, w)
+        g, indices = operand(names.grad, grad), None
+        _require_shape(names, g.shape, w)
     else:
-        _require_shape(at, rows.shape, w)
-        g, indices = operand(f"values of grads{at}", rows.values), rows.indices
+        _require_shape(names, rows.shape, w)
+        g, indices = operand(names.values, rows.values), rows.indices
         if str(getattr(indices, "device", "cpu")) != w.device:
-            raise ValueError(f"indices of grads{at}: on {indices.device}: must be on {w.device}, like the weight")
+            raise ValueError(f"{names.indices}: on {indices.device}: must be on {w.device}, like the weight")
     _require_format(g, w)
     return g, indices
 
 
-def _require_shape(at: str, shape: tuple[int, ...], w: Operand) -> None:
+def _require_shape(names: Names, shape: tuple[int, ...], w: Operand) -> None:
     if tuple(shape) != w.shape:
-        raise ValueError(f"grads{at}: shape {tuple(shape)}: must be {w.shape}, the weight's")
+        raise ValueError(f"{names.grad}: shape {tuple(shape)}: must be {w.shape}, the weight's")
 
 
 def _require_format(g: Operand, w: Operand) -> None:
@@ -190,8 +191,8 @@ def any_row_sparse(grads: Any) -> bool:
     return set(map(type, grads)) != {np.ndarray} and any(map(is_row_sparse, grads))
 
 
-def refuse_row(at: str, position: int, row: int, rows: int) -> None:
-    raise IndexError(f"indices of grads{at}: indices[{position}]={row}: must be in [0, {rows}), the weight's rows")
+def refuse_row(names: Names, position: int, row: int, rows: int) -> None:
+    raise IndexError(f"{names.indices}: indices[{position}]={row}: must be in [0, {rows}), the weight's rows")
 
 
 def host_indices(indices: Array) -> np.ndarray:

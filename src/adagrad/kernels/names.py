@@ -1,0 +1,35 @@
+"""What messages call the arguments of an update."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Names(NamedTuple):
+    """Of one update."""
+
+    weight: str
+    grad: str
+    history: str
+    master: str
+    state: str
+
+    @property
+    def values(self) -> str:
+        return f"values of {self.grad}"
+
+    @property
+    def indices(self) -> str:
+        return f"indices of {self.grad}"
+
+
+def in_lists(k: int) -> Names:
+    """Those at position ``k`` of the lists of :meth:`adagrad.Optimizer.update`."""
+    state = f"states[{k}]"
+    return Names(f"weights[{k}]", f"grads[{k}]", f"history in {state}", f"master copy in {state}", state)
+
+
+def of_parameter(k: int) -> Names:
+    """Those of the ``k``-th parameter of :class:`adagrad.torch.Adagrad`, counted through its groups."""
+    name = f"parameter[{k}]"
+    return Names(name, f"gradient of {name}", f"sum of {name}", f"master of {name}", f"state of {name}")
