@@ -138,7 +138,7 @@ def not_a_leaf() -> Tensor:
 DIFFERENTIABLE: dict[str, tuple[Any, type[Exception], str]] = {
     "row -1": (lambda p, o: rows_outside(p, o, -1), IndexError, r"indices\[1\]=-1: must be in \[0, 4\)"),
     "row 4": (lambda p, o: rows_outside(p, o, 4), IndexError, r"indices\[1\]=4: must be in \[0, 4\)"),
-    "history of another shape": (lambda p, o: o.state[p].update(sum=torch.zeros(2)), ValueError, r"history in states"),
+    "history of another shape": (lambda p, o: o.state[p].update(sum=torch.zeros(2)), ValueError, r"sum of parameter"),
     "history of another dtype": (
         lambda p, o: o.state[p].update(sum=torch.zeros(4, 2, dtype=torch.float16)),
         TypeError,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adagrad.kernels import fast_path, general_path, tensor_views
+from adagrad.kernels.names import of_parameter
 from adagrad.torch import Adagrad
 from support import assert_same_bits
 from torch_cases import Case, rows_outside, unchecked_coo
@@ -127,7 +128,7 @@ def test_gradient_of_another_layout() -> None:
         optimizer.step()
     assert optimizer.state[p]["step"] == 0
     with pytest.raises(TypeError, match=r"parameter\[7\]: layout torch.sparse_csr: must be strided or sparse_coo"):
-        tensor_views.ordinary("[7]", p, torch.eye(4).to_sparse_csr(), torch.zeros(4, 4), None, row_wise=False)
+        tensor_views.ordinary(of_parameter(7), p, torch.eye(4).to_sparse_csr(), torch.zeros(4, 4), None, row_wise=False)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +267,7 @@ optimizer.step()
 """
 
 
-@pytest.mark.parametrize(("which", "name"), [("parameter", "weights"), ("master", "master copy in states")])
+@pytest.mark.parametrize(("which", "name"), [("parameter", "parameter"), ("master", "master of parameter")])
 def test_memory_that_was_freed_is_refused(which: str, name: str) -> None:
     done = subprocess.run([sys.executable, "-c", RELEASED, which], capture_output=True, text=True, check=False)
     assert done.returncode == 1

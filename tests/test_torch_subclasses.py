@@ -76,7 +76,7 @@ def test_a_subclass_that_overlaps_itself_changes_nothing_else() -> None:
         optimizer.step()
     assert first.tolist() == [1, 1]
     assert optimizer.state[first]["sum"].tolist() == [0, 0]
-    with pytest.raises(ValueError, match=r"master of parameter\[0\]: shape \(3,\): must be \(2,\)"):
+    with pytest.raises(ValueError, match=r"master copy in states\[0\]: shape \(3,\): must be \(2,\)"):
         kernels.update(
             [torch.ones(2, dtype=torch.float16).as_subclass(Logged)], [torch.ones(2)],
             [(torch.ones(3), torch.ones(2))], [0.1], [0.0], Rule(), fused=True,
