@@ -617,7 +617,8 @@ CHECKS: dict[str, list[Callable[[Path], None]]] = {
 def main() -> None:
     rank, world, folder, name = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # PyTorch 2.9's own checkpoints use it
+    for of_pytorch_2_9 in ("TypedStorage is deprecated", "Deallocating Tensor"):  # its checkpoints, and FSDP1's weights
+        warnings.filterwarnings("ignore", message=of_pytorch_2_9)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", store=dist.FileStore(str(folder / f"store of {name}"), world), rank=rank, world_size=world,
