@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adagrad import AdaGrad, GroupAdaGrad, Optimizer, RowSparse, Updater
+from adagrad import AdaGrad, GroupAdaGrad, Optimizer, RowSparse, Updater, get_updater
 from adagrad.torch import Adagrad
 from support import assert_same_bits
 
@@ -78,8 +78,20 @@ def test_an_array_of_one_number_without_dimensions_is_a_number(name: str) -> Non
     other, expected = AdaGrad(**{name: 0.25}), np.ones(2, np.float32)
     other.update(0, expected, np.ones(2, np.float32), other.create_state(0, expected))
     assert_same_bits(weight, expected)
-    with pytest.raises(TypeError, match=f"{name}=.*: must be a number"):
-        AdaGrad(**{name: np.array(True)})
+    for refused in (np.array(True), np.ma.masked, np.ma.array(0.5)):
+        with pytest.raises(TypeError, match=f"{name}=.*: must be a number"):
+            AdaGrad(**{name: refused})
+    # As an attribute, too: it may change, and goes into a file.
+    value, attribute = np.array(0.25), "lr" if name == "learning_rate" else name
+    for changed in (0.25, 0.5):
+        value[...] = changed
+        setattr(optimizer, attribute, value)
+        setattr(other, attribute, changed)
+        state, expected_state = optimizer.create_state(0, weight), other.create_state(0, weight)
+        optimizer.update(0, weight, np.ones(2, np.float32), state)
+        other.update(0, expected, np.ones(2, np.float32), expected_state)
+        assert_same_bits(weight, expected)
+    get_updater(AdaGrad()).set_states(Updater(optimizer).get_states(dump_optimizer=True))
 
 
 def test_aggregate_num_that_is_an_array() -> None:

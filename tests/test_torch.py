@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adagrad.kernels import fast_path, general_path
+from adagrad.kernels import fast_path, general_path, tensor_views
 from adagrad.torch import Adagrad
 from processes import run
 from support import assert_same_bits, to_numpy
@@ -253,6 +253,60 @@ def test_gradients_that_take_the_fast_path_as_others(kind: str, monkeypatch: pyt
         assert optimizer.state[odd]["step"] == 2
     for a, b in zip(*results, strict=True):
         assert_same_bits(torch.view_as_real(a) if a.is_complex() else a, torch.view_as_real(b) if b.is_complex() else b)
+
+
+def of_another_order(p: Tensor) -> Tensor:
+    return torch.arange(float(p.numel())).to(p.dtype).view(p.shape[::-1]).t()
+
+
+@pytest.mark.parametrize(
+    ("shared", "message"),
+    [
+        (lambda o, a, b: a.detach().t(), r"parameter\[0\]: shares memory with gradient of parameter\[0\]"),
+        (lambda o, a, b: b.detach().t(), r"parameter\[1\]: shares memory with gradient of parameter\[0\]"),
+        (lambda o, a, b: b.detach()[:1].expand(3, 3), r"parameter\[1\]: shares memory with gradient"),
+        (lambda o, a, b: o.state[b]["sum"].t(), r"sum of parameter\[1\]: shares memory with gradient"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+def test_a_gradient_of_another_order_that_shares_memory_is_refused(
+    dtype: torch.dtype, shared: Any, message: str
+) -> None:
+    a, b = (nn.Parameter(torch.ones(3, 3, dtype=dtype)) for _ in range(2))
+    optimizer = Adagrad([a, b])
+    a.grad, b.grad = shared(optimizer, a, b), of_another_order(b)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert torch.equal(a, torch.ones_like(a))
+    assert torch.equal(b, torch.ones_like(b))
+
+
+def test_what_no_copy_helps_is_left_to_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights with gaps, histories that are none, and more than is copied."""
+    a, b = (nn.Parameter(torch.ones(3, 8, dtype=dtype)[:, ::2]) for dtype in (torch.complex64, torch.float32))
+    a.grad, b.grad = torch.ones(3, 4, dtype=torch.complex64).conj(), torch._neg_view(torch.ones(3, 4))
+    Adagrad([a, b], lr=0.5).step()
+    assert torch.equal(a, torch.full_like(a, 0.5))
+    assert torch.equal(b, torch.full_like(b, 1.5))
+    p = nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))
+    optimizer = Adagrad([p])
+    for history, message in (
+        (None, "must be a NumPy array or a torch tensor"),
+        (torch.ones(2, 2).to_sparse(), "layout"),
+    ):
+        p.grad, optimizer.state[p]["sum"] = of_another_order(p), history
+        with pytest.raises(TypeError, match=rf"sum of parameter\[0\].*{message}"):
+            optimizer.step()
+    monkeypatch.setattr(tensor_views, "MOST_COPIED", 15)
+    for rows, is_general in ((3, False), (4, True)):
+        taken = []
+        monkeypatch.setattr(general_path, "prepare", lambda *given, real=general_path.prepare, taken=taken, **options: (
+            taken.append(0), real(*given, **options))[1])  # fmt: skip
+        params = [nn.Parameter(torch.ones(rows, 2)) for _ in range(2)]
+        for p in params:
+            p.grad = of_another_order(p)
+        Adagrad(params).step()
+        assert bool(taken) == is_general
 
 
 def test_sparse_complex_gradient() -> None:

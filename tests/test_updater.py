@@ -378,3 +378,20 @@ def test_an_invalid_new_weight_of_a_list_is_named_by_its_position() -> None:
     with pytest.raises(TypeError, match=r"^weight: dtype int32: must be"):
         updater("b", weights[1], weights[1])
     assert not updater.states
+
+
+def test_a_subclass_may_create_states_of_weights_that_are_not_ours() -> None:
+    class Counting(Optimizer):
+        def create_state_multi_precision(self, index: Any, weight: Any) -> Any:
+            return np.zeros(1)
+
+        def update_multi_precision(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:
+            for weight, grad, state in zip(weights, grads, states, strict=True):
+                weight -= grad
+                state += 1
+
+    weights = [np.array([3, 4]), np.array([5])]
+    updater = get_updater(Counting())
+    updater([0, 1], [np.ones(2, int), np.ones(1, int)], weights)
+    assert [w.tolist() for w in weights] == [[2, 3], [4]]
+    assert updater.states[1] == 1

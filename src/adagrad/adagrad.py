@@ -236,8 +236,10 @@ class AdaGrad(Optimizer):
                 which.append(i)
         weights, grads, states = ([values[i] for i in which] for values in (weights, grads, states))
         lrs, wds = ([rates[i] for i in which] if len(rates) > 1 else rates for rates in (lrs, wds))
-        options = {"wait": not check_only, "check_only": check_only}
-        kernels.prepare(weights, grads, states, lrs, wds, self.rule(), fused=fused, positions=which, **options)
+        kernels.prepare(
+            weights, grads, states, lrs, wds, self.rule(),
+            fused=fused, positions=which, wait=not check_only, check_only=check_only,
+        )  # fmt: skip
 
     def _is_known(self, weight: Any, state: Any) -> bool:
         """Whether a state looks like ours for this weight."""
@@ -264,7 +266,7 @@ class AdaGrad(Optimizer):
                 decoupled_decay=checks.boolean("decoupled_decay", self.decoupled_decay),
                 row_wise=self.row_wise,
             )
-            self._rule_given = given
+            self._rule_given = () if np.ndarray in map(type, values) else given  # an array may change
         return self._rule
 
     def _check(self, indices: Any, weights: Any, grads: Any, states: Any) -> None:

@@ -135,7 +135,7 @@ def _header(tensors: Mapping[str, Any], inner: str) -> bytes:
 
 def _pack(value: Any, depth: int = 0) -> Any:
     """Return ``value`` as JSON, from which ``_unpack`` restores the same types and bits."""
-    if isinstance(value, np.generic):
+    if isinstance(value, np.generic) or (type(value) is np.ndarray and value.ndim == 0):
         value = value.item()
     if value is None or isinstance(value, (bool, int, str)):
         return value

@@ -32,7 +32,7 @@ def caller() -> int:
 
 def real(name: str, value: Any) -> float:
     """Return ``value`` as a float; TypeError unless it is a real number, not a bool, or a 0-d NumPy array of one."""
-    if isinstance(value, np.ndarray) and value.ndim == 0:
+    if type(value) is np.ndarray and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={describe(value)}: must be a number, not {type(value).__name__}")

@@ -252,8 +252,9 @@ def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | Non
             counts = [part.counts for part in parts]
             prepared = device_lists.prepare(batches, grad_scale, found_inf) if all(on_cuda) else None
             if prepared is None:
-                are_widened, views = _widen_gradients(batches), list(map(real_views, batches))
-                if are_widened or any(map(operator.is_not, views, batches)):
+                are_widened = _widen_gradients(batches)
+                views = real_views(batches) if is_plain or all(on_cuda) else batches
+                if are_widened or views is not batches:
                     if all(on_cuda):
                         prepared = device_lists.prepare(views, grad_scale, found_inf)
                     elif is_plain and _update_and_count(views, parts, threads):

@@ -84,8 +84,11 @@ class Updater(Generic[OptimizerT]):
         new: dict[Index, Any] = {}
         for k, (each, w) in enumerate(zip(indices, weights, strict=True)):
             if each not in self.states:
-                operand(f"weights[{k}]" if is_list else "weight", w)  # for an error that says which one is wrong
-                new[each] = self.optimizer.create_state_multi_precision(each, w)
+                try:
+                    new[each] = self.optimizer.create_state_multi_precision(each, w)
+                except (TypeError, ValueError):
+                    operand(f"weights[{k}]" if is_list else "weight", w)  # says which one is wrong, if it is that
+                    raise
         for each, w in zip(indices, weights, strict=True) if self._loaded else ():
             loaded, resize = self._loaded.get(each, (None, False))
             if loaded is not None and loaded is self.states.get(each):

@@ -84,7 +84,8 @@ def to_optax(states: Mapping[Index, Any], optimizer: AdaGrad, opt_state: Any) ->
     ------
     ValueError
         If the optimizer does not have epsilon under the root, or the shapes of the states differ from those in
-        ``opt_state``, or only one of the two has a schedule, or other hyper-parameters were injected.
+        ``opt_state``, or only one of the two has a schedule, or other hyper-parameters were injected. (A scheduler here
+        and a constant rate that was injected need only be equal at the next update.)
     """
     histories = to_arrays(states, optimizer, "optax")
     accumulator, counting = _parts(opt_state)
@@ -187,7 +188,7 @@ def _require_rates(part: Any, step: int, optimizer: AdaGrad, indices: Iterable[I
     hyperparams = getattr(part, "hyperparams", {})
     schedules = getattr(part, "hyperparams_states", {"learning_rate": part})
     for name, schedule in schedules.items():
-        if getattr(schedule, "_fields", None) != ("count",) or name == "eps":
+        if getattr(schedule, "_fields", None) != ("count",) or name != "learning_rate":
             raise ValueError(f"hyperparams_states[{name!r}]: must be a learning rate that depends on the count alone")
     eps = _number("eps", hyperparams.get("eps", optimizer.epsilon))
     if not math.isclose(eps, optimizer.epsilon, rel_tol=1e-7):  # the rounding to float32

@@ -99,14 +99,16 @@ def prepare(
     *,
     fused: bool,
     positions: Sequence[int] = (),
-    **options: Any,
+    wait: bool = False,
+    check_only: bool = False,
 ) -> Prepared:
     """Check a list of updates, which :meth:`Prepared.run` carries out; parameters and errors as in :func:`update`.
 
-    Messages number the updates by ``positions``, their positions in the caller's lists, if given. ``options`` are those
-    of :func:`adagrad.kernels.general_path.prepare`.
+    Messages number the updates by ``positions``, their positions in the caller's lists, if given. For ``wait`` and
+    ``check_only`` see :func:`adagrad.kernels.general_path.prepare`.
     """
-    return _prepare(of_states(weights, grads, states, lrs, wds, rule, positions), fused=fused, **options)
+    batch = of_states(weights, grads, states, lrs, wds, rule, positions)
+    return _prepare(batch, fused=fused, wait=wait, check_only=check_only)
 
 
 def _prepare(batch: Batch, *, fused: bool, **options: Any) -> Prepared:

@@ -124,7 +124,7 @@ def wait_for_check(device: torch.device) -> None:
 
 
 def check(device: torch.device | str | int | None = None) -> None:
-    """Wait for the device, or for all devices used so far, and raise what calls of :func:`prepare` reported there.
+    """Wait for the device, or for all devices used so far, and raise what calls of :func:`job` reported there.
 
     Raises
     ------

@@ -58,7 +58,7 @@ def attempt(function: Callable[..., Any], given: tuple[Any, ...], notes: memoryv
             compile_worker: Callable[[int], None]) -> tuple[int, int, int, int]:  # fmt: skip
     """Call ``function(*given, workers)``, compiling workers and adding threads as it asks; returns its final outcome.
 
-    ``notes`` are :attr:`Remembered.read_notes`, which the function writes. ``count`` is 0 for a trial on the calling
+    ``notes`` are :attr:`Remembered.read_notes`, which the function writes. ``workers`` is 0 for a trial on the calling
     thread, made if one was enough for the last list. An interrupt that comes after the list is done is marked as late.
     """
     is_trial, done_before = not notes[WORK], notes[LISTS_DONE]

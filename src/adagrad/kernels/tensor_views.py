@@ -8,17 +8,18 @@ memory with what was given, except for gradients.
 from __future__ import annotations
 
 import math
-import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import increment_version
 
 from adagrad.kernels.batch import Batch
 from adagrad.kernels.dtensor import has_whole_rows, is_dtensor, is_placed_as, local, moved
 from adagrad.kernels.names import Names
-from adagrad.kernels.tensor_checks import are_memory, check_rows
+from adagrad.kernels.tensor_checks import PLAIN_TYPES, check_rows
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import history_shape
 
@@ -66,27 +67,55 @@ def ordinary(names: Names, weight: Tensor, grad: Tensor | RowSparse, history: Te
     return weight, grad, history, master
 
 
-def real_views(batch: Batch) -> Batch:
-    """The same updates of real numbers, with dense gradients in the order of their weights; ``batch`` if they are that.
+MOST_COPIED = 2**22
+"""Elements of gradients that are copied in one call; with more, memory counts for more than time."""
+
+
+def real_views(batches: Sequence[Batch]) -> Sequence[Batch]:
+    """The same updates of real numbers, with dense gradients in the order of their weights, without master copies.
 
     So the fast path takes complex numbers, as pairs, and gradients of another order, copied, as from a transposition.
+    Returns ``batches`` where there is neither, or something that the fast path does not take even so.
     """
-    weights, grads, histories = [*batch.weights], [*batch.grads], [*batch.histories]
-    for i, (weight, grad, history) in enumerate(zip(weights, grads, histories, strict=True)):
-        if batch.masters or not are_memory((weight, grad, history)) or grad.layout != torch.strided:
-            continue
-        if grad.shape != weight.shape or grad.dtype != weight.dtype:
-            continue
-        if grad.stride() != weight.stride() or grad.is_conj() or grad.is_neg():
-            copy = torch.empty_like(weight)
-            grads[i] = copy.copy_(grad) if copy.stride() == weight.stride() else grad  # the weight may have gaps
-        if weight.is_complex() and not (batch.rule.row_wise or weight.is_conj() or history.is_conj()):
-            weights[i], grads[i], histories[i] = map(_as_real, (weight, grads[i], history))
-    is_same = all(map(operator.is_, grads, batch.grads)) and all(map(operator.is_, weights, batch.weights))
-    if is_same:
-        return batch
-    return Batch(batch.rule, weights, grads, histories, batch.masters, batch.lrs, batch.wds, batch.positions,
-                 batch.names_at)  # fmt: skip
+    written = [t for batch in batches for t in (*batch.weights, *batch.histories)]
+    everything = [*written, *(grad for batch in batches for grad in batch.grads)]
+    if any(batch.masters for batch in batches) or not set(PLAIN_TYPES).issuperset(map(type, everything)):
+        return batches
+    odd = [[i for i, each in enumerate(zip(b.weights, b.grads, strict=True)) if _is_odd(*each)] for b in batches]
+    if not any(odd) or any(map(is_functorch_wrapped_tensor, everything)):
+        return batches
+    if any(t.layout != torch.strided for t in written):
+        return batches
+    storages = {t.untyped_storage().data_ptr() for t in written}
+    views, copied = [], 0
+    for batch, which in zip(batches, odd, strict=True):
+        weights, grads, histories = [*batch.weights], [*batch.grads], [*batch.histories]
+        for i in which:
+            weight, grad, history = weights[i], grads[i], histories[i]
+            is_copied = grad.stride() != weight.stride() or grad.is_conj() or grad.is_neg()
+            copied += grad.numel() if is_copied else 0
+            may_share = grad.untyped_storage().data_ptr() in storages  # which the checks decide, and may refuse
+            if not weight.dtype == grad.dtype == history.dtype or grad.shape != weight.shape or may_share:
+                return batches
+            if weight.is_complex() and (batch.rule.row_wise or weight.is_conj() or history.is_conj()):
+                return batches
+            if copied > MOST_COPIED:
+                return batches
+            if is_copied:
+                grads[i] = torch.empty_like(weight)
+                if grads[i].stride() != weight.stride():  # the weight has gaps
+                    return batches
+                grads[i].copy_(grad)
+            if weight.is_complex():
+                weights[i], grads[i], histories[i] = map(torch.view_as_real, (weight, grads[i], history))
+        positions, names_at = batch.positions, batch.names_at
+        views.append(Batch(batch.rule, weights, grads, histories, [], batch.lrs, batch.wds, positions, names_at))
+    return views
+
+
+def _is_odd(weight: Tensor, grad: Tensor) -> bool:
+    is_dense = grad.layout == torch.strided
+    return is_dense and (grad.stride() != weight.stride() or weight.is_complex() or grad.is_neg())
 
 
 def _as_real(tensor: Tensor) -> Tensor:
