@@ -95,7 +95,9 @@ def real_views(batches: Sequence[Batch]) -> Sequence[Batch]:
             is_copied = grad.stride() != weight.stride() or grad.is_conj() or grad.is_neg()
             copied += grad.numel() if is_copied else 0
             may_share = grad.untyped_storage().data_ptr() in storages  # which the checks decide, and may refuse
-            if not weight.dtype == grad.dtype == history.dtype or grad.shape != weight.shape or may_share:
+            if (grad.shape, grad.device) != (weight.shape, weight.device) or may_share:
+                return batches
+            if not weight.dtype == grad.dtype == history.dtype:
                 return batches
             if weight.is_complex() and (batch.rule.row_wise or weight.is_conj() or history.is_conj()):
                 return batches
