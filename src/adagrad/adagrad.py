@@ -238,7 +238,7 @@ class AdaGrad(Optimizer):
         lrs, wds = ([rates[i] for i in which] if len(rates) > 1 else rates for rates in (lrs, wds))
         kernels.prepare(
             weights, grads, states, lrs, wds, self.rule(),
-            fused=fused, positions=which, wait=not check_only, check_only=check_only,
+            fused=fused, positions=which, wait=True, check_only=check_only,
         )  # fmt: skip
 
     def _is_known(self, weight: Any, state: Any) -> bool:

@@ -33,6 +33,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from adagrad import checks
 from adagrad.arrays import operand
 
 State: TypeAlias = "NDArray[Any] | tuple[State, ...] | list[State] | None"
@@ -135,8 +136,7 @@ def _header(tensors: Mapping[str, Any], inner: str) -> bytes:
 
 def _pack(value: Any, depth: int = 0) -> Any:
     """Return ``value`` as JSON, from which ``_unpack`` restores the same types and bits."""
-    if isinstance(value, np.generic) or (type(value) is np.ndarray and value.ndim == 0):
-        value = value.item()
+    value = value.item() if isinstance(value, np.generic) else checks.unpacked(value)
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):

@@ -30,10 +30,14 @@ def caller() -> int:
     return level
 
 
+def unpacked(value: Any) -> Any:
+    """The element of a 0-d NumPy array; anything else as it is."""
+    return value.item() if type(value) is np.ndarray and value.ndim == 0 else value
+
+
 def real(name: str, value: Any) -> float:
     """Return ``value`` as a float; TypeError unless it is a real number, not a bool, or a 0-d NumPy array of one."""
-    if type(value) is np.ndarray and value.ndim == 0:
-        value = value.item()
+    value = unpacked(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={describe(value)}: must be a number, not {type(value).__name__}")
     try:

@@ -254,11 +254,11 @@ def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | Non
             if prepared is None:
                 are_widened = _widen_gradients(batches)
                 views = real_views(batches) if is_plain or all(on_cuda) else batches
-                if are_widened or views is not batches:
-                    if all(on_cuda):
-                        prepared = device_lists.prepare(views, grad_scale, found_inf)
-                    elif is_plain and _update_and_count(views, parts, threads):
-                        counts, prepared = [], Prepared([])
+                is_new = are_widened or views is not batches
+                if is_new and all(on_cuda):
+                    prepared = device_lists.prepare(views, grad_scale, found_inf)
+                elif is_new and is_plain and _update_and_count(views, parts, threads):
+                    counts, prepared = [], Prepared([])
             if prepared is None:
                 prepared = general_path.prepare(batches, threads=threads, grad_scale=grad_scale, found_inf=found_inf)
             owed = counts

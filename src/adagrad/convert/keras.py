@@ -96,7 +96,7 @@ def _require_rates(named: list[tuple[str, Any]], states: States, optimizer: AdaG
 def _updates(iteration: int, named: list[tuple[str, Any]], batches: int) -> int:
     """Return how many updates there were after ``iteration`` batches."""
     names = {name for name, _ in named}
-    if any(_belongs(name, "_gradient_accumulator", names) for name in names) != (batches > 1):
+    if _accumulates(names) != (batches > 1):
         need = "must be 1: there are no gradient accumulators"
         if batches == 1:
             need = (
@@ -110,6 +110,11 @@ def _updates(iteration: int, named: list[tuple[str, Any]], batches: int) -> int:
             "an update"
         )
     return iteration // batches
+
+
+def _accumulates(names: set[str]) -> bool:
+    """Whether gradients are accumulated over several batches."""
+    return any(_belongs(name, "_gradient_accumulator", names) for name in names)
 
 
 def _belongs(name: str, ending: str, names: set[str]) -> bool:
@@ -146,7 +151,7 @@ def to_keras(states: Mapping[Index, Any], optimizer: AdaGrad, variables: Iterabl
     named = _named(variables)
     names = {name for name, _ in named}
     accumulators = [each for name, each in named if name.endswith("accumulator")]
-    if len(accumulators) > len(histories) and any(_belongs(name, "_gradient_accumulator", names) for name in names):
+    if len(accumulators) > len(histories) and _accumulates(names):
         raise ValueError("variables: of an optimizer with gradient_accumulation_steps: must be of one without")
     found = [tuple(each.shape) for each in accumulators]
     expected = [each.shape for each in histories]

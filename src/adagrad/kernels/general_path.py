@@ -189,8 +189,8 @@ class _CheckedBatch:
 
     def _add_table(self, plan: _Plan, scaled: Rule, threads: int | None) -> None:
         for code, which in self.groups:
-            on_device, formats = table.decode(code)
-            if not on_device:
+            number, formats = table.decode(code)
+            if not number:
                 plan.dense.append(self._dense_job(which, formats, scaled, threads))
             else:
                 device = self.batch.weights[which[0]].device
@@ -198,9 +198,9 @@ class _CheckedBatch:
 
     def _add_rows(self, plan: _Plan, scaled: Rule, threads: int | None) -> None:
         devices = [table.decode(code)[0] for code in self.rows.codes]
-        for on_device in dict.fromkeys(devices):
-            members = [k for k, each in enumerate(devices) if each == on_device]
-            if on_device:
+        for number in dict.fromkeys(devices):
+            members = [k for k, each in enumerate(devices) if each == number]
+            if number:
                 device = self.batch.weights[self.sparse[members[0]]].device
                 plan.updates_on(device).add_rows(self.batch.rule, self._rows_on_cuda(members))
                 continue

@@ -21,6 +21,7 @@ class Update(NamedTuple):
     indices: Array | None
     history: Operand
     master: Operand | None
+    names: Names
 
 
 class Wrapped(NamedTuple):
@@ -80,7 +81,7 @@ def check_update(names: Names, weight: Array, grad: Any, history: Any, master: A
         from adagrad.kernels import tensor_checks
 
         tensor_checks.check_memory([o for o in (w, h, m) if o is not None], g)
-    return Update(w, g, indices, h, m)
+    return Update(w, g, indices, h, m, names)
 
 
 def check_gradient(names: Names, grad: Any, w: Operand) -> Operand:
@@ -143,8 +144,7 @@ def operands_of(u: Update) -> tuple[list[Operand], list[Operand]]:
     written, read = [o for o in (u.weight, u.history, u.master) if o is not None], [u.grad]
     if u.indices is not None:
         memory = host_indices(u.indices) if u.weight.device == "cpu" else None
-        name = f"indices of {u.grad.name.removeprefix('values of ')}"
-        read.append(Operand(name, u.indices, "", u.weight.device, memory))
+        read.append(Operand(u.names.indices, u.indices, "", u.weight.device, memory))
     if is_torch(u.weight.array):
         from adagrad.kernels import tensor_checks
 
