@@ -34,8 +34,7 @@ from tqdm import tqdm
 
 from cases import SEED, Dense, Rows
 from contenders import LEARNING_RATE, versions
-from report import folder, plot_ratios
-from report import table as markdown
+from report import folder, plot_ratios, table as markdown
 
 DEVICE = "cuda"
 ROUND_SECONDS = 0.05

@@ -21,7 +21,7 @@ if not GPU:
 pytest.importorskip("triton")
 
 from adagrad import rule as expression  # noqa: E402
-from adagrad.kernels import cuda, cuda_dense, cuda_row_lists  # noqa: E402
+from adagrad.kernels import cuda  # noqa: E402
 from adagrad.rule import Rule  # noqa: E402
 
 HERE = torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")
@@ -50,9 +50,9 @@ class RowUpdate(NamedTuple):
 def run(rule: Rule, dense: Sequence[DenseUpdate], rows: Sequence[RowUpdate] = (), **options: Any) -> Any:
     """One call."""
     cuda.raise_reported(HERE)  # as the dispatcher does, for all devices of a call
-    elements = [cuda_dense.of_tensors(*u, rule) for u in dense]
-    runs = [cuda_row_lists.of_tensors(*u, rule) for u in rows]
-    group = cuda.Group(rule, cuda_dense.concatenate(elements), cuda_row_lists.concatenate(runs))
+    elements = [cuda.dense.of_tensors(*u, rule) for u in dense]
+    runs = [cuda.row_lists.of_tensors(*u, rule) for u in rows]
+    group = cuda.Group(rule, cuda.dense.concatenate(elements), cuda.row_lists.concatenate(runs))
     return cuda.job([group], HERE, **options)()
 
 

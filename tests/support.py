@@ -13,8 +13,10 @@ import pytest
 
 import oracle
 from adagrad import RowSparse, kernels
-from adagrad.kernels import cpu_dense, cpu_rows, fast_path, layout
+from adagrad.kernels import fast_path
 from adagrad.kernels.batch import Batch
+from adagrad.kernels.cpu import dense as cpu_dense, rows as cpu_rows
+from adagrad.kernels.inspection import layout
 from adagrad.rule import Rule, is_torch
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

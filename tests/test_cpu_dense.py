@@ -13,8 +13,8 @@ import pytest
 
 import oracle
 from adagrad import AdaGrad, GroupAdaGrad, RowSparse, kernels, rule
-from adagrad.kernels import cpu_dense, formats, strided, table
-from adagrad.kernels import layout as layouts
+from adagrad.kernels.cpu import dense as cpu_dense, formats, strided
+from adagrad.kernels.inspection import layout as layouts, table
 from support import (
     BFLOAT16,
     DTYPES,

@@ -13,8 +13,9 @@ import pytest
 
 import oracle
 from adagrad import GroupAdaGrad, RowSparse
-from adagrad.kernels import cpu_rows, general_path, row_passes
+from adagrad.kernels import general_path
 from adagrad.kernels.batch import Batch
+from adagrad.kernels.cpu import row_passes, rows as cpu_rows
 from adagrad.rule import Rule
 from row_operands import FLOAT32, FLOAT64, HALF, MASTER, rows, some
 from support import (

@@ -35,13 +35,13 @@ from cuda_operands import (
 
 torch = pytest.importorskip("torch")
 
-from adagrad.kernels import cuda, cuda_dense  # noqa: E402
+from adagrad.kernels import cuda  # noqa: E402
 from adagrad.rule import Rule  # noqa: E402
 from torch_versions import since  # noqa: E402
 
 pytestmark = ON_THE_GPU
 
-BLOCK = cuda_dense.BLOCK
+BLOCK = cuda.dense.BLOCK
 
 
 @pytest.fixture(autouse=True)
@@ -206,7 +206,7 @@ def test_tables_are_kept_and_told_apart() -> None:
     """Nothing is uploaded for what did not change; a change of any address, size, lr, wd or rule is seen."""
     updates = [make((10,), "float32", i) for i in range(3)]
     uploads = 0
-    tables = cuda.cuda_tables.tables_of(HERE)
+    tables = cuda.tables.tables_of(HERE)
     upload = tables._upload
 
     def count(words: np.ndarray) -> Any:
@@ -239,34 +239,34 @@ def test_tables_are_kept_and_told_apart() -> None:
 
 def test_many_tables_push_out_the_oldest() -> None:
     u = make((4,), "float32")
-    for k in range(3 * cuda.cuda_tables.KEPT):
+    for k in range(3 * cuda.tables.KEPT):
         check_update([u._replace(lr=0.1 + k)], Rule())
-    assert len(cuda.cuda_tables.tables_of(HERE)._settings) == cuda.cuda_tables.KEPT
+    assert len(cuda.tables.tables_of(HERE)._settings) == cuda.tables.KEPT
 
 
 def test_a_capture_finds_pinned_memory_after_another_took_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    tables = cuda.cuda_tables.Tables(SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
+    tables = cuda.tables.Tables(SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
 
     def pinned(size: int) -> torch.Tensor:
         asked.append(tables.is_capturing)
         return empty(size, dtype=torch.int64)
 
     empty = torch.empty
-    monkeypatch.setattr(cuda.cuda_tables, "_pinned", pinned)
-    monkeypatch.setattr(cuda.cuda_tables, "_slab", [])
-    monkeypatch.setattr(cuda.cuda_tables, "_captured", [])
+    monkeypatch.setattr(cuda.tables, "_pinned", pinned)
+    monkeypatch.setattr(cuda.tables, "_slab", [])
+    monkeypatch.setattr(cuda.tables, "_captured", [])
     monkeypatch.setattr(torch, "empty", lambda *size, dtype, device: empty(*size, dtype=dtype))
     for _ in range(3):  # graphs, some one after the other, after a warm-up which finds its tables
         for tables.is_capturing in (False, False, True, True, True):
             tables.settings([0.1] * 9, [0.0] * 9, Rule())
             tables.settings([0.2] * 9, [0.0] * 9, Rule())
     assert True not in asked
-    assert len(cuda.cuda_tables._captured) == 18
-    starts = [host.data_ptr() for host in cuda.cuda_tables._captured]
+    assert len(cuda.tables._captured) == 18
+    starts = [host.data_ptr() for host in cuda.tables._captured]
     assert len({*starts}) == 18
     tables.is_capturing = False
-    many = cuda.cuda_tables.SLAB // 4  # a table that does not fit a slab
+    many = cuda.tables.SLAB // 4  # a table that does not fit a slab
     tables.settings([0.1] * many, [0.0] * many, Rule())
     tables.is_capturing = True
     for _ in range(3):
@@ -299,7 +299,7 @@ def test_another_default_device(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
         check_update([make((5,), "float32")], Rule())
         if GPU:
-            assert cuda.cuda_tables._pinned(3).device.type == "cpu"
+            assert cuda.tables._pinned(3).device.type == "cpu"
 
 
 def test_tensors_live_until_the_launch() -> None:
@@ -307,7 +307,7 @@ def test_tensors_live_until_the_launch() -> None:
     u = make((4,), "float32")
     grad = u.grad.clone()
     gone = weakref.ref(grad)
-    updates = cuda_dense.concatenate([cuda_dense.of_tensors(*u._replace(grad=grad), Rule()) for _ in range(2)])
+    updates = cuda.dense.concatenate([cuda.dense.of_tensors(*u._replace(grad=grad), Rule()) for _ in range(2)])
     del grad
     assert gone() is not None
     del updates
@@ -358,10 +358,10 @@ for dtype, kind, wide, row_wise, has_master in cases if int(sys.argv[2]) else ca
     grad, values = torch.zeros(9, 48, dtype=kind), torch.zeros(200, 48, dtype=kind)
     master = torch.zeros(9, 48) if has_master else None
     rule = Rule(row_wise=row_wise)
-    dense = cuda.cuda_dense.of_tensors(weight, grad, history, master, 0.1, 0.1, rule)
+    dense = cuda.dense.of_tensors(weight, grad, history, master, 0.1, 0.1, rule)
     ids = torch.zeros(200, dtype=torch.int64)
-    rows = cuda.cuda_row_lists.of_tensors(weight, ids, values, history, master, number, 0.1, rule)
-    for some in ([rows] if dtype == kind != double else []) + [cuda.cuda_row_lists.concatenate([rows, rows])]:
+    rows = cuda.row_lists.of_tensors(weight, ids, values, history, master, number, 0.1, rule)
+    for some in ([rows] if dtype == kind != double else []) + [cuda.row_lists.concatenate([rows, rows])]:
         cuda.job([cuda.Group(rule, dense, some)], number.device, grad_scale=number, found_inf=number)()
 
 operations = re.compile(r"\\b(?:fma|mad|add|sub|mul|div|r?sqrt|rcp|min|max)[a-z0-9.]*[.]f(?:32|64)(?:x2)?\\b")
@@ -419,7 +419,7 @@ def test_a_captured_graph_replays_the_step() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         run(Rule(), [u])
-    for k in range(3 * cuda.cuda_tables.KEPT):
+    for k in range(3 * cuda.tables.KEPT):
         run(Rule(), [make((5,), "float32", lr=0.1 + k)])
     lr.fill_(0.2)
     graph.replay()
@@ -450,7 +450,7 @@ def test_learning_rates_of_two_dtypes_at_one_address() -> None:
     from adagrad.rule import Rule
 
     memory = torch.zeros(1, dtype=torch.float64)
-    tables = cuda.cuda_tables.Tables(torch.device("cpu"))
+    tables = cuda.tables.Tables(torch.device("cpu"))
     words = [tables.settings([lr], [0.0], Rule()).tolist() for lr in (memory[0], memory.view(torch.float32)[0])]
     assert words[0] != words[1]
 
@@ -459,7 +459,7 @@ def test_the_place_of_weight_decay_tells_tables_apart() -> None:
     from adagrad.kernels import cuda
     from adagrad.rule import Rule
 
-    tables = cuda.cuda_tables.Tables(torch.device("cpu"))
+    tables = cuda.tables.Tables(torch.device("cpu"))
     words = [tables.settings([0.1], [0.1], Rule(decoupled_decay=d)).tolist() for d in (False, True)]
     assert words[0] != words[1]
 
@@ -468,9 +468,9 @@ def test_a_table_that_is_used_is_not_pushed_out() -> None:
     from adagrad.kernels import cuda
     from adagrad.rule import Rule
 
-    tables = cuda.cuda_tables.Tables(torch.device("cpu"))
+    tables = cuda.tables.Tables(torch.device("cpu"))
     first = tables.settings([0.1], [0.0], Rule())
-    for k in range(3 * cuda.cuda_tables.KEPT):
+    for k in range(3 * cuda.tables.KEPT):
         tables.settings([1.0 + k], [0.0], Rule())
         assert tables.settings([0.1], [0.0], Rule()) is first
 
@@ -482,24 +482,23 @@ def test_each_group_has_its_own_rule() -> None:
 
     rules, weights, groups = [Rule(epsilon=1.0), Rule(epsilon=3.0)], [torch.zeros(3) for _ in range(2)], []
     for rule, w in zip(rules, weights, strict=True):
-        dense = cuda.cuda_dense.of_tensors(w, torch.ones(3), torch.zeros(3), None, 1.0, 0.0, rule)
+        dense = cuda.dense.of_tensors(w, torch.ones(3), torch.zeros(3), None, 1.0, 0.0, rule)
         groups.append(cuda.Group(rule, dense, None))
     cuda.job(groups, torch.device("cpu"))()
     assert [w.tolist() for w in weights] == [[-0.5] * 3, [-0.25] * 3]
 
 
 def test_rates_that_updates_share_stay_theirs_beside_others() -> None:
-    from adagrad.kernels import cuda_dense, cuda_row_lists
     from adagrad.rule import Rule
 
     def dense(lr: float, wd: float) -> Any:
-        return cuda_dense.of_tensors(torch.ones(2), torch.ones(2), torch.ones(2), None, lr, wd, Rule())
+        return cuda.dense.of_tensors(torch.ones(2), torch.ones(2), torch.ones(2), None, lr, wd, Rule())
 
     def rows(lr: float, wd: float) -> Any:
         given = torch.ones(2), torch.zeros(1, dtype=torch.int64), torch.ones(1), torch.ones(2), None
-        return cuda_row_lists.of_tensors(*given, lr, wd, Rule())
+        return cuda.row_lists.of_tensors(*given, lr, wd, Rule())
 
-    for module, build in ((cuda_dense, dense), (cuda_row_lists, rows)):
+    for module, build in ((cuda.dense, dense), (cuda.row_lists, rows)):
         two = module.concatenate([build(0.5, 0.25)] * 2)._replace(lrs=[0.5], wds=[0.25])
         assert two._replace(wds=[0.25, 0.75]).rates() == ([0.5, 0.5], [0.25, 0.75])
         for other in (two, build(1.0, 2.0)):
@@ -512,11 +511,11 @@ def test_formats_at_the_same_addresses_have_launches_of_their_own() -> None:
     from adagrad.kernels import cuda
     from adagrad.rule import Rule
 
-    tables, w, h = cuda.cuda_tables.Tables(torch.device("cpu")), torch.ones(4, dtype=torch.float16), torch.ones(4)
+    tables, w, h = cuda.tables.Tables(torch.device("cpu")), torch.ones(4, dtype=torch.float16), torch.ones(4)
     kernels = []
     for dtype in (torch.float16, torch.bfloat16):
         low = w.view(dtype)
-        ((launch,),) = [tables.addresses(cuda.cuda_dense.of_tensors(low, low, h, None, 0.1, 0.0, Rule()))[1]]
+        ((launch,),) = [tables.addresses(cuda.dense.of_tensors(low, low, h, None, 0.1, 0.0, Rule()))[1]]
         kernels.append(launch.kernel)
     assert kernels[0] is not kernels[1]
 
@@ -525,11 +524,11 @@ def test_flags_are_zero_and_apart() -> None:
     """Aligned like a number of its own, of which there is one for each replay of a graph."""
     from adagrad.kernels import cuda
 
-    tables = cuda.cuda_tables.Tables(torch.device("cpu"))
-    flags = [tables.flag() for _ in range(3 * cuda.cuda_tables.FLAGS)]
+    tables = cuda.tables.Tables(torch.device("cpu"))
+    flags = [tables.flag() for _ in range(3 * cuda.tables.FLAGS)]
     assert all(flag.shape == (1,) and flag.dtype == torch.int32 and not flag.any() for flag in flags)
     assert len({flag.data_ptr() for flag in flags}) == len(flags)
-    assert all((flag.data_ptr() - flags[0].data_ptr()) % 16 == 0 for flag in flags[: cuda.cuda_tables.FLAGS])
+    assert all((flag.data_ptr() - flags[0].data_ptr()) % 16 == 0 for flag in flags[: cuda.tables.FLAGS])
     tables.is_capturing = True
     assert tables.flag().untyped_storage().nbytes() == 4
 
@@ -540,9 +539,9 @@ def test_launches_are_bound_once_for_the_same_tables(monkeypatch: pytest.MonkeyP
     from adagrad.rule import Rule
 
     bound: list[Any] = []
-    monkeypatch.setattr(cuda.cuda_dense, "bind", lambda *arguments: bound.append(arguments) or len(bound))
-    tables, given = cuda.cuda_tables.Tables(torch.device("cpu")), [torch.ones(4) for _ in range(3)]
-    updates, number = cuda.cuda_dense.of_tensors(*given, None, 0.1, 0.0, Rule()), torch.zeros(())
+    monkeypatch.setattr(cuda.dense, "bind", lambda *arguments: bound.append(arguments) or len(bound))
+    tables, given = cuda.tables.Tables(torch.device("cpu")), [torch.ones(4) for _ in range(3)]
+    updates, number = cuda.dense.of_tensors(*given, None, 0.1, 0.0, Rule()), torch.zeros(())
 
     def launches(lr: float, *numbers: Any) -> Any:
         return tables.dense_launches(*tables.addresses(updates), tables.settings([lr], [0.0], Rule()), *numbers)
@@ -558,18 +557,18 @@ def test_launches_are_bound_once_for_the_same_tables(monkeypatch: pytest.MonkeyP
 def test_half_a_slab_is_kept_for_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     from adagrad.kernels import cuda
 
-    monkeypatch.setattr(cuda.cuda_tables, "_pinned", lambda size: torch.empty(size, dtype=torch.int64))
-    monkeypatch.setattr(cuda.cuda_tables, "_slab", [torch.empty(cuda.cuda_tables.SLAB // 4, dtype=torch.int64)])
-    cuda.cuda_tables._fill_slab(10)
-    assert len(cuda.cuda_tables._slab[0]) >= cuda.cuda_tables.SLAB // 2
+    monkeypatch.setattr(cuda.tables, "_pinned", lambda size: torch.empty(size, dtype=torch.int64))
+    monkeypatch.setattr(cuda.tables, "_slab", [torch.empty(cuda.tables.SLAB // 4, dtype=torch.int64)])
+    cuda.tables._fill_slab(10)
+    assert len(cuda.tables._slab[0]) >= cuda.tables.SLAB // 2
 
 
 def test_tables_with_and_without_shared_rates_are_told_apart() -> None:
     from adagrad.kernels import cuda
     from adagrad.rule import Rule
 
-    tables, given = cuda.cuda_tables.Tables(torch.device("cpu")), [torch.ones(4) for _ in range(3)]
-    one = cuda.cuda_dense.of_tensors(*given, None, 0.1, 0.0, Rule())
-    apart = cuda.cuda_dense.concatenate([one, one])
+    tables, given = cuda.tables.Tables(torch.device("cpu")), [torch.ones(4) for _ in range(3)]
+    one = cuda.dense.of_tensors(*given, None, 0.1, 0.0, Rule())
+    apart = cuda.dense.concatenate([one, one])
     together = apart._replace(lrs=[0.1], wds=[0.0])
     assert tables.addresses(apart)[0].tolist() != tables.addresses(together)[0].tolist()

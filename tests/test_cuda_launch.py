@@ -16,8 +16,8 @@ import pytest
 torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
 
-from adagrad.kernels import cuda_launch  # noqa: E402
-from adagrad.kernels.cuda_launch import Kernel, form_and_words  # noqa: E402
+from adagrad.kernels.cuda import launch  # noqa: E402
+from adagrad.kernels.cuda.launch import Kernel, form_and_words  # noqa: E402
 
 
 class Function:
@@ -47,7 +47,7 @@ class Compiled:
 
 
 def test_triton_is_asked_once_for_each_form_of_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_launch, "_KEEPS", True)
+    monkeypatch.setattr(launch, "_KEEPS", True)
     function, memory = Function(), torch.zeros(64)
     kernel = Kernel(function, 4, BLOCK=8, LAST=True)
     x, y = memory[:8], memory[16:24]
@@ -73,7 +73,7 @@ def test_triton_launches_what_it_does_not_let_us_keep(kind: str, monkeypatch: py
     """It is compiled before the launch all the same, where there is anything to compile."""
     function, x = Function(), torch.zeros(8)
     kernel = Kernel(function, 4, BLOCK=8, LAST=True)
-    monkeypatch.setattr(cuda_launch, "_KEEPS", kind != "an older version")  # before 3.3
+    monkeypatch.setattr(launch, "_KEEPS", kind != "an older version")  # before 3.3
     if kind == "the interpreter":
         monkeypatch.setattr(Function, "warmup", lambda self, *_, **__: None)
     elif kind == "an older interpreter":  # before 3.6
@@ -88,7 +88,7 @@ def test_triton_launches_what_it_does_not_let_us_keep(kind: str, monkeypatch: py
 
 
 def test_tensors_live_until_they_are_launched_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_launch, "_KEEPS", True)
+    monkeypatch.setattr(launch, "_KEEPS", True)
     function, tensors = Function(), [torch.zeros(8), torch.zeros(8)]
     gone = [weakref.ref(t) for t in tensors]
     start = Kernel(function, 4, BLOCK=8, LAST=True).bind(1, tensors[0], 16, tensors[1])
@@ -148,11 +148,12 @@ except Exception as error:
     print(f"triton {triton.__version__} asks more of a driver: {error}")
     sys.exit(77)
 
-from adagrad.kernels import cuda, cuda_launch
+from adagrad.kernels import cuda
+from adagrad.kernels.cuda import launch
 from adagrad.rule import Rule
 
 launched = []
-bind = cuda_launch.Kernel.bind
+bind = launch.Kernel.bind
 
 def observed(self, programs, *arguments):
     known = len(self._compiled)
@@ -174,15 +175,15 @@ def watched(start, self, programs, arguments, is_known):
     assert got == expected, (got, expected)
     launched.append((self._function.fn.__name__, is_known))
 
-cuda_launch.Kernel.bind = observed
+launch.Kernel.bind = observed
 
 def step(row_wise, tables, found_inf):
     weight, values, table = torch.zeros(9, 48), torch.zeros(300, 48), torch.zeros(900, 48)
     history, sums = (torch.zeros(len(w), 1 if row_wise else 48) for w in (weight, table))
     rule, ids = Rule(row_wise=row_wise), torch.arange(300)
-    dense = cuda.cuda_dense.of_tensors(weight, weight.clone(), history, None, 0.1, 0.1, rule)
-    rows = [cuda.cuda_row_lists.of_tensors(table, ids, values, sums, None, 0.1, 0.1, rule)] * tables
-    group = cuda.Group(rule, dense, cuda.cuda_row_lists.concatenate(rows))
+    dense = cuda.dense.of_tensors(weight, weight.clone(), history, None, 0.1, 0.1, rule)
+    rows = [cuda.row_lists.of_tensors(table, ids, values, sums, None, 0.1, 0.1, rule)] * tables
+    group = cuda.Group(rule, dense, cuda.row_lists.concatenate(rows))
     cuda.job([group], weight.device, found_inf=found_inf)()
 
 for row_wise, tables, found_inf in (False, 1, None), (False, 2, None), (True, 1, torch.zeros(())):
@@ -192,10 +193,10 @@ for row_wise, tables, found_inf in (False, 1, None), (False, 2, None), (True, 1,
     first.append("update_rows" if row_wise else "update_elements")
     names = [*first, "update_runs", "sum_chunks", "update_runs"]
     assert [name for name, _ in launched] == names, launched
-    assert not any(known for _, known in launched[len(first):]) or not cuda_launch._KEEPS, launched
+    assert not any(known for _, known in launched[len(first):]) or not launch._KEEPS, launched
     for _ in range(2):
         step(row_wise, tables, found_inf)
-    assert all(known for _, known in launched[len(names):]) or not cuda_launch._KEEPS, launched
+    assert all(known for _, known in launched[len(names):]) or not launch._KEEPS, launched
 """
 
 
@@ -219,10 +220,7 @@ def test_what_arrives_at_the_driver(tmp_path: Path) -> None:
 
 
 def test_each_device_has_compiled_kernels_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    from adagrad.kernels import cuda_launch
-    from adagrad.kernels.cuda_launch import Kernel
-
-    monkeypatch.setattr(cuda_launch, "_KEEPS", True)
+    monkeypatch.setattr(launch, "_KEEPS", True)
     function = Function()
     kernel = Kernel(function, 4, BLOCK=8, LAST=True)
     for index, asked in ((0, 1), (1, 2), (0, 2), (1, 2)):
@@ -233,14 +231,12 @@ def test_each_device_has_compiled_kernels_of_its_own(monkeypatch: pytest.MonkeyP
 
 def test_a_kernel_that_is_still_being_compiled_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's FutureKernel cannot be launched, and what fails should fail before anything is."""
-    from adagrad.kernels import cuda_launch
-    from adagrad.kernels.cuda_launch import Kernel
 
     class Slow(Function):
         def warmup(self, *arguments: Any, grid: Any, **constants: Any) -> Any:
             return SimpleNamespace(result=lambda: super(Slow, self).warmup(*arguments, grid=grid, **constants))
 
-    monkeypatch.setattr(cuda_launch, "_KEEPS", True)
+    monkeypatch.setattr(launch, "_KEEPS", True)
     function, x = Slow(), torch.zeros(8)
     kernel = Kernel(function, 4, BLOCK=8, LAST=True)
     kernel.launch(1, x, 16, x)

@@ -31,8 +31,8 @@ torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from adagrad.kernels import cuda, cuda_row_lists, cuda_rows  # noqa: E402
-from adagrad.kernels.cuda_launch import Kernel  # noqa: E402
+from adagrad.kernels import cuda  # noqa: E402
+from adagrad.kernels.cuda.launch import Kernel  # noqa: E402
 from adagrad.rule import Rule, sum_duplicates  # noqa: E402
 from adagrad.torch import check_row_ids  # noqa: E402
 
@@ -147,7 +147,7 @@ def test_runs_across_pieces(counts: tuple[int, ...], row_wise: bool) -> None:
 @triton.jit
 def find_first(ids: tl.tensor, end: tl.tensor, row: tl.tensor, found: tl.tensor) -> None:
     zero = tl.full([], 0, tl.int64)
-    tl.store(found, cuda_rows.first_position(ids, zero, zero + end, row))
+    tl.store(found, cuda.rows.first_position(ids, zero, zero + end, row))
 
 
 @pytest.mark.parametrize("count", [1, 127, 128, 129, 16383, 16384, 16385, 50_000])
@@ -167,7 +167,7 @@ def test_few_keys_are_sorted_stably(count: int, dtype: str) -> None:
     top = np.iinfo(dtype).max
     for low, high in ((0, 1), (-1, 5), (0, 10**6), (top - 3, top)):
         keys = np.random.default_rng(count).integers(low, high, count, dtype, endpoint=True)
-        ids, order = cuda_row_lists.sort(torch.tensor(keys, device=DEVICE))
+        ids, order = cuda.row_lists.sort(torch.tensor(keys, device=DEVICE))
         assert (ids.dtype, order.dtype) == (getattr(torch, dtype), torch.int64)
         expected = np.argsort(keys, kind="stable")
         np.testing.assert_array_equal(order.cpu(), expected)
@@ -176,7 +176,7 @@ def test_few_keys_are_sorted_stably(count: int, dtype: str) -> None:
 
 @pytest.mark.parametrize("tables", [1, 3])
 def test_many_keys_are_sorted_by_torch(tables: int, launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_row_lists, "FEW", 400 * tables)
+    monkeypatch.setattr(cuda.row_lists, "FEW", 400 * tables)
     few, many = ([make_rows(zipf(n, 60, i), (60, 5), seed=i) for i in range(tables)] for n in (400, 401))
     check_rows(few, Rule())
     check_rows(many, Rule())
@@ -188,7 +188,7 @@ import ctypes
 import itertools
 import mmap
 import torch
-from adagrad.kernels import cuda, cuda_dense, cuda_row_lists
+from adagrad.kernels import cuda
 from adagrad.rule import Rule
 
 PAGE = mmap.PAGESIZE
@@ -220,11 +220,11 @@ rules = {row_wise: Rule(row_wise=row_wise) for row_wise in (False, True)}
 for count, at_end, row_wise in itertools.product([(1,), (33, 40), (40, 130, 1)], (False, True), (False, True)):
     rule, dtype = rules[row_wise], torch.bfloat16 if at_end == row_wise else torch.float32
     tables = [rows(n, at_end, row_wise, dtype) for n in count]
-    sparse = [cuda_row_lists.of_tensors(*each, None, 0.1, 0.0, rule) for each in tables]
+    sparse = [cuda.row_lists.of_tensors(*each, None, 0.1, 0.0, rule) for each in tables]
     given = [guarded(torch.ones(1025, 1, dtype=dtype), at_end) for _ in range(2)]
     history = guarded(torch.zeros(1025, 1), at_end)
-    dense = cuda_dense.of_tensors(*given, history, None, 0.1, 0.0, rule)
-    cuda.job([cuda.Group(rule, dense, cuda_row_lists.concatenate(sparse))], torch.device("cpu"))()
+    dense = cuda.dense.of_tensors(*given, history, None, 0.1, 0.0, rule)
+    cuda.job([cuda.Group(rule, dense, cuda.row_lists.concatenate(sparse))], torch.device("cpu"))()
     assert all((weight != 1).all() for weight, *_ in tables)
 """
 
@@ -394,9 +394,9 @@ def test_what_is_promised_of_addresses(moved: str | None, columns: int, dtype: s
         elsewhere = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=DEVICE)[1:].view(tensor.shape)
         updates[1] = updates[1]._replace(**{moved: elsewhere})
     rule = Rule(row_wise=row_wise)
-    found = cuda_row_lists.concatenate([cuda_row_lists.of_tensors(*u, rule) for u in updates])
-    ((form, which),) = cuda_row_lists.by_form(found, rule).items()
-    assert cuda_row_lists.plan(found.facts, np.array(which), form).are_aligned == promised
+    found = cuda.row_lists.concatenate([cuda.row_lists.of_tensors(*u, rule) for u in updates])
+    ((form, which),) = cuda.row_lists.by_form(found, rule).items()
+    assert cuda.row_lists.plan(found.facts, np.array(which), form).are_aligned == promised
 
 
 def test_of_several_bad_ids_one_is_reported(launched: list[str]) -> None:
@@ -485,7 +485,7 @@ def test_the_next_call_raises_and_changes_nothing(row: int) -> None:
 def test_a_call_without_memory_for_its_sums_changes_nothing(tables: int, monkeypatch: pytest.MonkeyPatch) -> None:
     updates, dense = [make_rows([0] * 300, (4, 3), seed=i) for i in range(tables)], [make((5, 2), "float32")]
     before = copies([*updates, *dense])
-    empty, large = torch.Tensor.new_empty, cuda_row_lists.slots(300 * tables)
+    empty, large = torch.Tensor.new_empty, cuda.row_lists.slots(300 * tables)
 
     def none_left(self: torch.Tensor, size: Any, **options: Any) -> torch.Tensor:
         if size == (1, large, 4):
@@ -524,7 +524,7 @@ def test_found_inf_makes_the_call_a_no_op(row_wise: bool) -> None:
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("row_wise", [False, True])
-@pytest.mark.parametrize("count", [cuda_row_lists.FEW, 50_000])
+@pytest.mark.parametrize("count", [cuda.row_lists.FEW, 50_000])
 def test_many_lookups(dtype: str, row_wise: bool, count: int) -> None:
     u = make_rows(zipf(count, 20_000), (20_000, 64), dtype, row_wise=row_wise)
     check_rows([u], Rule(row_wise=row_wise))
@@ -543,7 +543,7 @@ def test_a_captured_graph_replays_the_step(tables: int) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         run(Rule(), [], updates)
-    for k in range(3 * cuda.cuda_tables.KEPT):  # other tables take the place of those that are kept
+    for k in range(3 * cuda.tables.KEPT):  # other tables take the place of those that are kept
         run(Rule(), [], [make_rows([0], (2, 8), seed=k, lr=0.1 + k) for _ in range(tables)])
     graph.replay()
     for _ in range(2):
@@ -598,14 +598,14 @@ def test_several_tables_of_one_form_beside_dense_updates() -> None:
     rule, lrs = Rule(epsilon=0.0), [0.25, 0.5, 1.0, 2.0]
     weights = [torch.zeros(3, 2) for _ in lrs]
     dense = [
-        cuda.cuda_dense.of_tensors(w, torch.ones(3, 2), torch.zeros(3, 2), None, lr, 0.0, rule)
+        cuda.dense.of_tensors(w, torch.ones(3, 2), torch.zeros(3, 2), None, lr, 0.0, rule)
         for w, lr in zip(weights[:2], lrs[:2], strict=True)
     ]
     rows = [
-        cuda.cuda_row_lists.of_tensors(w, torch.arange(3), torch.ones(3, 2), torch.zeros(3, 2), None, lr, 0.0, rule)
+        cuda.row_lists.of_tensors(w, torch.arange(3), torch.ones(3, 2), torch.zeros(3, 2), None, lr, 0.0, rule)
         for w, lr in zip(weights[2:], lrs[2:], strict=True)
     ]
-    group = cuda.Group(rule, cuda.cuda_dense.concatenate(dense), cuda.cuda_row_lists.concatenate(rows))
+    group = cuda.Group(rule, cuda.dense.concatenate(dense), cuda.row_lists.concatenate(rows))
     with np.errstate(all="ignore"):
         cuda.job([group], torch.device("cpu"))()
     assert [w.tolist() for w in weights] == [[[-lr] * 2] * 3 for lr in lrs]

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from adagrad.kernels.interrupts import uninterrupted
+from adagrad.kernels.runtime.interrupts import uninterrupted
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no timers that signal")

@@ -130,7 +130,7 @@ def test_without_memory_for_the_sums_nothing_else_changes_either(general: bool) 
         import re, resource
         from pathlib import Path
         import torch
-        from adagrad.kernels import layout
+        from adagrad.kernels.inspection import layout
         from adagrad.torch import Adagrad
         if {general}:
             layout.current_layout()[layout.SPARSE] = 0

@@ -8,7 +8,7 @@ import numba
 import pytest
 from numba.core.codegen import JITCPUCodegen
 
-from adagrad.kernels import numba_jit
+from adagrad.kernels.runtime import numba_jit
 
 
 @pytest.mark.parametrize("inline", [False, True])

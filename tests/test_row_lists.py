@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from adagrad import RowSparse
-from adagrad.kernels import cpu_rows, fast_path, outcomes, row_lists, threads
+from adagrad.kernels import fast_path, outcomes, row_lists
 from adagrad.kernels.batch import Batch
-from adagrad.kernels.rows import inspect_rows
+from adagrad.kernels.cpu import rows as cpu_rows
+from adagrad.kernels.inspection.rows import inspect_rows
+from adagrad.kernels.runtime import threads
 from row_operands import FLOAT32, FLOAT64, HALF, MASTER, rows, some
 from support import HYPERS, KINDS, Kind, Operands, assert_same, expected, operands, rule_of, update_plain
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adagrad.kernels import layout, tensor_layout
+from adagrad.kernels.inspection import layout, tensor_layout
 from support import assert_same_bits, set_layout
 from torch_cases import Case
 from torch_versions import reads_sparse, since
@@ -92,7 +92,7 @@ MODES = """
 import sys
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from adagrad.kernels import layout
+from adagrad.kernels.inspection import layout
 from adagrad.torch import Adagrad
 
 def train():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from adagrad import RowSparse, kernels
-from adagrad.kernels import numba_jit, threads
+from adagrad.kernels.runtime import numba_jit, threads
 from adagrad.rule import Rule
 from processes import posix, run
 from support import always_parallel
@@ -163,7 +163,7 @@ def test_subnormal_numbers_do_not_depend_on_threads_or_on_what_the_caller_flushe
         import llvmlite.binding as llvm, numpy as np
         from llvmlite import ir
         from adagrad import kernels
-        from adagrad.kernels import threads
+        from adagrad.kernels.runtime import threads
         from adagrad.rule import Rule
         threads.STALL_SECONDS = 1e9
         subnormal, g = np.full(200_000, 1e-39, np.float32), np.full(200_000, 1e-3, np.float32)

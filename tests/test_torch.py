@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor, nn
 
-from adagrad.kernels import fast_path, general_path, tensor_views
+from adagrad.kernels import fast_path, general_path
+from adagrad.kernels.tensors import views as tensor_views
 from adagrad.torch import Adagrad
 from processes import run
 from support import assert_same_bits, to_numpy

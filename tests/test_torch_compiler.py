@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adagrad import torch as front_end
-from adagrad import torch_compiler
+from adagrad import torch as front_end, torch_compiler
 from adagrad.torch import Adagrad
 from torch_oracle import parameter
 

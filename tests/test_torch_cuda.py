@@ -20,8 +20,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adagrad import AdaGrad, RowSparse, get_updater, torch_step
-from adagrad.kernels import device_updates, fast_path, general_path, table
+from adagrad.kernels import device_updates, fast_path, general_path
 from adagrad.kernels.batch import Batch
+from adagrad.kernels.inspection import table
 from adagrad.torch import Adagrad
 from cuda_operands import needs_gpu
 from support import assert_same_bits
@@ -29,8 +30,8 @@ from torch_oracle import contents
 
 pytest.importorskip("triton")
 
-from adagrad.kernels import cuda_tables
-from adagrad.kernels.cuda_launch import Kernel
+from adagrad.kernels.cuda import tables
+from adagrad.kernels.cuda.launch import Kernel
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -360,7 +361,7 @@ def test_what_a_steady_step_allocates(kind: str, as_if_on_cuda: list[Any], monke
     for i, p in enumerate(p for group in groups for p in group["params"]):
         p.grad = sparse_grad(i % 4, 3, 3) if p.ndim == 2 else torch.full((3,), i + 1.0)
     optimizer = Adagrad(groups, lr=0.5)
-    monkeypatch.setattr(cuda_tables._local, "tables", {})  # with as many unused flags, whichever tests ran before
+    monkeypatch.setattr(tables._local, "tables", {})  # with as many unused flags, whichever tests ran before
     optimizer.step()
     monkeypatch.setattr(torch_step.Part, "advance", lambda *_: None)  # which sees the device's flag on the CPU here
     with Operators() as seen:

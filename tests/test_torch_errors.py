@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adagrad.kernels import fast_path, general_path, tensor_views
+from adagrad.kernels import fast_path, general_path
 from adagrad.kernels.names import of_parameter
+from adagrad.kernels.tensors import views as tensor_views
 from adagrad.torch import Adagrad
 from support import assert_same_bits
 from torch_cases import Case, rows_outside, unchecked_coo

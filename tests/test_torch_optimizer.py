@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from adagrad import AdaGrad
-from adagrad.kernels import tensor_views
+from adagrad.kernels.tensors import views as tensor_views
 from adagrad.torch import Adagrad
 from support import assert_same_bits
 from torch_oracle import Expected, gradient, parameter

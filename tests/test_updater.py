@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from adagrad import AdaGrad, GroupAdaGrad, Optimizer, RowSparse, get_updater, kernels, rule
-from adagrad.kernels import cpu_dense, dense_lists, expressions, general_path, outcomes, row_lists
+from adagrad.kernels import dense_lists, expressions, general_path, outcomes, row_lists
+from adagrad.kernels.cpu import dense as cpu_dense
 from adagrad.lr_scheduler import FactorScheduler, LRScheduler
 from support import assert_same_bits
 from training import INDICES, Plain, assert_same_states, make_grads, make_weights, optimizer, run

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from adagrad import checks
-from adagrad.kernels import counts as plain_counts
-from adagrad.kernels.dtensor import from_local, has_whole_rows, is_dtensor, local, moved, spread
-from adagrad.kernels.layout import current_layout
+from adagrad.kernels.inspection import counts as plain_counts
+from adagrad.kernels.inspection.layout import current_layout
 from adagrad.kernels.names import Names
-from adagrad.kernels.tensor_checks import PLAIN_TYPES
+from adagrad.kernels.tensors.checks import PLAIN_TYPES
+from adagrad.kernels.tensors.dtensor import from_local, has_whole_rows, is_dtensor, local, moved, spread
 from adagrad.rule import history_shape
 from adagrad.torch_options import number
 

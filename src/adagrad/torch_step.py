@@ -13,12 +13,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from adagrad import checks
-from adagrad import rule as expression
-from adagrad.kernels import device_lists, fast_path, general_path, tensor_checks
+from adagrad import checks, rule as expression
+from adagrad.kernels import device_lists, fast_path, general_path
 from adagrad.kernels.batch import Batch, Prepared
 from adagrad.kernels.names import of_parameter
-from adagrad.kernels.tensor_views import mark_changed, real_views
+from adagrad.kernels.tensors import checks as tensor_checks
+from adagrad.kernels.tensors.views import mark_changed, real_views
 from adagrad.rule import Rule
 from adagrad.torch_options import one_real, rule_and_decays
 from adagrad.torch_state import WIDE, Counts, master

@@ -11,9 +11,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from adagrad.kernels import cache_folder, expressions
+from adagrad.kernels import expressions
 from adagrad.kernels.batch import NUMPY_ARRAYS, Batch, Prepared, of_states
-from adagrad.kernels.interrupts import came_late, mark_late, uninterrupted
+from adagrad.kernels.runtime import cache_folder
+from adagrad.kernels.runtime.interrupts import came_late, mark_late, uninterrupted
 from adagrad.kernels.validate import any_row_sparse, check_gradient, is_row_sparse
 from adagrad.rule import Array, Rule, is_torch
 
@@ -84,7 +85,7 @@ def _mark_changed(weights: list[Array], states: list[Any]) -> None:
     if set(map(type, written)) != {torch.Tensor}:
         written = [each for each in written if is_torch(each)]
     if written:
-        from adagrad.kernels.tensor_views import mark_changed
+        from adagrad.kernels.tensors.views import mark_changed
 
         mark_changed(written)
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adagrad.arrays import operand
-from adagrad.kernels.interrupts import mark_late
 from adagrad.kernels.names import Names, in_lists
+from adagrad.kernels.runtime.interrupts import mark_late
 from adagrad.rule import Array, Rule
 
 Job = Callable[[], Any]

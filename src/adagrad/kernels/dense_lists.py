@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from adagrad.kernels import cpu_dense
 from adagrad.kernels.batch import Batch
-from adagrad.kernels.counts import advance_counts, find_counts
-from adagrad.kernels.cpu_dense import GIVEN, kernel, put_arguments
-from adagrad.kernels.cpu_rule import rate_table
-from adagrad.kernels.layout import current_layout
-from adagrad.kernels.memory import keep_alive, word_table, words, zero_words
-from adagrad.kernels.numba_jit import acquire_gil, jit, release_gil, run, worker_count
+from adagrad.kernels.cpu import dense as cpu_dense
+from adagrad.kernels.cpu.dense import GIVEN, kernel, put_arguments
+from adagrad.kernels.cpu.rule import rate_table
+from adagrad.kernels.inspection.counts import advance_counts, find_counts
+from adagrad.kernels.inspection.layout import current_layout
+from adagrad.kernels.inspection.records import COLUMNS, SIZE
+from adagrad.kernels.inspection.spans import disjoint
+from adagrad.kernels.inspection.table import CODES_PER_DEVICE, decode, fill
 from adagrad.kernels.outcomes import DONE, LISTS_DONE, NOT_PLAIN, NOT_SMALL, attempt, remembered
-from adagrad.kernels.records import COLUMNS, SIZE
-from adagrad.kernels.spans import disjoint
-from adagrad.kernels.table import CODES_PER_DEVICE, decode, fill
-from adagrad.kernels.threads import WORK, claim, give_back
+from adagrad.kernels.runtime.memory import keep_alive, word_table, words, zero_words
+from adagrad.kernels.runtime.numba_jit import acquire_gil, jit, release_gil, run, worker_count
+from adagrad.kernels.runtime.threads import WORK, claim, give_back
 
 
 @jit(holds_gil=True)
@@ -92,7 +92,7 @@ def _by_code(table: Any, codes: Any, rates: Any, counts: Any) -> Any:
 def update(batch: Batch, steps: list[Any], threads: int | None) -> bool:
     """Check and update a batch by one call of compiled code; False if it is left as it was.
 
-    Its lists must satisfy :func:`adagrad.kernels.table.fit`.
+    Its lists must satisfy :func:`adagrad.kernels.inspection.table.fit`.
     """
     weights, masters, rule = batch.weights, batch.masters, batch.rule
     n, layout = len(weights), current_layout()

@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from adagrad.kernels import device_updates, table
+from adagrad.kernels import device_updates
 from adagrad.kernels.batch import Batch, Prepared
 from adagrad.kernels.device_updates import cuda, has_kernels
-from adagrad.kernels.layout import HOLDER, RANK_AT, TENSOR, TYPE, current_layout, list_item, read_word
-from adagrad.kernels.numba_jit import jit
-from adagrad.kernels.records import COLUMNS, FACTS
-from adagrad.kernels.rows import describe_all, put_row_spans
-from adagrad.kernels.spans import are_disjoint, concatenate, disjoint, guess_of
+from adagrad.kernels.inspection import table
+from adagrad.kernels.inspection.layout import HOLDER, RANK_AT, TENSOR, TYPE, current_layout, list_item, read_word
+from adagrad.kernels.inspection.records import COLUMNS, FACTS
+from adagrad.kernels.inspection.rows import describe_all, put_row_spans
+from adagrad.kernels.inspection.spans import are_disjoint, concatenate, disjoint, guess_of
+from adagrad.kernels.runtime.numba_jit import jit
 from adagrad.kernels.validate import is_row_sparse
 
 
@@ -52,7 +53,7 @@ class _Part(NamedTuple):
     """The updates of a list whose gradients are all dense or all row-sparse, inspected and checked."""
 
     updates: Any
-    """DenseUpdates of :mod:`adagrad.kernels.cuda_dense` or RowUpdates of :mod:`adagrad.kernels.cuda_row_lists`."""
+    """DenseUpdates of :mod:`adagrad.kernels.cuda.dense` or RowUpdates of :mod:`adagrad.kernels.cuda.row_lists`."""
     device: int
     """1 + its index."""
     spans: tuple[np.ndarray, int]
@@ -92,7 +93,7 @@ def _check_dense(weights: int, grads: int, histories: int, masters: int, layout:
                  codes: Any, spans: Any, guess: Any) -> int:  # fmt: skip
     """The code that all updates share, -1 if they are left to the general path.
 
-    See :func:`adagrad.kernels.table.fill` and :func:`adagrad.kernels.spans.disjoint`.
+    See :func:`adagrad.kernels.inspection.table.fill` and :func:`adagrad.kernels.inspection.spans.disjoint`.
     """
     common, _ = table.fill(weights, grads, histories, masters, layout, row_wise != 0, rows, codes, spans)
     return common if disjoint(spans[0], spans[1], len(guess) - len(codes), guess) else -1
@@ -111,7 +112,7 @@ def _inspect_dense(batch: Batch) -> _Part | None:
     device = _device_of(common)
     if not device:
         return None
-    updates = cuda().cuda_dense.DenseUpdates(rows, codes, batch.lrs, batch.wds, [batch])
+    updates = cuda().dense.DenseUpdates(rows, codes, batch.lrs, batch.wds, [batch])
     return _Part(updates, device, (spans, len(guess) - n))
 
 
@@ -127,7 +128,7 @@ def _device_of(code: int) -> int:
 @jit(holds_gil=True)
 def _check_rows(weights: int, grads: int, values: int, indices: int, histories: int, masters: int, layout: Any,
                 row_wise: int, facts: Any, codes: Any, spans: Any, guess: Any) -> int:  # fmt: skip
-    """As :func:`_check_dense`, for row-sparse updates; see :func:`adagrad.kernels.rows.describe_rows`."""
+    """As :func:`_check_dense`, for row-sparse updates; see :func:`adagrad.kernels.inspection.rows.describe_rows`."""
     n = len(codes)
     describe_all(weights, values, histories, masters, indices, layout, row_wise != 0, facts, codes)
     for i in range(n):
@@ -169,5 +170,5 @@ def _inspect_rows(batch: Batch) -> _Part | None:
     if not device:
         return None
     tensors = [*zip(batch.weights, indices, values, batch.histories, masters or [None] * n, strict=True)]
-    updates = cuda().cuda_row_lists.RowUpdates(facts, [common] * n, batch.lrs, batch.wds, tensors)
+    updates = cuda().row_lists.RowUpdates(facts, [common] * n, batch.lrs, batch.wds, tensors)
     return _Part(updates, device, (spans, (3 if masters else 2) * n))

@@ -45,7 +45,7 @@ def by_expression(names: Names, update: Update | Wrapped, lr: Any, wd: float, ru
 
 def _check_rows(names: Names, indices: Array, rows: int) -> None:
     if is_torch(indices):
-        from adagrad.kernels import tensor_checks
+        from adagrad.kernels.tensors import checks as tensor_checks
 
         tensor_checks.check_rows(names, indices, rows)
         return

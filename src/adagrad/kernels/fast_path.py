@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from adagrad.kernels import dense_lists, row_lists, table
+from adagrad.kernels import dense_lists, row_lists
 from adagrad.kernels.batch import Batch
+from adagrad.kernels.inspection import table
 from adagrad.kernels.mixed_lists import dense_part
 from adagrad.kernels.validate import is_row_sparse, seems_row_sparse
 

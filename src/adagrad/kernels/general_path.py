@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 
 from adagrad.arrays import bounds
-from adagrad.kernels import cpu_dense, general_cpu, rows, table
+from adagrad.kernels import general_cpu
 from adagrad.kernels.batch import Batch, Job, Prepared
-from adagrad.kernels.cpu_rule import rate_table
+from adagrad.kernels.cpu import dense as cpu_dense
+from adagrad.kernels.cpu.rule import rate_table
 from adagrad.kernels.device_updates import DeviceUpdates, cuda, has_kernels, is_on_cuda
 from adagrad.kernels.expressions import by_expression
-from adagrad.kernels.layout import accept
-from adagrad.kernels.spans import are_disjoint, concatenate
+from adagrad.kernels.inspection import rows, table
+from adagrad.kernels.inspection.layout import accept
+from adagrad.kernels.inspection.spans import are_disjoint, concatenate
 from adagrad.kernels.validate import Update, Wrapped, is_row_sparse, operands_of, refuse_shared, validate
 from adagrad.rule import Rule, is_torch
 
@@ -226,14 +228,14 @@ class _CheckedBatch:
 
     def _dense_on_cuda(self, which: Sequence[int]) -> Any:
         rows, codes, _ = self.table.part(which)
-        return cuda().cuda_dense.DenseUpdates(rows, codes, *self.batch.some_rates(which), [self.batch])
+        return cuda().dense.DenseUpdates(rows, codes, *self.batch.some_rates(which), [self.batch])
 
     def _rows_on_cuda(self, members: list[int]) -> Any:
         which, found, batch = [self.sparse[k] for k in members], self.rows.some(members), self.batch
         masters = [batch.masters[i] for i in which] if batch.masters else [None] * len(which)
         weights, histories = [batch.weights[i] for i in which], [batch.histories[i] for i in which]
         tensors = [*zip(weights, found.indices, found.values, histories, masters, strict=True)]
-        return cuda().cuda_row_lists.RowUpdates(found.facts, found.codes, *batch.some_rates(which), tensors)
+        return cuda().row_lists.RowUpdates(found.facts, found.codes, *batch.some_rates(which), tensors)
 
     def _dense_job(self, which: Sequence[int], formats: table.Formats, rule: Rule, threads: int | None) -> Job:
         addresses, _, total = self.table.part(which)
@@ -246,7 +248,7 @@ class _CheckedBatch:
 
 def _accept_classes(given: Sequence[Any]) -> None:
     """From the next call on, let the fast path take tensors of these classes that are nothing but their memory."""
-    from adagrad.kernels.tensor_checks import PLAIN_TYPES, is_memory
+    from adagrad.kernels.tensors.checks import PLAIN_TYPES, is_memory
 
     for kind in {type(each) for each in given if is_torch(each)}.difference(PLAIN_TYPES):
         if is_memory(kind):

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adagrad.kernels import cpu_dense
 from adagrad.kernels.batch import Batch
-from adagrad.kernels.cpu_dense import GIVEN, arguments, kernel
-from adagrad.kernels.cpu_rule import rate_table
-from adagrad.kernels.memory import array_at
-from adagrad.kernels.numba_jit import jit, run, worker_count
-from adagrad.kernels.spans import concatenate
-from adagrad.kernels.table import CODES_PER_DEVICE, build_table, decode
+from adagrad.kernels.cpu import dense as cpu_dense
+from adagrad.kernels.cpu.dense import GIVEN, arguments, kernel
+from adagrad.kernels.cpu.rule import rate_table
+from adagrad.kernels.inspection.spans import concatenate
+from adagrad.kernels.inspection.table import CODES_PER_DEVICE, build_table, decode
+from adagrad.kernels.runtime.memory import array_at
+from adagrad.kernels.runtime.numba_jit import jit, run, worker_count
 
 LAUNCHES, WEIGHTS, ELEMENTS, THRESHOLD, WRITTEN = range(5)
 ABOUT = 5

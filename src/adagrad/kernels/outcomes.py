@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adagrad.kernels.interrupts import mark_late
-from adagrad.kernels.threads import NOTES, WORK, new_notes, on_threads
+from adagrad.kernels.runtime.interrupts import mark_late
+from adagrad.kernels.runtime.threads import NOTES, WORK, new_notes, on_threads
 
 # A compiled call returns four integers. The first is one of these outcomes, or a number >= 0: nothing was done, because
 # the worker of that number has not been compiled yet. The second is the position of the update concerned, the others
@@ -37,11 +37,11 @@ class Remembered(NamedTuple):
     known: np.ndarray
     """The addresses of the compiled workers, which all threads share."""
     notes: np.ndarray
-    """See :data:`adagrad.kernels.threads.NOTES` and LISTS_DONE."""
+    """See :data:`adagrad.kernels.runtime.threads.NOTES` and LISTS_DONE."""
     read_notes: memoryview
     """The same memory for Python, which takes longer to read a number from an array."""
     guess: np.ndarray
-    """The order of its spans, for :func:`adagrad.kernels.spans.disjoint`."""
+    """The order of its spans, for :func:`adagrad.kernels.inspection.spans.disjoint`."""
 
 
 @functools.lru_cache(maxsize=256)

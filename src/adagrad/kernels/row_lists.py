@@ -8,13 +8,26 @@ from typing import Any
 
 import numpy as np
 
-from adagrad.kernels import cpu_rows
 from adagrad.kernels.batch import Batch
-from adagrad.kernels.counts import advance_counts, find_counts
-from adagrad.kernels.cpu_rows import ID_COST, carry_out, kernel, room, work_of
-from adagrad.kernels.cpu_rule import rate_table
-from adagrad.kernels.layout import NONE, current_layout, list_item
-from adagrad.kernels.memory import keep_alive, uncounted, word_table, words
+from adagrad.kernels.cpu import rows as cpu_rows
+from adagrad.kernels.cpu.row_groups import FINDINGS, INT32_ROWS, check_ids, checking
+from adagrad.kernels.cpu.row_sums import grouping
+from adagrad.kernels.cpu.rows import ID_COST, carry_out, kernel, room, work_of
+from adagrad.kernels.cpu.rule import rate_table
+from adagrad.kernels.inspection.counts import advance_counts, find_counts
+from adagrad.kernels.inspection.layout import NONE, current_layout, list_item
+from adagrad.kernels.inspection.records import (
+    ENTRIES,
+    FACTS,
+    HEIGHT,
+    LENGTH,
+    RATES,
+    SCALARS,
+)
+from adagrad.kernels.inspection.rows import describe_rows, put_row_spans
+from adagrad.kernels.inspection.spans import disjoint
+from adagrad.kernels.inspection.sparse_layout import hold_parts, release_parts, sparse_body
+from adagrad.kernels.inspection.table import CODES_PER_DEVICE, decode
 from adagrad.kernels.mixed_lists import (
     ELEMENTS,
     NOTHING,
@@ -25,7 +38,6 @@ from adagrad.kernels.mixed_lists import (
     put_spans,
     update_dense_part,
 )
-from adagrad.kernels.numba_jit import acquire_gil, jit, release_gil, worker_count
 from adagrad.kernels.outcomes import (
     DONE,
     LISTS_DONE,
@@ -36,21 +48,9 @@ from adagrad.kernels.outcomes import (
     attempt,
     remembered,
 )
-from adagrad.kernels.records import (
-    ENTRIES,
-    FACTS,
-    HEIGHT,
-    LENGTH,
-    RATES,
-    SCALARS,
-)
-from adagrad.kernels.row_groups import FINDINGS, INT32_ROWS, check_ids, checking
-from adagrad.kernels.row_sums import grouping
-from adagrad.kernels.rows import describe_rows, put_row_spans
-from adagrad.kernels.spans import disjoint
-from adagrad.kernels.sparse_layout import hold_parts, release_parts, sparse_body
-from adagrad.kernels.table import CODES_PER_DEVICE, decode
-from adagrad.kernels.threads import WORK, claim, give_back
+from adagrad.kernels.runtime.memory import keep_alive, uncounted, word_table, words
+from adagrad.kernels.runtime.numba_jit import acquire_gil, jit, release_gil, worker_count
+from adagrad.kernels.runtime.threads import WORK, claim, give_back
 from adagrad.kernels.validate import refuse_row
 from adagrad.row_sparse import RowSparse
 
@@ -141,8 +141,8 @@ def _check_ids_and_carry_out(facts: Any, numbers: Any, known: Any, ids: Any, fou
 def update(batch: Batch, steps: list[Any], threads: int | None, dense: DensePart = NOTHING) -> bool:
     """Check and update a batch of row-sparse gradients by one call of compiled code; False if it is left as it was.
 
-    Its lists must satisfy :func:`adagrad.kernels.table.fit`. ``dense``, the dense part of a mixed list, is updated,
-    too, if all of both can be; then ``steps`` are the counts of both.
+    Its lists must satisfy :func:`adagrad.kernels.inspection.table.fit`. ``dense``, the dense part of a mixed list, is
+    updated, too, if all of both can be; then ``steps`` are the counts of both.
 
     Raises
     ------

@@ -43,7 +43,7 @@ def validate(names: Names, weight: Array, grad: Any, history: Any, master: Any, 
         Naming the argument, its value and the rule it broke.
     """
     if is_torch(weight):
-        from adagrad.kernels import tensor_checks, tensor_views
+        from adagrad.kernels.tensors import checks as tensor_checks, views as tensor_views
 
         given = Wrapped(*tensor_views.ordinary(names, weight, grad, history, master, row_wise=rule.row_wise))
         if not tensor_checks.are_memory(given):
@@ -78,7 +78,7 @@ def check_update(names: Names, weight: Array, grad: Any, history: Any, master: A
         if o is not None:
             refuse_unwritable(o)
     if is_torch(w.array):
-        from adagrad.kernels import tensor_checks
+        from adagrad.kernels.tensors import checks as tensor_checks
 
         tensor_checks.check_memory([o for o in (w, h, m) if o is not None], g)
     return Update(w, g, indices, h, m, names)
@@ -146,7 +146,7 @@ def operands_of(u: Update) -> tuple[list[Operand], list[Operand]]:
         memory = host_indices(u.indices) if u.weight.device == "cpu" else None
         read.append(Operand(u.names.indices, u.indices, "", u.weight.device, memory))
     if is_torch(u.weight.array):
-        from adagrad.kernels import tensor_checks
+        from adagrad.kernels.tensors import checks as tensor_checks
 
         return [tensor_checks.placed(o) for o in written], [tensor_checks.placed(o) for o in read]
     return written, read

@@ -1,0 +1,1 @@
+"""What compiled kernels need around them: compiler, cache, memory, threads and interrupts."""
