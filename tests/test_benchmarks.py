@@ -165,12 +165,12 @@ class Event:
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's compiler, which is imported to be reset
-def test_the_cuda_benchmark_runs(modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_benchmark_runs(modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the device: on CPU tensors, with a peer that fails."""
     pytest.importorskip("triton")
     torch = pytest.importorskip("torch")
     cases, _, _ = modules
-    import cuda
+    import gpu
 
     def compiled(step: Any, **options: Any) -> Any:
         def fail() -> None:
@@ -178,7 +178,7 @@ def test_the_cuda_benchmark_runs(modules: Any, tmp_path: Path, monkeypatch: pyte
 
         return fail
 
-    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
     for name, value in {
         "Event": Event, "is_available": lambda: True, "get_device_name": lambda device: "no device",
         "synchronize": lambda device: None, "empty_cache": lambda: None,
@@ -186,11 +186,11 @@ def test_the_cuda_benchmark_runs(modules: Any, tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch, "compile", compiled)
     tables = [replace(case, each=tuple(small(each, cases) for each in case.each[:3]))
-              if isinstance(case, cuda.Tables) else small(case, cases) for case in cuda.CASES]  # fmt: skip
-    monkeypatch.setattr(cuda, "CASES", tables)
-    monkeypatch.setattr(sys, "argv", ["cuda.py", "--quick", "--out", str(tmp_path)])
-    cuda.main()
-    with (tmp_path / "cuda.csv").open() as file:
+              if isinstance(case, gpu.Tables) else small(case, cases) for case in gpu.CASES]  # fmt: skip
+    monkeypatch.setattr(gpu, "CASES", tables)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick", "--out", str(tmp_path)])
+    gpu.main()
+    with (tmp_path / "gpu.csv").open() as file:
         rows = list(csv.DictReader(file))
     for case in tables:
         peers = {row["peer"] for row in rows if row["case"] == case.name}
@@ -198,8 +198,8 @@ def test_the_cuda_benchmark_runs(modules: Any, tmp_path: Path, monkeypatch: pyte
         if not isinstance(case, cases.Dense):
             expected = {"adagrad.torch row-wise", "torch sparse"}
         assert peers == {"adagrad.torch", "limit"} | expected, case.name
-        assert f"| {case.name} |" in (tmp_path / "cuda.md").read_text()
-    assert (tmp_path / "cuda.png").stat().st_size > 10_000
-    monkeypatch.setattr(sys, "argv", ["cuda.py", "--only", "nothing of the kind"])
+        assert f"| {case.name} |" in (tmp_path / "gpu.md").read_text()
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--only", "nothing of the kind"])
     with pytest.raises(SystemExit):
-        cuda.main()
+        gpu.main()

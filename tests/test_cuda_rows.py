@@ -16,6 +16,7 @@ import processes
 from cuda_operands import (
     DEVICE,
     DTYPES,
+    GPU,
     ON_THE_GPU,
     RowUpdate,
     as_numpy,
@@ -45,6 +46,20 @@ def _quiet() -> Iterator[None]:
     with np.errstate(all="ignore"):
         yield
     cuda.check()
+
+
+@pytest.fixture(autouse=True)
+def _sorts_in_large_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the tests of the sort: the interpreter takes as long for a program of any size, here for a sixteenth."""
+    if not GPU and "sorts_as_on_a_device" not in request.fixturenames:
+        lists, block = cuda.row_lists, 16 * cuda.row_lists.SORT_BLOCK
+        monkeypatch.setattr(lists, "SORT_BLOCK", block)
+        monkeypatch.setattr(lists, "_SORT", Kernel(lists.sort_keys, 4, BLOCK=block, OTHERS=128))
+
+
+@pytest.fixture
+def sorts_as_on_a_device() -> None:
+    """With the blocks that the library uses."""
 
 
 def make_rows(ids: Any, shape: tuple[int, ...], dtype: str = "float32", seed: int = 0, *, index_dtype: str = "int64",
@@ -162,6 +177,7 @@ def test_where_a_run_begins(count: int) -> None:
 
 @pytest.mark.parametrize("count", [1, 31, 32, 33, 127, 128, 129, 300, 1000])
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
+@pytest.mark.usefixtures("sorts_as_on_a_device")
 def test_few_keys_are_sorted_stably(count: int, dtype: str) -> None:
     """All equal, few and many different ones, the highest and those of bad ids, -1, among them."""
     top = np.iinfo(dtype).max

@@ -1,6 +1,6 @@
 """Time this and other implementations on a CUDA device, and write CSV, a table and a plot.
 
-    python benchmarks/cuda.py [--quick] [--only TEXT] [--out FOLDER]
+    python benchmarks/gpu.py [--quick] [--only TEXT] [--out FOLDER]
 
 Times are those of CUDA events around one step, in rounds that take the contenders in a new random order; the figures
 are percentiles over all rounds. The limit is a device copy of the same bytes; for row-sparse cases a sort of the row
@@ -11,6 +11,8 @@ Steps follow each other without a pause, so the time of a small one is that of t
 in a CUDA graph and replayed, which takes the host a few microseconds: what is left is the time of the device.
 
 An implementation that fails is left out with a note. The CSV is written after each case.
+
+(Not cuda.py: PyTorch would import that in place of NVIDIA's package of this name.)
 """
 
 from __future__ import annotations
@@ -266,7 +268,7 @@ def main() -> None:
             p20, p50, p80 = (round(float(p) * 1e6, 2) for p in np.percentile(times, [20, 50, 80]))
             row = {"case": case.name, "peer": name, "p20_us": p20, "p50_us": p50, "p80_us": p80, "calls": len(times)}
             rows.append(row | about)
-        with (out / "cuda.csv").open("w", newline="") as file:
+        with (out / "gpu.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
@@ -274,8 +276,8 @@ def main() -> None:
         gc.collect()
         torch.cuda.empty_cache()
     text = markdown(rows, set(), own="adagrad.torch")
-    (out / "cuda.md").write_text(text)
-    plot_ratios(out / "cuda.png", rows, own="adagrad.torch")
+    (out / "gpu.md").write_text(text)
+    plot_ratios(out / "gpu.png", rows, own="adagrad.torch")
     print(text)
 
 
