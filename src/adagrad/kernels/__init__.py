@@ -13,6 +13,7 @@ from typing import Any
 
 from adagrad.kernels import expressions
 from adagrad.kernels.batch import NUMPY_ARRAYS, Batch, Prepared, of_states
+from adagrad.kernels.gradient_order import in_weights_order
 from adagrad.kernels.runtime import cache_folder
 from adagrad.kernels.runtime.interrupts import came_late, mark_late, uninterrupted
 from adagrad.kernels.validate import any_row_sparse, check_gradient, is_row_sparse
@@ -62,7 +63,7 @@ def update(
     """
     batch, is_done = of_states(weights, grads, states, lrs, wds, rule), False
     try:
-        is_done = fused and _path("fast_path").update_plain(batch, [], threads)
+        is_done = fused and _update_plain(batch, threads)
         if not is_done:
             _prepare(batch, fused=fused, threads=threads).run()
             is_done = True
@@ -72,6 +73,14 @@ def update(
         if is_done:
             mark_late(interrupt)
         raise
+
+
+def _update_plain(batch: Batch, threads: int | None) -> bool:
+    update_plain = _path("fast_path").update_plain
+    if update_plain(batch, [], threads):
+        return True
+    reordered = in_weights_order(batch)
+    return reordered is not None and bool(update_plain(reordered, [], threads))
 
 
 def _mark_changed(weights: list[Array], states: list[Any]) -> None:

@@ -17,6 +17,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import increment_version
 
 from adagrad.kernels.batch import Batch
+from adagrad.kernels.gradient_order import MOST_COPIED
 from adagrad.kernels.names import Names
 from adagrad.kernels.tensors.checks import PLAIN_TYPES, check_rows
 from adagrad.kernels.tensors.dtensor import has_whole_rows, is_dtensor, is_placed_as, local, moved
@@ -65,10 +66,6 @@ def ordinary(names: Names, weight: Tensor, grad: Tensor | RowSparse, history: Te
         else:
             grad = _as_real(grad)
     return weight, grad, history, master
-
-
-MOST_COPIED = 2**22
-"""Elements of gradients that are copied in one call; with more, memory counts for more than time."""
 
 
 def real_views(batches: Sequence[Batch]) -> Sequence[Batch]:
