@@ -9,8 +9,8 @@ import numba
 import numpy as np
 import pytest
 
+from adagrad.kernels import records
 from adagrad.kernels.cpu import row_groups
-from adagrad.kernels.inspection import records
 from adagrad.kernels.names import in_lists
 from row_operands import FLOAT32, rows
 from support import HYPERS, update_plain

@@ -17,10 +17,10 @@ from adagrad.kernels.cpu.dense import GIVEN, kernel, put_arguments
 from adagrad.kernels.cpu.rule import rate_table
 from adagrad.kernels.inspection.counts import advance_counts, find_counts
 from adagrad.kernels.inspection.layout import current_layout
-from adagrad.kernels.inspection.records import COLUMNS, SIZE
 from adagrad.kernels.inspection.spans import disjoint
 from adagrad.kernels.inspection.table import CODES_PER_DEVICE, decode, fill
 from adagrad.kernels.outcomes import DONE, LISTS_DONE, NOT_PLAIN, NOT_SMALL, attempt, remembered
+from adagrad.kernels.records import COLUMNS, SIZE
 from adagrad.kernels.runtime.memory import keep_alive, word_table, words, zero_words
 from adagrad.kernels.runtime.numba_jit import acquire_gil, jit, release_gil, run, worker_count
 from adagrad.kernels.runtime.threads import WORK, claim, give_back

@@ -19,9 +19,9 @@ from adagrad.kernels.batch import Batch, Prepared
 from adagrad.kernels.device_updates import cuda, has_kernels
 from adagrad.kernels.inspection import table
 from adagrad.kernels.inspection.layout import HOLDER, RANK_AT, TENSOR, TYPE, current_layout, list_item, read_word
-from adagrad.kernels.inspection.records import COLUMNS, FACTS
 from adagrad.kernels.inspection.rows import describe_all, put_row_spans
 from adagrad.kernels.inspection.spans import are_disjoint, concatenate, disjoint, guess_of
+from adagrad.kernels.records import COLUMNS, FACTS
 from adagrad.kernels.runtime.numba_jit import jit
 from adagrad.kernels.validate import is_row_sparse
 

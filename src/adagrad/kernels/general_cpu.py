@@ -14,9 +14,9 @@ from adagrad.kernels.cpu import dense as cpu_dense, rows as cpu_rows, strided
 from adagrad.kernels.cpu.row_groups import MAX_OCCURRENCES, checked_rows
 from adagrad.kernels.cpu.rule import rate_table
 from adagrad.kernels.expressions import by_expression
-from adagrad.kernels.inspection.records import ARE_LONG, BASE, CHECKED_IDS, ENTRIES, FACTS, HEIGHT, IDS, LENGTH, STRIDE
 from adagrad.kernels.inspection.table import Formats
 from adagrad.kernels.names import Names
+from adagrad.kernels.records import ARE_LONG, BASE, CHECKED_IDS, ENTRIES, FACTS, HEIGHT, IDS, LENGTH, STRIDE
 from adagrad.kernels.validate import Update, host_indices
 from adagrad.rule import Rule, is_torch
 

@@ -16,14 +16,6 @@ from adagrad.kernels.cpu.rows import ID_COST, carry_out, kernel, room, work_of
 from adagrad.kernels.cpu.rule import rate_table
 from adagrad.kernels.inspection.counts import advance_counts, find_counts
 from adagrad.kernels.inspection.layout import NONE, current_layout, list_item
-from adagrad.kernels.inspection.records import (
-    ENTRIES,
-    FACTS,
-    HEIGHT,
-    LENGTH,
-    RATES,
-    SCALARS,
-)
 from adagrad.kernels.inspection.rows import describe_rows, put_row_spans
 from adagrad.kernels.inspection.spans import disjoint
 from adagrad.kernels.inspection.sparse_layout import hold_parts, release_parts, sparse_body
@@ -48,6 +40,7 @@ from adagrad.kernels.outcomes import (
     attempt,
     remembered,
 )
+from adagrad.kernels.records import ENTRIES, FACTS, HEIGHT, LENGTH, RATES, SCALARS
 from adagrad.kernels.runtime.memory import keep_alive, uncounted, word_table, words
 from adagrad.kernels.runtime.numba_jit import acquire_gil, jit, release_gil, worker_count
 from adagrad.kernels.runtime.threads import WORK, claim, give_back

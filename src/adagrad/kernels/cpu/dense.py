@@ -26,7 +26,7 @@ from adagrad.kernels.cpu.rule import (
     new_weight,
     plain_terms,
 )
-from adagrad.kernels.inspection.records import COLUMNS, GRAD, HISTORY, MASTER, ROW_LENGTH, SIZE, WEIGHT
+from adagrad.kernels.records import COLUMNS, GRAD, HISTORY, MASTER, ROW_LENGTH, SIZE, WEIGHT
 from adagrad.kernels.runtime.memory import array_at, words
 from adagrad.kernels.runtime.numba_jit import jit, run, worker
 from adagrad.kernels.runtime.threads import claim, give_back, new_notes, on_threads

@@ -16,7 +16,8 @@ import numpy as np
 
 from adagrad.kernels.cpu.blocks import prefetch
 from adagrad.kernels.cpu.formats import pointer
-from adagrad.kernels.inspection.records import (
+from adagrad.kernels.names import Names
+from adagrad.kernels.records import (
     ARE_INCREASING,
     ARE_LONG,
     BASE,
@@ -27,7 +28,6 @@ from adagrad.kernels.inspection.records import (
     HEIGHT,
     IDS,
 )
-from adagrad.kernels.names import Names
 from adagrad.kernels.runtime.memory import array_at, zero_words
 from adagrad.kernels.runtime.numba_jit import entry, jit, run, worker
 from adagrad.kernels.validate import refuse_row

@@ -27,7 +27,7 @@ from adagrad.kernels.cpu.row_sums import (
     grouped,
     sum_at,
 )
-from adagrad.kernels.inspection.records import BASE, GRAD, HISTORY, MASTER, STRIDE, WEIGHT
+from adagrad.kernels.records import BASE, GRAD, HISTORY, MASTER, STRIDE, WEIGHT
 from adagrad.kernels.runtime.numba_jit import jit
 from adagrad.rule import CHUNK, LANES
 

@@ -14,7 +14,7 @@ import numpy as np
 from adagrad.kernels.cpu.blocks import broadcast, store_block
 from adagrad.kernels.cpu.formats import TOKENS, pointer
 from adagrad.kernels.cpu.row_groups import group
-from adagrad.kernels.inspection.records import CHECKED_IDS, ENTRIES, FACTS, GROUPS, LENGTH
+from adagrad.kernels.records import CHECKED_IDS, ENTRIES, FACTS, GROUPS, LENGTH
 from adagrad.kernels.runtime.memory import array_at, incref
 from adagrad.kernels.runtime.numba_jit import jit, worker
 from adagrad.rule import CHUNK, LANES

@@ -26,7 +26,8 @@ from adagrad.kernels.cpu.row_passes import (
 )
 from adagrad.kernels.cpu.row_sums import GROUPED, OWNER, POSITIONS, SINGLE, SUMS, grouped, grouping
 from adagrad.kernels.cpu.rule import constants, has_decay, has_rare_terms, plain_terms
-from adagrad.kernels.inspection.records import (
+from adagrad.kernels.names import Names
+from adagrad.kernels.records import (
     ARE_INCREASING,
     CHECKED_IDS,
     ENTRIES,
@@ -37,7 +38,6 @@ from adagrad.kernels.inspection.records import (
     SCALARS,
     SCRATCH,
 )
-from adagrad.kernels.names import Names
 from adagrad.kernels.runtime.memory import array_at, decref, word_table
 from adagrad.kernels.runtime.numba_jit import jit, run, worker
 from adagrad.kernels.runtime.threads import claim, give_back, new_notes, on_threads

@@ -38,8 +38,8 @@ from adagrad.kernels.cuda.rule import (
     widen,
     write_weight,
 )
-from adagrad.kernels.inspection.records import ROW_LENGTH, SIZE
 from adagrad.kernels.inspection.table import code_of_formats, decode
+from adagrad.kernels.records import ROW_LENGTH, SIZE
 
 if TYPE_CHECKING:
     from adagrad.rule import Rule
@@ -195,7 +195,7 @@ class DenseUpdates(NamedTuple):
     """Dense updates on one device, for any number of tensors."""
 
     rows: np.ndarray
-    """(n, COLUMNS) words: addresses, elements, a row's length or 0, see :mod:`adagrad.kernels.inspection.records`."""
+    """(n, COLUMNS) words: addresses, elements, a row's length or 0, see :mod:`adagrad.kernels.records`."""
     codes: np.ndarray
     """(n,) integers, which :func:`adagrad.kernels.inspection.table.decode` decodes."""
     lrs: list[float | Tensor]

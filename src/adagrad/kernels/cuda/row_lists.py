@@ -26,7 +26,8 @@ from adagrad.kernels.cuda.launch import Kernel
 from adagrad.kernels.cuda.row_ids import check_ids, check_ids_of_all, sort_keys
 from adagrad.kernels.cuda.rows import SHORT, sum_chunks, update_runs
 from adagrad.kernels.cuda.rule import LANES, TRITON_DTYPE
-from adagrad.kernels.inspection.records import (
+from adagrad.kernels.inspection.table import CODES_PER_DEVICE, code_of_formats, decode
+from adagrad.kernels.records import (
     ARE_LONG,
     BASE,
     ENTRIES,
@@ -40,7 +41,6 @@ from adagrad.kernels.inspection.records import (
     STRIDE,
     WEIGHT,
 )
-from adagrad.kernels.inspection.table import CODES_PER_DEVICE, code_of_formats, decode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +65,7 @@ class RowUpdates(NamedTuple):
     """Row-sparse updates on one device, for any number of weights."""
 
     facts: np.ndarray
-    """(n, FACTS) words, see :mod:`adagrad.kernels.inspection.records`."""
+    """(n, FACTS) words, see :mod:`adagrad.kernels.records`."""
     codes: list[int]
     """One for each, which :func:`adagrad.kernels.inspection.table.decode` decodes."""
     lrs: list[float | Tensor]

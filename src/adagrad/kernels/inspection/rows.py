@@ -37,7 +37,10 @@ from adagrad.kernels.inspection.layout import (
     list_item,
     read_word,
 )
-from adagrad.kernels.inspection.records import (
+from adagrad.kernels.inspection.sparse_layout import describe_part, sparse_body
+from adagrad.kernels.inspection.table import Formats, code_of, decode, fit
+from adagrad.kernels.names import Names
+from adagrad.kernels.records import (
     ARE_LONG,
     BASE,
     ENDS,
@@ -52,9 +55,6 @@ from adagrad.kernels.inspection.records import (
     STRIDE,
     WEIGHT,
 )
-from adagrad.kernels.inspection.sparse_layout import describe_part, sparse_body
-from adagrad.kernels.inspection.table import Formats, code_of, decode, fit
-from adagrad.kernels.names import Names
 from adagrad.kernels.runtime.memory import keep_alive, uncounted, word_table
 from adagrad.kernels.runtime.numba_jit import entry, jit
 from adagrad.row_sparse import RowSparse
@@ -149,7 +149,7 @@ class Rows(NamedTuple):
     """Row-sparse updates, checked except for their row ids."""
 
     facts: np.ndarray
-    """(n, FACTS) words, see :mod:`adagrad.kernels.inspection.records`."""
+    """(n, FACTS) words, see :mod:`adagrad.kernels.records`."""
     codes: list[int]
     """One for each, see :func:`adagrad.kernels.inspection.table.decode`; -1 if it is left to the general path."""
     values: list[Any]

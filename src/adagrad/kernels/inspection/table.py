@@ -35,7 +35,7 @@ from adagrad.kernels.inspection.layout import (
     list_item,
     read_word,
 )
-from adagrad.kernels.inspection.records import COLUMNS, GRAD, HISTORY, MASTER, ROW_LENGTH, SIZE, WEIGHT
+from adagrad.kernels.records import COLUMNS, GRAD, HISTORY, MASTER, ROW_LENGTH, SIZE, WEIGHT
 from adagrad.kernels.runtime.memory import keep_alive, uncounted, word_table, words
 from adagrad.kernels.runtime.numba_jit import entry, jit
 
@@ -191,7 +191,7 @@ class Table(NamedTuple):
     """Lists of arrays as the kernels take them. The arrays must outlive it."""
 
     rows: np.ndarray
-    """(n, COLUMNS), as :mod:`adagrad.kernels.inspection.records` has it."""
+    """(n, COLUMNS), as :mod:`adagrad.kernels.records` has it."""
     codes: np.ndarray
     """Which rows go together, see :func:`decode`; -1 for those that are left to the general path."""
     common: int
