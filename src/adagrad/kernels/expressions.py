@@ -9,8 +9,8 @@ import numpy as np
 
 from adagrad import rule as expression
 from adagrad.kernels.batch import Batch, Job, Prepared
-from adagrad.kernels.names import Names
-from adagrad.kernels.validate import Update, Wrapped, refuse_row, refuse_shared, validate
+from adagrad.kernels.names import Names, refuse_row
+from adagrad.kernels.validate import Update, Wrapped, refuse_shared, validate
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Array, Rule, is_torch
 

@@ -1,8 +1,8 @@
-"""What messages call the arguments of an update."""
+"""What messages call the arguments of an update, and the message for a row id, which several modules give."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 
 class Names(NamedTuple):
@@ -33,3 +33,7 @@ def of_parameter(k: int) -> Names:
     """Those of the ``k``-th parameter of :class:`adagrad.torch.Adagrad`, counted through its groups."""
     name = f"parameter[{k}]"
     return Names(name, f"gradient of {name}", f"sum of {name}", f"master of {name}", f"state of {name}")
+
+
+def refuse_row(names: Names, position: int, row: int, rows: int) -> NoReturn:
+    raise IndexError(f"{names.indices}: indices[{position}]={row}: must be in [0, {rows}), the weight's rows")

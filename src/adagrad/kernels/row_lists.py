@@ -30,6 +30,7 @@ from adagrad.kernels.mixed_lists import (
     put_spans,
     update_dense_part,
 )
+from adagrad.kernels.names import refuse_row
 from adagrad.kernels.outcomes import (
     DONE,
     LISTS_DONE,
@@ -44,7 +45,6 @@ from adagrad.kernels.records import ENTRIES, FACTS, HEIGHT, LENGTH, RATES, SCALA
 from adagrad.kernels.runtime.memory import keep_alive, uncounted, word_table, words
 from adagrad.kernels.runtime.numba_jit import acquire_gil, jit, release_gil, worker_count
 from adagrad.kernels.runtime.threads import WORK, claim, give_back
-from adagrad.kernels.validate import refuse_row
 from adagrad.row_sparse import RowSparse
 
 CHECK, GROUP, UPDATE = range(3)

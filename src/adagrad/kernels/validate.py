@@ -191,10 +191,6 @@ def any_row_sparse(grads: Any) -> bool:
     return set(map(type, grads)) != {np.ndarray} and any(map(is_row_sparse, grads))
 
 
-def refuse_row(names: Names, position: int, row: int, rows: int) -> None:
-    raise IndexError(f"{names.indices}: indices[{position}]={row}: must be in [0, {rows}), the weight's rows")
-
-
 def host_indices(indices: Array) -> np.ndarray:
     memory: np.ndarray = indices.numpy() if is_torch(indices) else np.asarray(indices)
     return memory

@@ -16,7 +16,7 @@ import numpy as np
 
 from adagrad.kernels.cpu.blocks import prefetch
 from adagrad.kernels.cpu.formats import pointer
-from adagrad.kernels.names import Names
+from adagrad.kernels.names import Names, refuse_row
 from adagrad.kernels.records import (
     ARE_INCREASING,
     ARE_LONG,
@@ -30,7 +30,6 @@ from adagrad.kernels.records import (
 )
 from adagrad.kernels.runtime.memory import array_at, zero_words
 from adagrad.kernels.runtime.numba_jit import entry, jit, run, worker
-from adagrad.kernels.validate import refuse_row
 
 BUCKETS = 1024
 """Buckets that workers divide: more than there are workers, few enough for their counts to fit the L1 cache."""

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from adagrad.arrays import Operand, overlaps_itself
-from adagrad.kernels.names import Names
-from adagrad.kernels.validate import refuse_row
+from adagrad.kernels.names import Names, refuse_row
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Rule, history_shape
 
