@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 import adagrad
@@ -40,6 +43,18 @@ def test_while_another_thread_imports_torch_and_ml_dtypes(fused: bool) -> None:
         print(weight.tolist())
         """
     assert run(code) == "[0.5, 0.5, 0.5]"
+
+
+def test_folders_of_kernels_import_one_way() -> None:
+    """As CONTRIBUTING.md says."""
+    may_import: dict[str, set[str]] = {
+        "runtime": set(), "tensors": set(), "cpu": {"runtime"}, "inspection": {"runtime", "tensors", "cpu"},
+        "cuda": {"inspection"},
+    }  # fmt: skip
+    for folder, others in may_import.items():
+        for source in (Path(adagrad.__file__).parent / "kernels" / folder).glob("*.py"):
+            found = set(re.findall(rf"from adagrad\.kernels\.({'|'.join(may_import)})\b", source.read_text()))
+            assert found <= {folder, *others}, source
 
 
 def test_the_public_names() -> None:

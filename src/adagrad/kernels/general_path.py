@@ -16,13 +16,16 @@ import numpy as np
 from adagrad.arrays import bounds
 from adagrad.kernels import general_cpu
 from adagrad.kernels.batch import Batch, Job, Prepared
-from adagrad.kernels.cpu import dense as cpu_dense
+from adagrad.kernels.cpu import dense as cpu_dense, rows as cpu_rows
+from adagrad.kernels.cpu.row_groups import checked_rows
 from adagrad.kernels.cpu.rule import rate_table
 from adagrad.kernels.device_updates import DeviceUpdates, cuda, has_kernels, is_on_cuda
 from adagrad.kernels.expressions import by_expression
 from adagrad.kernels.inspection import rows, table
 from adagrad.kernels.inspection.layout import accept
 from adagrad.kernels.inspection.spans import are_disjoint, concatenate
+from adagrad.kernels.names import Names
+from adagrad.kernels.records import LENGTH
 from adagrad.kernels.validate import Update, Wrapped, is_row_sparse, operands_of, refuse_shared, validate
 from adagrad.rule import Rule, is_torch
 
@@ -206,9 +209,7 @@ class _CheckedBatch:
                 device = self.batch.weights[self.sparse[members[0]]].device
                 plan.updates_on(device).add_rows(self.batch.rule, self._rows_on_cuda(members))
                 continue
-            for k in members:
-                rates = rate_table(*self.batch.some_rates([self.sparse[k]]), scaled)[0]
-                plan.jobs.append(self.rows.job(k, self.batch.names(self.sparse[k]), rates, scaled, threads))
+            plan.jobs += [self._rows_job(k, scaled, threads) for k in members]
 
     def _add_others(self, plan: _Plan, scaled: Rule, threads: int | None) -> None:
         dense: dict[table.Formats, list[int]] = {}
@@ -244,6 +245,22 @@ class _CheckedBatch:
         return functools.partial(
             cpu_dense.launch, addresses, total, rates, rule.scalars, formats, rule.row_wise, threads
         )
+
+    def _rows_job(self, k: int, rule: Rule, threads: int | None) -> Job:
+        """The job of the ``k``-th of ``rows``, on the CPU; IndexError for a row id outside the weight."""
+        i, facts, formats = self.sparse[k], self.rows.facts[k], table.decode(self.rows.codes[k])[1]
+        names, rates = self.batch.names(i), rate_table(*self.batch.some_rates([i]), rule)[0]
+        ids, parts = checked_rows(names, facts), (self.rows.values[k], self.rows.indices[k])
+        cpu_rows.kernel(ids.itemsize == 8, *formats, rule.row_wise)  # compiled now, before anything changes
+        return functools.partial(
+            _launch_rows, parts, names, facts, ids, formats, rule.row_wise, rates, rule.scalars, threads
+        )
+
+
+def _launch_rows(parts: Any, names: Names, facts: np.ndarray, ids: np.ndarray, *others: Any) -> None:
+    """``parts`` are what ``facts`` point to: alive until here, even if another thread gives the gradient new ones."""
+    if len(ids) and facts[LENGTH]:
+        cpu_rows.launch(names, facts, ids, *others)
 
 
 def _accept_classes(given: Sequence[Any]) -> None:

@@ -6,14 +6,12 @@ than an update of few rows.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from adagrad.kernels.cpu import rows as cpu_rows
-from adagrad.kernels.cpu.row_groups import MAX_OCCURRENCES, checked_rows
+from adagrad.kernels.cpu.row_groups import MAX_OCCURRENCES
 from adagrad.kernels.inspection.layout import (
     CONTIGUOUS,
     COUNT,
@@ -38,8 +36,7 @@ from adagrad.kernels.inspection.layout import (
     read_word,
 )
 from adagrad.kernels.inspection.sparse_layout import describe_part, sparse_body
-from adagrad.kernels.inspection.table import Formats, code_of, decode, fit
-from adagrad.kernels.names import Names
+from adagrad.kernels.inspection.table import code_of, fit
 from adagrad.kernels.records import (
     ARE_LONG,
     BASE,
@@ -58,7 +55,6 @@ from adagrad.kernels.records import (
 from adagrad.kernels.runtime.memory import keep_alive, uncounted, word_table
 from adagrad.kernels.runtime.numba_jit import entry, jit
 from adagrad.row_sparse import RowSparse
-from adagrad.rule import Rule
 
 
 @jit(helper=True)
@@ -168,24 +164,8 @@ class Rows(NamedTuple):
             return self
         return Rows(self.facts[which], *([each[k] for k in which] for each in self[1:]))
 
-    def job(self, k: int, names: Names, rates: np.ndarray, rule: Rule, threads: int | None) -> Callable[[], None]:
-        """The job that carries out the ``k``-th update on the CPU; IndexError for a row id outside the weight."""
-        facts, form = self.facts[k], decode(self.codes[k])[1]
-        ids = checked_rows(names, facts)
-        cpu_rows.kernel(ids.itemsize == 8, *form, rule.row_wise)  # compiled now, before anything changes
-        return functools.partial(
-            _launch, names, (self.values[k], self.indices[k]), facts, ids, form, rates, rule, threads
-        )
-
 
 NOTHING = Rows(np.zeros((0, FACTS), np.int64), [], [], [])
-
-
-def _launch(names: Names, parts: Any, facts: np.ndarray, ids: np.ndarray, form: Formats, rates: np.ndarray, rule: Rule,
-            threads: int | None) -> None:  # fmt: skip
-    """``parts`` are what ``facts`` point to: alive until here, even if another thread gives the gradient new ones."""
-    if len(ids) and facts[LENGTH]:
-        cpu_rows.launch(names, facts, ids, form, rule.row_wise, rates, rule.scalars, threads)
 
 
 def _values_and_indices(weight: Any, grad: Any) -> tuple[Any, Any]:
