@@ -162,18 +162,18 @@ class AdaGrad(Optimizer):
         """
         overrides_step = self._overrides("step")
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
-        if overrides_step and not kernels.any_row_sparse(grads):
+        are_sparse = list(map(kernels.is_row_sparse, grads)) if overrides_step else []
+        if overrides_step and not any(are_sparse):
             self.step(indices, weights, grads, states)
             return
         lrs, wds, counts = self._resolve(indices)
-        if not overrides_step or all(map(kernels.is_row_sparse, grads)):
+        if all(are_sparse):  # or not asked
             self._carry_out(weights, grads, states, lrs, wds, counts, fused=True)
             return
         # The overridden step gets the dense part; the whole list is checked before anything changes.
         self._check_known(weights, grads, states, lrs, wds, fused=True)
-        is_sparse = [kernels.is_row_sparse(grad) for grad in grads]
-        dense = [i for i, each in enumerate(is_sparse) if not each]
-        sparse = [i for i, each in enumerate(is_sparse) if each]
+        dense = [i for i, each in enumerate(are_sparse) if not each]
+        sparse = [i for i, each in enumerate(are_sparse) if each]
         with self._counted(indices, lrs, wds, counts):
             self.step(*([values[i] for i in dense] for values in (indices, weights, grads, states)))
             lrs, wds, _ = self._resolve([indices[i] for i in sparse])

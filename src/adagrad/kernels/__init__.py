@@ -16,10 +16,10 @@ from adagrad.kernels.batch import NUMPY_ARRAYS, Batch, Prepared, of_states
 from adagrad.kernels.gradient_order import in_weights_order
 from adagrad.kernels.runtime import cache_folder
 from adagrad.kernels.runtime.interrupts import came_late, mark_late, uninterrupted
-from adagrad.kernels.validate import any_row_sparse, check_gradient, is_row_sparse
+from adagrad.kernels.validate import check_gradient, is_row_sparse
 from adagrad.rule import Array, Rule, is_torch
 
-__all__ = ["any_row_sparse", "came_late", "check_gradient", "is_row_sparse", "prepare", "update"]
+__all__ = ["came_late", "check_gradient", "is_row_sparse", "prepare", "update"]
 
 
 @functools.cache

@@ -186,11 +186,6 @@ def seems_row_sparse(grad: Any) -> bool:
     return type(grad) is not np.ndarray and (isinstance(grad, RowSparse) or getattr(grad, "is_sparse", False) is True)
 
 
-def any_row_sparse(grads: Any) -> bool:
-    """Whether any of ``grads`` is row-sparse; fast if all are NumPy arrays."""
-    return set(map(type, grads)) != {np.ndarray} and any(map(is_row_sparse, grads))
-
-
 def host_indices(indices: Array) -> np.ndarray:
     memory: np.ndarray = indices.numpy() if is_torch(indices) else np.asarray(indices)
     return memory
