@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 import oracle
-from adagrad import AdaGrad, GroupAdaGrad, RowSparse, kernels, rule
+from adagrad import AdaGrad, GroupAdaGrad, RowSparse, rule
+from adagrad.kernels import general_path
+from adagrad.kernels.batch import of_states
 from adagrad.kernels.cpu import dense as cpu_dense, formats, strided
 from adagrad.kernels.inspection import layout as layouts, table
 from support import (
@@ -498,7 +500,9 @@ def test_arrays_live_until_the_work_is_done(rows: bool, strided: bool) -> None:
     given: Any = RowSparse(grad, np.arange(len(grad)), grad.shape) if rows else grad
     state = [weight.astype(np.float32), np.zeros(weight.shape, np.float32)]
     alive = [weakref.ref(each) for each in state]
-    prepared = kernels.prepare([weight], [given], [state], [0.5], [0.0], rule.Rule(epsilon=0.0), fused=True)
+    batch = of_states([weight], [given], [state], [0.5], [0.0], rule.Rule(epsilon=0.0))
+    prepared = general_path.prepare([batch])
+    del batch
     state[:] = []
     assert all(each() is not None for each in alive)
     prepared.run()

@@ -171,7 +171,7 @@ class AdaGrad(Optimizer):
             self._carry_out(weights, grads, states, lrs, wds, counts, fused=True)
             return
         # The overridden step gets the dense part; the whole list is checked before anything changes.
-        self._check_known(weights, grads, states, lrs, wds, fused=True)
+        self._check_known(weights, grads, states, lrs, wds, fused=True, wait=True)
         dense = [i for i, each in enumerate(are_sparse) if not each]
         sparse = [i for i, each in enumerate(are_sparse) if each]
         with self._counted(indices, lrs, wds, counts):
@@ -224,7 +224,7 @@ class AdaGrad(Optimizer):
         wds: Any,
         *,
         fused: bool,
-        check_only: bool = False,
+        wait: bool,
     ) -> None:
         """Check the updates whose states must be ours: a subclass may use others in a step that it overrides."""
         overrides_step, overrides_rows = self._overrides("step"), self._overrides("fused_step")
@@ -236,10 +236,7 @@ class AdaGrad(Optimizer):
                 which.append(i)
         weights, grads, states = ([values[i] for i in which] for values in (weights, grads, states))
         lrs, wds = ([rates[i] for i in which] if len(rates) > 1 else rates for rates in (lrs, wds))
-        kernels.prepare(
-            weights, grads, states, lrs, wds, self.rule(),
-            fused=fused, positions=which, wait=True, check_only=check_only,
-        )  # fmt: skip
+        kernels.check(weights, grads, states, lrs, wds, self.rule(), fused=fused, positions=which, wait=wait)
 
     def _is_known(self, weight: Any, state: Any) -> bool:
         """Whether a state looks like ours for this weight."""
@@ -273,7 +270,7 @@ class AdaGrad(Optimizer):
         indices, weights, grads, states = as_lists(indices, weights, grads, states)
         check_indices(indices)
         lrs, wds = self._known_rates(indices)
-        self._check_known(weights, grads, states, lrs, wds, fused=self.use_fused_step, check_only=True)
+        self._check_known(weights, grads, states, lrs, wds, fused=self.use_fused_step, wait=False)
         if not self._overrides("update_multi_precision") and not self._takes_pairs():
             check_low_precision(self._with_master(weights), weights, grads, states)
 

@@ -19,7 +19,7 @@ from adagrad.kernels.runtime.interrupts import came_late, mark_late, uninterrupt
 from adagrad.kernels.validate import check_gradient, is_row_sparse
 from adagrad.rule import Array, Rule, is_torch
 
-__all__ = ["came_late", "check_gradient", "is_row_sparse", "prepare", "update"]
+__all__ = ["came_late", "check", "check_gradient", "is_row_sparse", "update"]
 
 
 @functools.cache
@@ -99,7 +99,7 @@ def _mark_changed(weights: list[Array], states: list[Any]) -> None:
         mark_changed(written)
 
 
-def prepare(
+def check(
     weights: list[Array],
     grads: list[Any],
     states: list[Any],
@@ -108,17 +108,16 @@ def prepare(
     rule: Rule,
     *,
     fused: bool,
-    positions: Sequence[int] = (),
-    wait: bool = False,
-    check_only: bool = False,
-) -> Prepared:
-    """Check a list of updates, which :meth:`Prepared.run` carries out; parameters and errors as in :func:`update`.
+    positions: Sequence[int],
+    wait: bool,
+) -> None:
+    """Raise what :func:`update` would raise for a list of updates, and change nothing.
 
-    Messages number the updates by ``positions``, their positions in the caller's lists, if given. For ``wait`` and
-    ``check_only`` see :func:`adagrad.kernels.general_path.prepare`.
+    Messages number the updates by ``positions``, their positions in the caller's lists. The kernels of CUDA devices
+    check their row ids only with ``wait``, because that takes waiting for them.
     """
     batch = of_states(weights, grads, states, lrs, wds, rule, positions)
-    return _prepare(batch, fused=fused, wait=wait, check_only=check_only)
+    _prepare(batch, fused=fused, wait=wait, check_only=not wait)
 
 
 def _prepare(batch: Batch, *, fused: bool, **options: Any) -> Prepared:
