@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
-from adagrad import kernels
+from adagrad import RowSparse, kernels
 from adagrad.kernels import fast_path
 from adagrad.kernels.batch import Batch
 from adagrad.rule import Rule
@@ -81,6 +82,32 @@ def test_a_subclass_that_overlaps_itself_changes_nothing_else() -> None:
             [torch.ones(2, dtype=torch.float16).as_subclass(Logged)], [torch.ones(2)],
             [(torch.ones(3), torch.ones(2))], [0.1], [0.0], Rule(), fused=True,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("weight", "grad", "state"),
+    [
+        (torch.ones(()), torch.ones(()), torch.zeros(())),  # no rows
+        (torch.ones(2), torch.ones(2), (torch.ones(2), torch.zeros(2, 1))),  # a master copy of float32
+        (torch.ones(2), torch.ones(2), np.zeros(2, np.float32)),
+        (torch.ones(2), torch.ones(2), torch.zeros(3)),
+        (torch.ones(2), torch.ones(2), torch.zeros(2, dtype=torch.float64)),
+        (torch.ones(2), np.ones(2, np.float32), torch.zeros(2)),
+        (torch.ones(2), [1.0, 1.0], torch.zeros(2)),
+        (torch.ones(2), torch.ones(3), torch.zeros(2)),
+        (torch.ones(2), torch.ones(2).half(), torch.zeros(2)),
+        (torch.ones(2).int(), torch.ones(2).int(), torch.zeros(2)),
+        (torch.ones(2, 2), RowSparse(np.ones((1, 2), np.float32), np.array([0]), (2, 2)), torch.zeros(2, 1)),
+    ],
+    ids=str,
+)
+def test_a_subclass_is_refused_as_a_tensor_is(weight: Tensor, grad: Any, state: Any) -> None:
+    Logged.seen, messages = [], []
+    for kind in (Tensor, Logged):
+        with pytest.raises((TypeError, ValueError)) as refused:
+            kernels.update([weight.as_subclass(kind)], [grad], [state], [0.1], [0.0], Rule(row_wise=True), fused=True)
+        messages.append(refused.exconly())
+    assert messages[0] == messages[1]
 
 
 class Fixed(Tensor):

@@ -33,7 +33,8 @@ class Operand(NamedTuple):
     format: str
     device: str
     memory: np.ndarray | None
-    """float32 or float64, or the bit patterns of float16 and bfloat16 as uint16; None on other devices."""
+    """float32 or float64, or the bit patterns of float16 and bfloat16 as uint16; None on other devices, and if it is
+    wrapped."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,13 +47,13 @@ class Operand(NamedTuple):
         return memory is not None and memory.flags.c_contiguous and memory.flags.aligned and bool(memory.dtype.isnative)
 
 
-def operand(name: str, array: Any) -> Operand:
-    """Return ``array`` as an operand.
+def operand(name: str, array: Any, *, is_wrapped: bool = False) -> Operand:
+    """Return ``array`` as an operand; a tensor that ``is_wrapped``, and so is more than its memory, without memory.
 
     TypeError if it is not a NumPy array or a torch tensor of float16, bfloat16, float32 or float64.
     """
     if is_torch(array):
-        return _tensor(name, array)
+        return _tensor(name, array, is_wrapped)
     if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
         kind = f"{type(array).__module__}.{type(array).__qualname__}"
         hint = "; for rows of a gradient, make an adagrad.RowSparse" if hasattr(array, "tocsr") else ""
@@ -79,7 +80,7 @@ def tensor_format(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _tensor(name: str, tensor: Any) -> Operand:
+def _tensor(name: str, tensor: Any, is_wrapped: bool) -> Operand:
     torch = sys.modules["torch"]
     format_name = tensor_format(tensor)
     if format_name not in FORMATS:
@@ -88,6 +89,8 @@ def _tensor(name: str, tensor: Any) -> Operand:
         raise TypeError(f"{name}: layout {tensor.layout}: must be a dense (strided) tensor here")
     if tensor.is_neg():
         raise ValueError(f"{name}: a negated view: must be resolved, as by resolve_neg")
+    if is_wrapped:
+        return Operand(name, tensor, format_name, str(tensor.device), None)
     tensor = tensor.detach()
     if tensor.device.type != "cpu":
         return Operand(name, tensor, format_name, str(tensor.device), None)

@@ -47,27 +47,31 @@ def validate(names: Names, weight: Array, grad: Any, history: Any, master: Any, 
 
         given = Wrapped(*tensor_views.ordinary(names, weight, grad, history, master, row_wise=rule.row_wise))
         if not tensor_checks.are_memory(given):
-            tensor_checks.check_wrapped(names, *given, rule)
+            _check_update(names, *given, rule, are_wrapped=True)
             return given
         weight, grad, history, master = given
-    return check_update(names, weight, grad, history, master, rule)
+    return _check_update(names, weight, grad, history, master, rule, are_wrapped=False)
 
 
-def check_update(names: Names, weight: Array, grad: Any, history: Any, master: Any, rule: Rule) -> Update:
-    """Check an update of arrays that are memory of real numbers; errors as of :func:`validate`."""
-    w = operand(names.weight, weight)
+def _check_update(names: Names, weight: Array, grad: Any, history: Any, master: Any, rule: Rule, *, are_wrapped: bool
+                  ) -> Update:  # fmt: skip
+    """Check an update of arrays of real numbers; errors as of :func:`validate`.
+
+    Of tensors that ``are_wrapped``, the operands have no memory.
+    """
+    w = operand(names.weight, weight, is_wrapped=are_wrapped)
     if rule.row_wise and not w.shape:
         raise ValueError(f"{names.weight}: shape (): row-wise history needs rows: one dimension or more")
     computing = computing_format(w.format)
     if master is not None and w.format not in LOW_PRECISION:
         raise ValueError(f"{names.state}: a master copy: only for float16 and bfloat16 weights, not {w.format}")
-    m = None if master is None else operand(names.master, master)
-    h = operand(names.history, history)
+    m = None if master is None else operand(names.master, master, is_wrapped=are_wrapped)
+    h = operand(names.history, history, is_wrapped=are_wrapped)
     if m is not None:
         _require(m, "shape", m.shape, w.shape)
     _require(h, "shape", h.shape, history_shape(w.shape, row_wise=rule.row_wise))
 
-    g, indices = _check_gradient(names, grad, w)
+    g, indices = _check_gradient(names, grad, w, are_wrapped=are_wrapped)
     for o in (h, m):
         if o is not None and o.format != computing:
             raise TypeError(f"{o.name}: dtype {o.format}: must be {computing}, for a weight of {w.format}")
@@ -80,7 +84,11 @@ def check_update(names: Names, weight: Array, grad: Any, history: Any, master: A
     if is_torch(w.array):
         from adagrad.kernels.tensors import checks as tensor_checks
 
-        tensor_checks.check_memory([o for o in (w, h, m) if o is not None], g)
+        written = [o for o in (w, h, m) if o is not None]
+        if are_wrapped:
+            tensor_checks.refuse_overlaps(written)
+        else:
+            tensor_checks.check_memory(written, g)
     return Update(w, g, indices, h, m, names)
 
 
@@ -91,20 +99,20 @@ def check_gradient(names: Names, grad: Any, w: Operand) -> Operand:
         g = operand(names.values, grad._values())
         _require_format(g, w)
     else:
-        g, _ = _check_gradient(names, grad, w)
+        g, _ = _check_gradient(names, grad, w, are_wrapped=False)
     _require_same_place(g, w)
     return g
 
 
-def _check_gradient(names: Names, grad: Any, w: Operand) -> tuple[Operand, Array | None]:
+def _check_gradient(names: Names, grad: Any, w: Operand, *, are_wrapped: bool) -> tuple[Operand, Array | None]:
     """A gradient, or the values of a row-sparse one, and its row ids."""
     rows = as_row_sparse(names.grad, grad)
     if rows is None:
-        g, indices = operand(names.grad, grad), None
+        g, indices = operand(names.grad, grad, is_wrapped=are_wrapped), None
         _require_shape(names, g.shape, w)
     else:
         _require_shape(names, rows.shape, w)
-        g, indices = operand(names.values, rows.values), rows.indices
+        g, indices = operand(names.values, rows.values, is_wrapped=are_wrapped), rows.indices
         if str(getattr(indices, "device", "cpu")) != w.device:
             raise ValueError(f"{names.indices}: on {indices.device}: must be on {w.device}, like the weight")
     _require_format(g, w)

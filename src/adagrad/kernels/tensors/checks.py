@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,6 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from adagrad.arrays import Operand, overlaps_itself
 from adagrad.kernels.names import Names, refuse_row
-from adagrad.row_sparse import RowSparse
-from adagrad.rule import Rule, history_shape
 
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 """The types whose objects are nothing but their memory (a buffer is a Tensor)."""
@@ -45,41 +44,13 @@ def check_memory(written: Sequence[Operand], read: Operand) -> None:
             raise ValueError(f"{o.name}: strides {o.array.stride()}: elements share memory: must each have their own")
 
 
-def check_wrapped(names: Names, weight: Tensor, grad: Any, history: Tensor, master: Tensor | None, rule: Rule) -> None:
-    """TypeError or ValueError for what can be checked of any tensor: dtypes, shapes, overlaps and devices."""
-    computing = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"{names.weight}: dtype {weight.dtype}: must be float16, bfloat16, float32 or float64")
-    of_state = ((names.history, history), (names.master, master))
-    for name, tensor in of_state:
-        if tensor is not None and tensor.dtype != computing:
-            raise TypeError(f"{name}: dtype {tensor.dtype}: must be {computing}, for a weight of {weight.dtype}")
-    values = grad.values if isinstance(grad, RowSparse) else grad
-    if values.dtype not in (weight.dtype, computing):
-        also = f" or {computing}" if weight.dtype in (torch.float16, torch.bfloat16) else ""
-        raise TypeError(
-            f"{names.grad}: dtype {values.dtype}: must be {weight.dtype}{also}, for a weight of {weight.dtype}"
-        )
-    whole = tuple(weight.shape)
-    wanted = history_shape(whole, row_wise=rule.row_wise)
-    for (name, tensor), shape in zip(((names.grad, grad), *of_state), (whole, wanted, whole), strict=True):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}: must be {shape}")
-    for name, tensor in ((names.weight, weight), *of_state):
-        if tensor is not None and _overlaps_itself(tensor):
-            strides = tuple(tensor.stride())
-            raise ValueError(f"{name}: strides {strides}: elements share memory: must each have their own")
-    for name, tensor in ((names.grad, values), *of_state):
-        if tensor is not None and tensor.device != weight.device:
-            raise ValueError(f"{name}: device {tensor.device}: must be {weight.device}")
-
-
-def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether it certainly does, by PyTorch's own check before it writes in place."""
-    try:
-        return int(torch._debug_has_internal_overlap(tensor)) == 1
-    except RuntimeError:  # tensors of a transform, which have no memory of their own
-        return False
+def refuse_overlaps(written: Sequence[Operand]) -> None:
+    """ValueError for tensors that certainly overlap themselves, by PyTorch's own check before it writes in place."""
+    for o in written:
+        with suppress(RuntimeError):  # of tensors of a transform, which have no memory of their own
+            if torch._debug_has_internal_overlap(o.array) == 1:
+                strides = tuple(o.array.stride())
+                raise ValueError(f"{o.name}: strides {strides}: elements share memory: must each have their own")
 
 
 def check_rows(names: Names, indices: Tensor, rows: int) -> None:
