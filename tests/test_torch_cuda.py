@@ -243,7 +243,7 @@ def test_a_row_outside_its_weight_stops_what_the_kernels_do_not_take(
     fused: bool | None, as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Updates by array expressions and those on the CPU do not see the device's flag."""
-    monkeypatch.setattr(general_path, "is_on_cuda", lambda update: update.weight.array.is_contiguous())
+    monkeypatch.setattr(general_path, "fits_cuda", lambda update: update.weight.array.is_contiguous())
     optimizer, params = embedding_and_others(fused=fused)
     before = contents(optimizer, params)
     params[0].grad = sparse_grad(1, 9)
@@ -525,7 +525,7 @@ def test_copies_that_only_the_kernels_know_live_until_the_launch(
     kind: str, as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of the gradient of a view, and of ids that are a column: the fixture looks after the memory."""
-    monkeypatch.setattr(general_path, "is_on_cuda", lambda update: True)
+    monkeypatch.setattr(general_path, "fits_cuda", lambda update: True)
     if kind == "every other id":
         ids = torch.tensor([[1, 9], [3, 9], [2, 9]])[:, 0]
         weights = [torch.ones(4, 2) for _ in range(2)]
@@ -546,7 +546,7 @@ def test_copies_that_only_the_kernels_know_live_until_the_launch(
 def test_counts_of_parameters_made_in_inference_mode_advance_on_a_device(
     as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(general_path, "is_on_cuda", lambda update: True)
+    monkeypatch.setattr(general_path, "fits_cuda", lambda update: True)
     with torch.inference_mode():
         p = nn.Parameter(torch.ones(4, 2), requires_grad=False)
         optimizer = Adagrad([p], lr=0.5, fused=True)

@@ -31,7 +31,7 @@ def has_kernels() -> bool:
     return True
 
 
-def is_on_cuda(u: Update) -> bool:
+def fits_cuda(u: Update) -> bool:
     """Whether the CUDA kernels take an update: on CUDA, and all of it contiguous."""
     if not u.weight.device.startswith("cuda"):
         return False

@@ -19,7 +19,7 @@ from adagrad.kernels.batch import Batch, Job, Prepared
 from adagrad.kernels.cpu import dense as cpu_dense, rows as cpu_rows
 from adagrad.kernels.cpu.row_groups import checked_rows
 from adagrad.kernels.cpu.rule import rate_table
-from adagrad.kernels.device_updates import DeviceUpdates, cuda, has_kernels, is_on_cuda
+from adagrad.kernels.device_updates import DeviceUpdates, cuda, fits_cuda, has_kernels
 from adagrad.kernels.expressions import by_expression
 from adagrad.kernels.inspection import rows, table
 from adagrad.kernels.inspection.layout import accept
@@ -180,7 +180,7 @@ class _CheckedBatch:
 
     def all_on_cuda(self) -> bool:
         """Whether the CUDA kernels update every weight."""
-        return all(self.devices) and not self.wrapped and all(map(is_on_cuda, self.others.values()))
+        return all(self.devices) and not self.wrapped and all(map(fits_cuda, self.others.values()))
 
     def add_to(self, plan: _Plan, scale: float, threads: int | None) -> None:
         """Add what updates the batch; row ids on the CPU are checked here."""
@@ -215,7 +215,7 @@ class _CheckedBatch:
         dense: dict[table.Formats, list[int]] = {}
         for i, u in self.others.items():
             names, rates = self.batch.names(i), self.batch.rates(i)
-            if is_on_cuda(u):
+            if fits_cuda(u):
                 plan.updates_on(u.weight.array.device).add(u, *rates, self.batch.rule)
             elif u.weight.device != "cpu":
                 plan.jobs.append(by_expression(names, u, *rates, scaled))
