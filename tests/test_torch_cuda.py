@@ -567,7 +567,8 @@ def test_counts_on_the_device_advance_together(fused: bool | None) -> None:
         p.grad = torch.ones(3)
     for p in params[::2]:
         optimizer.state[p]["step"] = optimizer.state[p]["step"].long()  # as loaded from a file that had them so
-    part = torch_step.Part(optimizer.defaults, optimizer.param_groups[0], [optimizer.state[p] for p in params], 0, {})
+    states = [optimizer.state[p] for p in params]
+    part = torch_step.Part(optimizer.param_groups[0], states, 0, {}, differentiable=False)
     with Operators() as seen:
         part.advance(found_inf.reshape(()), [])
     assert max(seen.counts.values()) < 10

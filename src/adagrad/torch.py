@@ -256,9 +256,9 @@ class Adagrad(Optimizer):
 
     @apart_from_compiler
     def _update(self) -> None:
-        parts, first = list[Part](), 0
+        parts, first, differentiable = list[Part](), 0, self.defaults["differentiable"]
         for group, states in zip(self.param_groups, self._states(), strict=True):
-            parts.append(Part(self.defaults, group, states, first, self._left))
+            parts.append(Part(group, states, first, self._left, differentiable=differentiable))
             first += len(group["params"])
         if len(self._left) > first:  # those of parameters that were replaced
             kept = {id(p) for group in self.param_groups for p in group["params"]}
@@ -271,7 +271,7 @@ class Adagrad(Optimizer):
             if bool(found_inf):
                 return
             found_inf = None
-        if self.defaults["differentiable"]:
+        if differentiable:
             update_differentiably(parts)
         else:
             update(parts, grad_scale, found_inf)

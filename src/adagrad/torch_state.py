@@ -111,7 +111,7 @@ def _can_compare(p: Tensor, copy: Tensor) -> bool:
 # --------------------------------------------------------------------------------------------------------------- counts
 
 
-def _check(where: str, count: Any) -> None:
+def _check_count(where: str, count: Any) -> None:
     if not isinstance(count, Tensor):
         raise TypeError(f"{where}: step: not a tensor: must be a tensor of one number")
     if count.numel() != 1 or count.dtype == torch.bool:
@@ -132,7 +132,7 @@ class Counts:
         # On the CPU, and read and written by compiled code.
         self.are_plain = layout is not None and plain_counts.find(id(counts), layout, self._addresses)
         for i, count in enumerate(() if self.are_plain else counts):
-            _check(names(i).state, count)
+            _check_count(names(i).state, count)
 
     def values(self, *, wait: bool) -> list[Any]:
         """Return one for each parameter, or one for all; without ``wait``, those on a device as float64 tensors."""
@@ -240,7 +240,7 @@ def _is_count(value: Any) -> bool:
 
 def _count(where: str, p: Tensor, value: Any, group: dict[str, Any]) -> Tensor:
     if isinstance(value, Tensor):
-        _check(where, value)
+        _check_count(where, value)
     elif not isinstance(value, numbers.Real):
         raise ValueError(f"{where}: step: {type(value).__name__}: must be a number, or a tensor of one")
     if (not isinstance(value, Tensor) or _is_known(value, wait=False)) and not _is_count(value):

@@ -26,8 +26,6 @@ from adagrad.torch_state import WIDE, Counts, master
 _is_given = functools.partial(operator.is_not, None)
 is_on_cuda = operator.attrgetter("is_cuda")
 _grad_of, _sum_of, _step_of = operator.attrgetter("grad"), operator.itemgetter("sum"), operator.itemgetter("step")
-
-
 _ON_CPU = {torch.device("cpu")}
 
 
@@ -36,11 +34,12 @@ class Part(Batch):
 
     def __init__(
         self,
-        defaults: dict[str, Any],
         group: dict[str, Any],
         states: list[dict[str, Any]],
         first: int,
         left: dict[int, _Left | None],
+        *,
+        differentiable: bool,
     ) -> None:
         """``first`` is the number of parameters in earlier groups; messages count the parameters of all.
 
@@ -60,18 +59,18 @@ class Part(Batch):
         except KeyError as missing:
             i = next(i for i, state in enumerate(states) if missing.args[0] not in state)
             raise ValueError(f"{self.names(i).state}: no {missing}: must have step and sum") from None
-        self._are_ours: list[bool] = []
+        self._are_as_left: list[bool] = []
         multi_precision = group["multi_precision"]
         if multi_precision is not False and checks.boolean("multi_precision", multi_precision):
-            self._are_ours = [_is_as_left(p, left.get(id(p))) for p in params]
+            self._are_as_left = [_is_as_left(p, left.get(id(p))) for p in params]
             self.masters = [
-                copy if is_ours and isinstance(copy := state.get("master"), Tensor) else master(p, state)
-                for p, state, is_ours in zip(params, states, self._are_ours, strict=True)
+                copy if is_as_left and isinstance(copy := state.get("master"), Tensor) else master(p, state)
+                for p, state, is_as_left in zip(params, states, self._are_as_left, strict=True)
             ]
         self.states, self._left = states, left
         lr = group["lr"]
         is_usual = type(lr) is float and math.isfinite(lr) and lr_decay == 0
-        self.lrs = [lr] if is_usual else self._lrs(lr, lr_decay, keep_tensor=defaults["differentiable"])
+        self.lrs = [lr] if is_usual else self._lrs(lr, lr_decay, keep_tensor=differentiable)
 
     @functools.cached_property
     def counts(self) -> Counts:
@@ -121,11 +120,12 @@ class Part(Batch):
     def keep_masters(self) -> None:
         """Store the updated master copies in the state."""
         left = self._left
-        for p, state, copy, is_ours in zip(self.weights, self.states, self.masters, self._are_ours, strict=True):
+        each = zip(self.weights, self.states, self.masters, self._are_as_left, strict=True)
+        for p, state, copy, is_as_left in each:
             if copy is not None:
                 state["master"] = copy
                 # The step has changed the values of the parameter alone: the memory is the same.
-                before = left.get(id(p)) if is_ours else None
+                before = left.get(id(p)) if is_as_left else None
                 left[id(p)] = _as_left(p) if before is None else (p._version, before[1], before[2])
 
 
