@@ -25,6 +25,11 @@ def computing_format(name: str) -> str:
     return "float64" if name == "float64" else "float32"
 
 
+def row_length(shape: tuple[int, ...]) -> int:
+    """Return the number of elements in a row of a weight of ``shape``."""
+    return math.prod(shape[1:])
+
+
 class Operand(NamedTuple):
     """An array of a call and, if it is on the CPU, its memory as a NumPy array of plain numbers."""
 
@@ -165,8 +170,3 @@ def _share_a_byte(first: Operand, second: Operand) -> bool:
         return bool(np.shares_memory(first.memory, second.memory, max_work=MAX_WORK))
     except RuntimeError:  # numpy's TooHardError
         return True  # undecided within max_work: refused rather than risked
-
-
-def row_length(shape: tuple[int, ...]) -> int:
-    """Return the number of elements in a row of a weight of ``shape``."""
-    return math.prod(shape[1:])

@@ -35,12 +35,6 @@ FLAGS = 64
 """Numbers that are set to 0 at once, one for each call with row ids."""
 
 
-class _Local(threading.local):
-    def __init__(self) -> None:
-        self.tables: dict[tuple[torch.device, int], Tables] = {}
-
-
-_local = _Local()
 SLAB = 2**17
 """Words of pinned memory reserved for captures, which may be unable to allocate any; more if tables are large."""
 
@@ -51,6 +45,14 @@ _slab_lock = threading.Lock()
 
 _captured: list[Tensor] = []
 """Pinned memory that captured graphs read at each replay; nothing tells when a graph is gone, so it is never freed."""
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.tables: dict[tuple[torch.device, int], Tables] = {}
+
+
+_local = _Local()
 
 
 def tables_of(device: torch.device) -> Tables:
