@@ -111,19 +111,23 @@ class _Plan:
 
 
 class _CheckedBatch:
-    """A batch, inspected: ``table``, the plain dense updates; ``rows``, the plain row-sparse ones, at the positions
-    ``sparse``; ``devices``, where these are; ``others``, as checked operands; ``wrapped``, those of tensors that only
-    PyTorch understands."""
+    """A batch, inspected and checked, except for row ids. Each of its updates is in one of four places."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
         self.table = table.NOTHING
         self.groups: list[tuple[int, Sequence[int]]] = []
+        """The plain dense updates: each code, and the positions (in ``table``, too) of those that have it."""
         self.rows = rows.NOTHING
+        """The plain row-sparse ones."""
         self.sparse: list[int] = []
+        """Their positions in the batch."""
         self.others: dict[int, Update] = {}
+        """By position, those of other arrays."""
         self.wrapped: dict[int, Wrapped] = {}
+        """By position, those of tensors that only PyTorch understands."""
         self.devices: set[int]
+        """Where the plain ones are, see :meth:`_find_devices`."""
         rest: Sequence[int] = range(len(batch.weights))
         if all(map(is_row_sparse, batch.grads)):
             rest = self._describe_rows([*rest])

@@ -147,7 +147,7 @@ class Rows(NamedTuple):
     facts: np.ndarray
     """(n, FACTS) words, see :mod:`adagrad.kernels.records`."""
     codes: list[int]
-    """One for each, see :func:`adagrad.kernels.inspection.table.decode`; -1 if it is left to the general path."""
+    """One for each, see :func:`adagrad.kernels.inspection.table.decode`; -1 if it is not plain."""
     values: list[Any]
     """None for a gradient not of the weight's shape."""
     indices: list[Any]

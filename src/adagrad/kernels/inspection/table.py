@@ -1,6 +1,6 @@
 """The address table of a list of dense updates, built and checked by compiled code.
 
-Whatever is not plain, and every error, is left to the general path: a row of the table then has the code -1.
+Whatever is not plain, and every error, is left to checks in Python: a row of the table then has the code -1.
 """
 
 from __future__ import annotations
@@ -144,9 +144,9 @@ def fill(weights: int, grads: int, histories: int, masters: int, layout: Any, ro
     """Fill ``table``, the ``codes`` of its rows and the ``spans`` of memory, from four lists, given by ``id``.
 
     Row ``i`` is for the ``i``-th weight, gradient, history and, if there is such a list, master copy or None. Codes
-    are -1, and spans empty, for rows that are left to the general path. ``spans``: the starts and the ends of weights,
-    histories, master copies if there is such a list, gradients. Returns the code that all rows share (-1 if they do
-    not) and the number of elements.
+    are -1, and spans empty, for rows that are not plain. ``spans``: the starts and the ends of weights, histories,
+    master copies if there is such a list, gradients. Returns the code that all rows share (-1 if they do not) and the
+    number of elements.
     """
     n, total = len(table), 0
     columns = spans.shape[1] // n
@@ -193,7 +193,7 @@ class Table(NamedTuple):
     rows: np.ndarray
     """(n, COLUMNS), as :mod:`adagrad.kernels.records` has it."""
     codes: np.ndarray
-    """Which rows go together, see :func:`decode`; -1 for those that are left to the general path."""
+    """Which rows go together, see :func:`decode`; -1 for those that are not plain."""
     common: int
     """The code of all rows, or -1."""
     total: int
