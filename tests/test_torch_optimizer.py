@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from adagrad import AdaGrad
-from adagrad.kernels.tensors import views as tensor_views
+from adagrad.kernels.tensors import versions
 from adagrad.torch import Adagrad
 from support import assert_same_bits
 from torch_oracle import Expected, gradient, parameter
@@ -364,7 +364,7 @@ def test_counts_that_were_made_in_inference_mode_advance() -> None:
 @pytest.mark.parametrize("kind", [Adagrad, AdaGrad])
 def test_a_pytorch_that_marks_only_one_tensor_at_a_time(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch 2.6 refuses a list, and whatever was made in inference mode."""
-    newer = tensor_views.increment_version
+    newer = versions.increment_version
 
     def increment_version(tensor: Any) -> None:
         if not isinstance(tensor, torch.Tensor):
@@ -373,8 +373,8 @@ def test_a_pytorch_that_marks_only_one_tensor_at_a_time(kind: Any, monkeypatch: 
             raise RuntimeError("Inplace update to inference tensor outside InferenceMode is not allowed.")
         newer(tensor)
 
-    monkeypatch.setattr(tensor_views, "increment_version", increment_version)
-    monkeypatch.setattr(tensor_views, "_TAKES_LISTS", tensor_views._takes_lists())
+    monkeypatch.setattr(versions, "increment_version", increment_version)
+    monkeypatch.setattr(versions, "_TAKES_LISTS", versions._takes_lists())
     p, q = (nn.Parameter(torch.ones(2)) for _ in range(2))
     with torch.inference_mode():
         made = torch.zeros(2)

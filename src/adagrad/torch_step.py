@@ -18,7 +18,8 @@ from adagrad.kernels import device_lists, fast_path, general_path
 from adagrad.kernels.batch import Batch, Prepared
 from adagrad.kernels.names import of_parameter
 from adagrad.kernels.tensors import checks as tensor_checks
-from adagrad.kernels.tensors.views import mark_changed, real_views
+from adagrad.kernels.tensors.versions import mark_changed
+from adagrad.kernels.tensors.views import real_views
 from adagrad.rule import Rule
 from adagrad.torch_options import one_real, rule_and_decays
 from adagrad.torch_state import WIDE, Counts, master

@@ -94,7 +94,7 @@ def _mark_changed(weights: list[Array], states: list[Any]) -> None:
     if set(map(type, written)) != {torch.Tensor}:
         written = [each for each in written if is_torch(each)]
     if written:
-        from adagrad.kernels.tensors.views import mark_changed
+        from adagrad.kernels.tensors.versions import mark_changed
 
         mark_changed(written)
 

@@ -1,1 +1,1 @@
-"""What is particular to torch tensors: their checks, and views of unusual ones as ordinary ones."""
+"""What is particular to torch tensors: their checks, views of unusual ones as ordinary ones, and versions."""

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.autograd.graph import increment_version
 
 from adagrad.kernels.batch import Batch
 from adagrad.kernels.gradient_order import MOST_COPIED
@@ -154,28 +153,6 @@ def _rows(names: Names, weight: Tensor, grad: Tensor, history: Tensor, master: T
     if count == 0:
         return weight[None], flat, history[None], None if master is None else master[None]
     return weight.view(shape), flat, history.view(shape), None if master is None else master.view(shape)
-
-
-def _takes_lists() -> bool:
-    try:
-        increment_version([])
-    except RuntimeError:
-        return False
-    return True
-
-
-_TAKES_LISTS = _takes_lists()
-"""Whether this PyTorch marks a list at once, as it does since 2.7."""
-
-
-def mark_changed(tensors: list[Tensor]) -> None:
-    """Tell autograd that what it saved of the tensors is stale: kernels do not tell it."""
-    if _TAKES_LISTS:
-        increment_version(tensors)
-        return
-    for tensor in tensors:
-        if not tensor.is_inference():  # those are not tracked
-            increment_version(tensor)
 
 
 # ------------------------------------------------------------------------------------------------------------- DTensors
