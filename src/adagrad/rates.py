@@ -37,7 +37,7 @@ class Rates:
         sym: Any,
         begin_num_update: int,
     ) -> None:
-        super().__init__()  # of a class that a subclass has beside the optimizer
+        super().__init__()  # for a subclass that has another base class besides
         self.wd = checks.non_negative("wd", wd)
         self.begin_num_update = checks.integer("begin_num_update", begin_num_update, 0)
         for name, value in (("param_idx2name", param_idx2name), ("param_dict", param_dict)):

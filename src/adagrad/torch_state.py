@@ -94,7 +94,7 @@ def master(p: Tensor, state: dict[str, Any]) -> Tensor | None:
         return wide
     rounded = copy.to(p.dtype)
     is_rounding = (rounded == p) | (rounded.isnan() & p.isnan())
-    # Each process asks for its part of a DTensor: whether all are is no matter of the others.
+    # Of a DTensor each process asks about its own part, without communication: the answers may differ.
     is_unchanged = (local(is_rounding) if is_dtensor(is_rounding) else is_rounding).all()
     return copy if bool(is_unchanged) else torch.where(is_rounding, copy.to(wide.dtype), wide)
 

@@ -191,7 +191,7 @@ def _as_left(p: Tensor) -> _Left | None:
 
 
 def _batches(parts: list[Part]) -> list[Batch]:
-    """Group the parts by rule: those with the same rule are updated together. At least one; else none is empty."""
+    """Group the parts by rule, for one update each. None is empty, unless it is the only one."""
     by_rule: dict[Rule, list[Part]] = {}
     for part in [part for part in parts if part.weights] or parts[:1]:
         by_rule.setdefault(part.rule, []).append(part)
@@ -216,7 +216,7 @@ def _together(rule: Rule, parts: list[Part]) -> Batch:
 
 
 def _widen_gradients(batches: Sequence[Batch]) -> bool:
-    """Convert gradients to the history's dtype that are of another than their parameter's, if that is exact.
+    """Convert gradients whose dtype is not their parameter's to the history's dtype, where that is exact.
 
     Returns whether there were any.
     """

@@ -77,8 +77,8 @@ def form_and_words(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[An
     """What Triton may compile into a kernel for NVIDIA's devices about its arguments; and what a launch is given.
 
     Arguments are tensors, of which the first tells the device, integers or None. A launch is given the addresses of the
-    tensors on the device, for of a tensor it asks Python for the address, and then the driver whether that is valid.
-    Memory elsewhere, which is pinned, may have another address on the device, for which it must ask.
+    tensors on the device: given a tensor, it would ask Python for the address, and the driver whether that is valid.
+    Memory elsewhere, which is pinned, may have another address on the device, and so is given as a tensor.
     """
     device = arguments[0].get_device()
     form: list[Any] = [device]

@@ -50,9 +50,9 @@ def mark_late(interrupt: BaseException) -> None:
 
 
 def came_late(interrupt: BaseException) -> bool:
-    """Whether an interrupt was noticed only after the work was done, which then counts; asked once, by who counts it.
+    """Whether an interrupt was noticed only after the work was done. To be asked once, by the caller that counts it.
 
-    The next one may be the same object, and an update that it passes on its way may not be done.
+    The mark is removed: the next interrupt may be the same object, and come before the work is done.
     """
     is_late: bool = getattr(interrupt, "came_late", False)
     if is_late:
