@@ -167,7 +167,7 @@ class AdaGrad(Optimizer):
             self.step(indices, weights, grads, states)
             return
         lrs, wds, counts = self._resolve(indices)
-        if all(are_sparse):  # or not asked
+        if not overrides_step or all(are_sparse):
             self._carry_out(weights, grads, states, lrs, wds, counts, fused=True)
             return
         # The overridden step gets the dense part; the whole list is checked before anything changes.
