@@ -69,6 +69,22 @@ def test_names_of_other_frameworks(name: str, here: str) -> None:
         GroupAdaGrad(nesterov=True)  # type: ignore[call-arg]
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("learning_rat", "learning_rate"),
+        ("epsilonn", "epsilon"),
+        ("clip_grad", "clip_gradient"),
+        ("rescale_gradient", "rescale_grad"),
+        ("multiprecision", "multi_precision"),
+        ("initial_accumulator", "initial_accumulator_value"),
+    ],
+)
+def test_a_misspelt_name(name: str, meant: str) -> None:
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}': did you mean '{meant}'\\?"):
+        AdaGrad(**{name: 0.1})  # type: ignore[arg-type]
+
+
 def test_numpys_booleans_are_booleans() -> None:
     assert AdaGrad(multi_precision=np.True_).multi_precision is True
 

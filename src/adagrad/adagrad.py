@@ -37,6 +37,15 @@ _OTHER_NAMES = {
 """What other frameworks call the arguments."""
 
 
+def _similar(name: str) -> str:
+    """Return a question that ends the message about an unknown argument, or nothing."""
+    import difflib
+
+    known = Options.__annotations__.keys() | AdaGrad.__init__.__annotations__.keys() - {"kwargs", "return"}
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    return f": did you mean {found[0]!r}?" if found else ""
+
+
 @register
 class AdaGrad(Optimizer):
     r"""AdaGrad: one step size per element, which shrinks as its squared gradients accumulate.
@@ -120,7 +129,7 @@ class AdaGrad(Optimizer):
         self.initial_accumulator_value = checks.non_negative("initial_accumulator_value", initial_accumulator_value)
         for name in kwargs.keys() - Options.__annotations__.keys():
             other = _OTHER_NAMES.get(name)
-            hint = f": here it is {other}" if other and not (name == "row_wise" and self.row_wise) else ""
+            hint = f": here it is {other}" if other and not (name == "row_wise" and self.row_wise) else _similar(name)
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}{hint}")
         super().__init__(learning_rate=learning_rate, use_fused_step=use_fused_step, **kwargs)
         self._rule_given: tuple[Any, ...] = ()
