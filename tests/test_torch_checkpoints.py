@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -588,6 +589,13 @@ def test_hooks_before_loading_may_remove_themselves_and_load() -> None:
         optimizer.load_state_dict({"param_groups": []})
     assert seen == ["once", "again", "again", "again"]
     assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("given", [None, "adagrad.pt", b"", [{}]])
+def test_what_is_no_dict_is_refused_by_name(given: Any) -> None:
+    optimizer = Adagrad([nn.Parameter(torch.ones(2))])
+    with pytest.raises(TypeError, match=re.escape(f"state_dict={given!r}: must be what state_dict() returns")):
+        optimizer.load_state_dict(given)
 
 
 @pytest.mark.parametrize("state", [5, torch.ones(2), None, []])

@@ -7,7 +7,7 @@ import itertools
 import operator
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.autograd import _profiler_enabled, profiler  # type: ignore[attr-defi
 from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from adagrad import dialects
+from adagrad import checks, dialects
 from adagrad.dialects import default
 from adagrad.torch_compiler import apart_from_compiler
 from adagrad.torch_options import RULE, check_options
@@ -309,6 +309,8 @@ class Adagrad(Optimizer):
             If the groups differ from these or are another optimizer's, an option is invalid, or a state has another
             type or shape; nothing is changed.
         """
+        if not isinstance(state_dict, Mapping):  # before PyTorch copies it
+            raise TypeError(f"state_dict={checks.describe(state_dict)}: must be what state_dict() returns")
         hooks = self._optimizer_load_state_dict_pre_hooks
 
         def in_order(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
