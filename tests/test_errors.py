@@ -253,7 +253,7 @@ CASES: dict[str, Case] = {
     "no state": (
         lambda c: c.state(lambda h: None),
         TypeError,
-        r"history in states[{at}]=None: must be a NumPy array or a torch tensor",
+        r"history in states[{at}]=None: must be a NumPy array or a torch tensor, as create_state returns it",
     ),
     "state a number": (lambda c: c.state(lambda h: 0.0), TypeError, r"history in states[{at}]=0.0: must be"),
     "state of three": (

@@ -66,6 +66,8 @@ def _check_update(names: Names, weight: Array, grad: Any, history: Any, master: 
     if master is not None and w.format not in LOW_PRECISION:
         raise ValueError(f"{names.state}: a master copy: only for float16 and bfloat16 weights, not {w.format}")
     m = None if master is None else operand(names.master, master, is_wrapped=are_wrapped)
+    if history is None:
+        raise TypeError(f"{names.history}=None: must be a NumPy array or a torch tensor, as create_state returns it")
     h = operand(names.history, history, is_wrapped=are_wrapped)
     if m is not None:
         _require(m, "shape", m.shape, w.shape)
