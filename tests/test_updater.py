@@ -143,6 +143,20 @@ def test_bytes_as_indices() -> None:
     assert updater.optimizer._index_update_count == {"name": 3}
 
 
+@pytest.mark.parametrize("index", [range(2), None, 0.5])
+def test_what_is_neither_an_index_nor_a_list_is_named_before_the_weight(index: Any) -> None:
+    updater = get_updater(AdaGrad())
+    with pytest.raises(TypeError, match=re.escape(f"index={index!r}: must be an integer or a string")):
+        updater(index, [np.ones(2)] * 2, [np.ones(2)] * 2)
+    assert updater.states == {}
+
+
+def test_repr() -> None:
+    updater = get_updater(AdaGrad(0.5))
+    updater([0, "bias"], [np.ones(2)] * 2, [np.ones(2), np.ones(2)])
+    assert repr(updater) == f"Updater({updater.optimizer!r}, <2 states>)"
+
+
 def test_integers_and_strings_are_different_indices() -> None:
     updater = get_updater(AdaGrad())
     for index in (0, "0", 1):

@@ -13,7 +13,7 @@ from adagrad import checks
 from adagrad.arguments import as_lists, kind_of
 from adagrad.arrays import format_of, operand
 from adagrad.optimizer import Optimizer
-from adagrad.rates import Index
+from adagrad.rates import Index, check_indices
 from adagrad.rule import is_torch
 
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
@@ -56,6 +56,9 @@ class Updater(Generic[OptimizerT]):
         # States not used since loading, and whether rows may change; a state replaced since then does not count.
         self._loaded: dict[Index, tuple[Any, bool]] = {}
 
+    def __repr__(self) -> str:
+        return f"Updater({self.optimizer!r}, <{len(self.states)} states>)"
+
     def __call__(self, index: Any, grad: Any, weight: Any) -> None:
         """Update ``weight`` with ``grad``, or each of a list of weights; note MXNet's order of the arguments.
 
@@ -87,6 +90,7 @@ class Updater(Generic[OptimizerT]):
                 try:
                     new[each] = self.optimizer.create_state_multi_precision(each, w)
                 except (TypeError, ValueError):
+                    check_indices(indices)
                     operand(f"weights[{k}]" if is_list else "weight", w)  # says which one is wrong, if it is that
                     raise
         for each, w in zip(indices, weights, strict=True) if self._loaded else ():
