@@ -177,6 +177,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.steps <= WARM_UP:
         parser.error(f"--steps {arguments.steps}: must be more than {WARM_UP}, the steps that are not timed")
+    if min(arguments.rows, arguments.threads) < 1 or not 0 <= arguments.rate < float("inf"):
+        parser.error("--rows and --threads must be >= 1; --rate finite and >= 0")
+    if not arguments.picture.parent.is_dir():  # found out before training
+        parser.error(f"--picture {arguments.picture}: {arguments.picture.parent}: must be a folder")
 
     torch.set_num_threads(arguments.threads)
     # torch.optim.Adagrad makes sparse tensors; PyTorch warns unless told whether to check them.
