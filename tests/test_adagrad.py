@@ -68,6 +68,20 @@ def test_which_method_sees_what(method: str, fused: bool, kinds: str, calls: Any
         assert_same_bits(mine, theirs)
 
 
+@pytest.mark.parametrize("klass", [AdaGrad, GroupAdaGrad])
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16])
+def test_a_master_copy_that_was_asked_for_must_be_there(klass: type[AdaGrad], dtype: Any) -> None:
+    """A history alone would be updated, too, with the precision that was to be avoided."""
+    optimizer = klass(0.1, multi_precision=True)
+    weights = [np.ones((2, 3), np.float32), np.ones((2, 3), dtype)]
+    states = [optimizer.create_state(i, w) for i, w in enumerate(weights)]
+    with pytest.raises(ValueError, match=r"states\[1\]: one history: must be a pair \(master copy, history\)"):
+        optimizer.update_multi_precision([0, 1], weights, [np.ones_like(w) for w in weights], states)
+    assert all((w == 1).all() for w in weights)
+    klass(0.1).update_multi_precision([0, 1], weights, [np.ones_like(w) for w in weights], states)
+    optimizer.update(1, weights[1], np.ones_like(weights[1]), states[1])  # which handles no master copies
+
+
 def test_a_step_of_ones_own_is_all_that_happens_to_dense_gradients() -> None:
     """Without super(): the sparse part is still the kernels'."""
 

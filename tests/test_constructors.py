@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from adagrad import AdaGrad, GroupAdaGrad, Optimizer, RowSparse, Updater, get_updater
+from adagrad.lr_scheduler import FactorScheduler
 from adagrad.torch import Adagrad
 from support import assert_same_bits
 
@@ -51,6 +52,7 @@ CONSTRUCTORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"param_idx2name": ["a"]}, TypeError, "param_idx2name=['a']: must be a dict, not list"),
     ({"param_dict": [1]}, TypeError, "param_dict=[1]: must be a dict, not list"),
     ({"lr_scheduler": 0.1}, TypeError, "lr_scheduler=0.1: must be callable with num_update"),
+    ({"lr_scheduler": FactorScheduler}, TypeError, "FactorScheduler'>: must be callable with num_update, no class"),
 ]
 
 

@@ -397,6 +397,22 @@ def test_four_processes_at_once_with_a_cold_cache(tmp_path: Path) -> None:
     assert written(tmp_path) == files, "nothing was compiled again"
 
 
+def test_sources_that_cannot_be_read_are_the_reason(tmp_path: Path) -> None:
+    """As in a zip file: nothing tells what is cached from another version's."""
+    shutil.make_archive(str(tmp_path / "library"), "zip", Path(adagrad.__file__).parents[1], "adagrad")
+    code = """
+    import warnings
+    from adagrad.kernels.runtime import cache_folder
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        print(cache_folder.find(), *(each.message for each in caught))
+    """
+    paths = {"PYTHONPATH": str(tmp_path / "library.zip"), "ADAGRAD_CACHE_DIR": str(tmp_path)}
+    assert "None ADAGRAD_CACHE_DIR" in run(code, **paths)
+    assert "is not used, because the source files of the kernels cannot be read" in run(code, **paths)
+    assert run(code, **(paths | {"ADAGRAD_CACHE_DIR": None})) == "None"
+
+
 @posix
 def test_no_cache_at_all(tmp_path: Path) -> None:
     nowhere = str(as_file(tmp_path / "file"))

@@ -137,7 +137,7 @@ CASES: dict[str, Case] = {
         r"grads[{at}]: dtype float64: must be float16 or float32, for a weight of float16",
     ),
     "gradient bfloat16 for float16": (
-        lambda c: (c.low_precision(lambda m, h: h), c.grad(lambda g: g.astype(BFLOAT16))),
+        lambda c: (c.low_precision(lambda m, h: (m, h)), c.grad(lambda g: g.astype(BFLOAT16))),
         TypeError,
         r"grads[{at}]: dtype bfloat16: must be float16 or float32",
     ),
@@ -154,7 +154,7 @@ CASES: dict[str, Case] = {
         r"history in states[{at}]: dtype float64: must be float32",
     ),
     "history float16": (
-        lambda c: c.low_precision(lambda m, h: h.astype(np.float16)),
+        lambda c: c.low_precision(lambda m, h: (m, h.astype(np.float16))),
         TypeError,
         r"history in states[{at}]: dtype float16: must be float32",
     ),
@@ -186,6 +186,7 @@ CASES: dict[str, Case] = {
         TypeError,
         r"grads=array(",
     ),
+    "one index": (lambda c: setattr(c, "indices", 0), TypeError, r"indices=0: must be a list, like weights"),
     "gradients none": (lambda c: setattr(c, "grads", None), TypeError, r"grads=None: must be a list, like indices"),
     "gradients one row-sparse": (
         lambda c: setattr(c, "grads", RowSparse(np.ones((1, 3)), np.array([0]), SHAPE)),

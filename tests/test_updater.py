@@ -146,8 +146,10 @@ def test_bytes_as_indices() -> None:
 @pytest.mark.parametrize("index", [range(2), None, 0.5])
 def test_what_is_neither_an_index_nor_a_list_is_named_before_the_weight(index: Any) -> None:
     updater = get_updater(AdaGrad())
-    with pytest.raises(TypeError, match=re.escape(f"index={index!r}: must be an integer or a string")):
+    with pytest.raises(TypeError, match=re.escape(f"indices={index!r}: must be a list, like weights")):
         updater(index, [np.ones(2)] * 2, [np.ones(2)] * 2)
+    with pytest.raises(TypeError, match=re.escape(f"index={index!r}: must be an integer or a string")):
+        updater(index, np.ones(2), "no array")
     assert updater.states == {}
 
 

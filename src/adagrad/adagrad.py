@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adagrad import checks, dialects, kernels
-from adagrad.arguments import as_lists, check_low_precision
+from adagrad.arguments import as_lists, check_low_precision, require_masters
 from adagrad.arrays import LOW_PRECISION, computing_format, format_of, operand
 from adagrad.dialects import default
 from adagrad.optimizer import Optimizer, Options, register
@@ -205,8 +205,13 @@ class AdaGrad(Optimizer):
         """Call :meth:`~adagrad.Optimizer.update`: the kernels handle master copies, nothing is copied.
 
         For a subclass that overrides a step, :meth:`Optimizer.update_multi_precision` is used, as in MXNet.
+
+        ValueError if ``multi_precision`` is set and a low-precision weight's state has no master copy.
         """
         if self._takes_pairs():
+            if self.multi_precision:
+                indices, weights, grads, states = as_lists(indices, weights, grads, states)
+                require_masters(weights, states)
             self.update(indices, weights, grads, states)
         else:
             super().update_multi_precision(indices, weights, grads, states)

@@ -14,6 +14,8 @@ from adagrad.rule import Array, cast
 def as_lists(indices: Any, weights: Any, grads: Any, states: Any) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
     """Return the arguments of an update as lists of equal length; indices must be hashable and distinct."""
     if not isinstance(indices, (list, tuple)):
+        if isinstance(weights, (list, tuple)):
+            raise TypeError(f"indices={checks.describe(indices)}: must be a list, like weights")
         indices, weights, grads, states = [indices], [weights], [grads], [states]
     n = len(indices)
     if not (type(weights) is type(grads) is type(states) is list and len(weights) == len(grads) == len(states) == n):
@@ -37,6 +39,17 @@ def kind_of(state: Any) -> str:
     if not isinstance(state, (tuple, list)):
         return "one history"
     return "a pair (master copy, history)" if len(state) == 2 else f"{len(state)} entries"
+
+
+def require_masters(weights: list[Any], states: list[Any]) -> None:
+    """ValueError for a low-precision weight whose state has no master copy."""
+    for i, (weight, state) in enumerate(zip(weights, states, strict=True)):
+        if isinstance(state, (tuple, list)) or state is None:  # None is refused elsewhere, for any weight
+            continue
+        dtype = getattr(weight, "dtype", None)
+        if getattr(dtype, "itemsize", 0) == 2 and str(dtype).endswith("float16"):
+            need = "must be a pair (master copy, history), as create_state_multi_precision returns it"
+            raise ValueError(f"{in_lists(i).state}: {kind_of(state)}: {need} with multi_precision=True")
 
 
 def check_low_precision(which: list[int], weights: list[Any], grads: list[Any], states: list[Any]) -> None:

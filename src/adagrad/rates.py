@@ -53,8 +53,8 @@ class Rates:
         self.sym_info = () if sym is None else (sym.attr_dict(), sym.list_arguments())
         if learning_rate is not None:
             learning_rate = checks.non_negative("learning_rate", learning_rate)
-        if lr_scheduler is not None and not callable(lr_scheduler):
-            raise TypeError(f"lr_scheduler={checks.describe(lr_scheduler)}: must be callable with num_update")
+        if lr_scheduler is not None and (isinstance(lr_scheduler, type) or not callable(lr_scheduler)):
+            raise TypeError(f"lr_scheduler={checks.describe(lr_scheduler)}: must be callable with num_update, no class")
         self.lr_scheduler = lr_scheduler
         self.lr: float | None = learning_rate
         if lr_scheduler is None and learning_rate is None:

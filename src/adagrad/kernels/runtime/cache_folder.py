@@ -40,19 +40,22 @@ def find() -> Path | None:
     ``ADAGRAD_CACHE_DIR``, else Numba's ``NUMBA_CACHE_DIR``, else the user's cache folder. It holds pickles and machine
     code, so one that another user could write to is not used. A UserWarning tells whoever named one for this library.
     """
-    ours = os.environ.get("ADAGRAD_CACHE_DIR")
-    found = _usable(ours or os.environ.get("NUMBA_CACHE_DIR"))
+    ours, rule = os.environ.get("ADAGRAD_CACHE_DIR"), "must be a folder that no other user can write to"
+    try:
+        found = _usable(ours or os.environ.get("NUMBA_CACHE_DIR"), _source_hash())
+    except OSError:  # in a zip file, or frozen: what is cached could not be told from another version's
+        found, rule = None, "is not used, because the source files of the kernels cannot be read"
     if ours and found is None:
-        rule = "must be a folder that no other user can write to; each process compiles its kernels"
-        warnings.warn(f"ADAGRAD_CACHE_DIR: {ours!r}: {rule}", UserWarning, stacklevel=checks.caller())
+        message = f"ADAGRAD_CACHE_DIR: {ours!r}: {rule}; each process compiles its kernels"
+        warnings.warn(message, UserWarning, stacklevel=checks.caller())
     return found
 
 
-def _usable(chosen: str | None) -> Path | None:
+def _usable(chosen: str | None, version: str) -> Path | None:
     """The folder in ``chosen``, or in the user's cache folder, made if need be; None if it cannot be used."""
     try:
         root = Path(chosen) if chosen else _user_cache() / "adagrad"
-        path = root.absolute() / f"kernels-{_source_hash()}"
+        path = root.absolute() / f"kernels-{version}"
         with suppress(OSError):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # a mode says nothing about parents
             path.mkdir(mode=0o700, exist_ok=True)
