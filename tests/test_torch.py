@@ -265,6 +265,7 @@ def of_another_order(p: Tensor) -> Tensor:
         (lambda o, a, b: a.detach().t(), r"parameter\[0\]: shares memory with gradient of parameter\[0\]"),
         (lambda o, a, b: b.detach().t(), r"parameter\[1\]: shares memory with gradient of parameter\[0\]"),
         (lambda o, a, b: b.detach()[:1].expand(3, 3), r"parameter\[1\]: shares memory with gradient"),
+        (lambda o, a, b: b.detach()[1:2].expand(3, 3), r"parameter\[1\]: shares memory with gradient"),
         (lambda o, a, b: o.state[b]["sum"].t(), r"sum of parameter\[1\]: shares memory with gradient"),
     ],
 )
@@ -411,6 +412,18 @@ def test_no_sparse_dimension_is_one_row(shape: tuple[int, ...], entries: int, tr
         optimizer = Adagrad([each], lr=0.1, weight_decay=0.1)
         optimizer.step()
     assert_same_bits(p, row[0])
+
+
+def test_no_sparse_dimension_has_one_row_in_the_master_copy_too() -> None:
+    p, row = (nn.Parameter(torch.full(shape, 0.3, dtype=torch.bfloat16)) for shape in ((3,), (1, 3)))
+    values = torch.tensor([[1.0, 2.0, 3.0], [0.5, 0.25, 4.0]], dtype=torch.bfloat16)
+    p.grad = torch.sparse_coo_tensor(torch.zeros(0, 2, dtype=torch.long), values, (3,), check_invariants=False)
+    row.grad = coo([0, 0], values, (1, 3))
+    one, other = (Adagrad([each], lr=0.1, multi_precision=True) for each in (p, row))
+    for optimizer in (one, other):
+        optimizer.step()
+    assert_same_bits(p, row[0])
+    assert_same_bits(one.state[p]["master"], other.state[row]["master"][0])
 
 
 # ---------------------------------------------------------------------------------------------------- lists and threads

@@ -553,6 +553,24 @@ def test_a_master_copy_with_nan_is_kept() -> None:
     assert again.state[p]["master"][0].item() == before
 
 
+def test_a_master_copy_follows_a_parameter_to_nan_and_back() -> None:
+    p, optimizer = with_master()
+    p.grad = torch.zeros_like(p)
+    for value in (math.nan, 2.0):
+        with torch.no_grad():
+            p[0] = value
+        optimizer.step()
+        assert_same_bits(p[0], torch.tensor(value, dtype=p.dtype))
+        assert_same_bits(optimizer.state[p]["master"][0], torch.tensor(value))
+
+
+def test_counts_whose_values_the_host_does_not_know_are_loaded() -> None:
+    p = nn.Parameter(torch.ones(2, device="meta"))
+    optimizer = Adagrad([p], fused=True)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state[p]["step"].is_meta
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_counts_that_are_numbers_in_a_checkpoint_go_where_counts_are(fused: bool) -> None:
     p = torch.nn.Parameter(torch.ones(2, device="meta" if fused else "cpu"))

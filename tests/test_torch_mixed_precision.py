@@ -147,6 +147,22 @@ def test_embeddings_and_dense_layers_in_one_optimizer(order: int, multi_precisio
         assert one.state[p]["step"] == 3
 
 
+def test_a_gradient_of_another_order_beside_a_master_copy() -> None:
+    """Its order is made usual only where no weight has a master copy: that one would be left behind."""
+    results = []
+    for separate in (False, True):
+        p, low = parameter((4, 3)), parameter((5,), torch.bfloat16)
+        p.grad, low.grad = torch.arange(12.0).view(3, 4).t(), gradient(low, 1)
+        options: dict[str, Any] = {"lr": 0.01, "multi_precision": True}
+        optimizers = [Adagrad(params, **options) for params in ([[p], [low]] if separate else [[p, low]])]
+        for _ in range(2):
+            for optimizer in optimizers:
+                optimizer.step()
+        results.append((p, low, optimizers[-1].state[low]["master"], optimizers[-1].state[low]["sum"]))
+    for a, b in zip(*results, strict=True):
+        assert_same_bits(a, b)
+
+
 def test_a_master_copy_is_made_anew_whatever_memory_the_new_values_have() -> None:
     for _ in range(50):
         p = nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16))
