@@ -126,6 +126,7 @@ CALLS: list[Callable[[Any], Any]] = [
     lambda o: convert.from_keras([], o),
     lambda o: convert.to_keras({}, o, []),
     lambda o: convert.from_fbgemm([], o),
+    lambda o: convert.from_fbgemm([f32(1)], o),
     lambda o: convert.to_fbgemm({}, o),
 ]
 

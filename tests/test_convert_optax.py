@@ -380,6 +380,12 @@ def test_masked_weight_decay_in_a_chain_of_optax() -> None:
         convert.from_optax(masked, optimizer)
 
 
+def test_a_masked_chain_without_state_holds_nothing() -> None:
+    masked = optax.masked(optax.chain(optax.identity(), optax.clip(1.0)), {"w": True, "b": False})
+    state = optax.chain(masked, optax.adagrad(0.1)).init({"w": f32(1, 2), "b": f32(1)})
+    assert len(convert.from_optax(state, AdaGrad(0.1, dialect="optax"))) == 2
+
+
 def test_a_part_of_the_parameters_in_optax() -> None:
     """AdaGrad for the tables, another rule for the rest: as docs/migrating.md says."""
     params = {"b": np.ones(3, np.float32), "table": np.ones((2, 2), np.float32), "w": np.ones(4, np.float32)}

@@ -238,7 +238,9 @@ def test_a_history_of_elements_is_not_one_of_rows() -> None:
         convert.from_torch(before.state_dict(), GroupAdaGrad(0.1, dialect="torch"))
 
 
-@pytest.mark.parametrize("other", [{}, {"state": {}}, [], None, {"state": {0: {}}, "param_groups": [{"params": [0]}]}])
+@pytest.mark.parametrize(
+    "other", [{}, {"state": {}}, [], None, np.ones(1), {"state": {0: {}}, "param_groups": [{"params": [0]}]}]
+)
 def test_what_is_no_state_dict_is_refused(other: Any) -> None:
     with pytest.raises(ValueError, match=r"state_dict: must be what torch.optim.Adagrad.state_dict\(\) returns"):
         convert.from_torch(other, AdaGrad(dialect="torch"))
@@ -250,6 +252,13 @@ def test_what_is_no_state_dict_is_refused(other: Any) -> None:
     for before_a_step in (torch.optim.Adam([p]), torch.optim.SGD([p])):
         with pytest.raises(ValueError, match="no parameter has a state"):
             convert.from_torch(before_a_step.state_dict(), AdaGrad(dialect="torch"))
+
+
+@pytest.mark.parametrize("groups", [[], [[]], [[], []]], ids=str)
+def test_no_parameters_are_no_states(groups: list[list[int]]) -> None:
+    """An empty state is that of another optimizer only if there are parameters."""
+    saved = {"state": {}, "param_groups": [{"lr": 0.1, "params": params} for params in groups]}
+    assert convert.from_torch(saved, AdaGrad(0.1, dialect="torch")) == {}
 
 
 @pytest.mark.parametrize(("off", "is_same"), [(0.0, True), (6e-8, True), (5e-7, False)])

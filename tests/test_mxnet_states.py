@@ -203,6 +203,14 @@ def test_attributes_are_read() -> None:
     assert not {"name", "scheduler"} & config.keys()
 
 
+def test_a_clip_of_zero_is_not_continued() -> None:
+    """MXNet takes it for "no gradients" where they are dense, for "no clipping" where they are sparse."""
+    data = pickle.dumps(({}, adagrad(clip_gradient=0.0)))
+    with pytest.raises(ValueError, match="clip_gradient=0: must be None or > 0: with 0, MXNet sets dense gradients"):
+        get_updater(AdaGrad()).set_states(data)
+    get_updater(AdaGrad()).set_states(pickle.dumps(({}, adagrad(clip_gradient=1))))
+
+
 @pytest.mark.parametrize(
     ("reason", "changes"),
     [

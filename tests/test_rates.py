@@ -68,6 +68,17 @@ def test_multipliers_that_were_set_are_checked_before_anything_changes(
     assert (updater.optimizer._index_update_count, updater.optimizer.num_update) == ({}, 0)
 
 
+@pytest.mark.parametrize("name", ["lr", "wd"])
+def test_a_product_beyond_the_numbers_is_refused_by_name(name: str) -> None:
+    """Each factor is finite, and so passes its own check."""
+    optimizer = AdaGrad(1e200, wd=1e200)
+    setattr(optimizer, f"{name}_mult", {1: 1e200})
+    weights = [np.ones(2), np.ones(2)]
+    with pytest.raises(ValueError, match=rf"{name} of index 1=inf: must be finite and >= 0"):
+        optimizer.update([0, 1], weights, [np.ones(2)] * 2, [np.zeros(2), np.zeros(2)])
+    assert weights[0].tolist() == weights[1].tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize(("attribute", "value"), [("num_update", "7"), ("num_update", None), ("begin_num_update", 2.5),
                                                   ("begin_num_update", -3), ("num_update", True)])  # fmt: skip
 @pytest.mark.parametrize("klass", [AdaGrad, Pass])

@@ -118,6 +118,12 @@ def test_how_far_a_saved_schedule_may_be() -> None:
         AdaGrad(None, lr_scheduler=to_the_end, begin_num_update=10**9).config()
 
 
+def test_a_schedule_that_ends_soon_can_be_saved_however_far_on() -> None:
+    """Its few decays are counted from its own first rate."""
+    schedule = FactorScheduler(1, 1 - 1e-9, stop_factor_lr=0.0099, base_lr=0.01)  # 10^7 multiplications
+    AdaGrad(None, lr_scheduler=schedule, begin_num_update=10**12).config()
+
+
 def test_the_last_schedule_that_can_be_saved() -> None:
     schedule = FactorScheduler(1, 1 - 1e-13, stop_factor_lr=0.0, base_lr=1.0)
     AdaGrad(None, lr_scheduler=schedule, begin_num_update=MOST_DECAYS - 1).config()
