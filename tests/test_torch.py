@@ -172,10 +172,24 @@ def test_gradients_of_another_dtype(
 
 
 @has_grad_dtype
+def test_a_gradient_of_another_dtype_and_order_is_not_rounded() -> None:
+    p, q = (parameter((4, 3), torch.bfloat16) for _ in range(2))
+    grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).t()
+    for each, given in ((p, grad), (q, grad.contiguous())):
+        each.grad_dtype, each.grad = torch.float32, given
+        optimizer = Adagrad([each])
+        optimizer.step()
+        assert_same_bits(optimizer.state[each]["sum"], grad.contiguous().square())
+    assert_same_bits(p, q)
+
+
+@has_grad_dtype
+@pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_that_would_be_rounded_are_refused(dtype: torch.dtype) -> None:
+def test_gradients_that_would_be_rounded_are_refused(dtype: torch.dtype, is_transposed: bool) -> None:
     p, q = (parameter((4, 3), dtype, i) for i in range(2))
-    p.grad, q.grad_dtype, q.grad = torch.ones_like(p), torch.float64, torch.ones(4, 3, dtype=torch.float64)
+    wide = torch.ones(3, 4, dtype=torch.float64).t() if is_transposed else torch.ones(4, 3, dtype=torch.float64)
+    p.grad, q.grad_dtype, q.grad = torch.ones_like(p), torch.float64, wide
     before = [p.detach().clone(), q.detach().clone()]
     with pytest.raises(TypeError, match=r"gradient of parameter\[1\]: dtype float64: must be"):
         Adagrad([p, q]).step()
@@ -298,6 +312,13 @@ def test_what_no_copy_helps_is_left_to_the_checks(monkeypatch: pytest.MonkeyPatc
         p.grad, optimizer.state[p]["sum"] = of_another_order(p), history
         with pytest.raises(TypeError, match=rf"sum of parameter\[0\].*{message}"):
             optimizer.step()
+    p.grad, optimizer.state[p]["sum"] = of_another_order(p), torch.ones_like(p).conj()
+    with pytest.raises(ValueError, match=r"sum of parameter\[0\]: a negated or conjugated view: must be resolved"):
+        optimizer.step()
+    p = nn.Parameter(torch.ones(2, 2, dtype=torch.complex64).conj())
+    p.grad = of_another_order(p)
+    with pytest.raises(ValueError, match=r"parameter\[0\]: a negated or conjugated view: must be resolved"):
+        Adagrad([p]).step()
     monkeypatch.setattr(tensor_views, "MOST_COPIED", 15)
     for rows, is_general in ((3, False), (4, True)):
         taken = []

@@ -118,6 +118,20 @@ def test_gradients_flow_through_a_sparse_step() -> None:
     assert_same_bits(step(start, values), plain)
 
 
+def test_a_differentiable_step_starts_from_the_master_copy() -> None:
+    """Whose bits the parameter lacks: an update that rounding loses would be lost at every step."""
+    p, q = (torch.ones(3, dtype=torch.bfloat16) for _ in range(2))
+    optimizers = [
+        Adagrad([each], lr=1e-3, multi_precision=True, differentiable=each is p, eps=0.0) for each in (p, q)
+    ]
+    for _ in range(3):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_same_bits(p, q)
+    assert_same_bits(optimizers[0].state[p]["master"], optimizers[1].state[q]["master"])
+
+
 def test_a_differentiable_step_decays_by_each_parameters_own_count() -> None:
     params = [torch.ones(2, requires_grad=True).clone() for _ in range(2)]
     optimizer = Adagrad(params, lr=0.5, lr_decay=1.0, eps=0.0, differentiable=True)
