@@ -43,7 +43,7 @@ def new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         history = _row_wise_history(p, group, start, dtype)
     else:
         value = complex(start, start) if p.is_complex() else start
-        history = torch.full_like(p, value, dtype=dtype, memory_format=torch.preserve_format)
+        history = torch.full_like(p, value, dtype=dtype)
     state = {"step": step, "sum": history}
     if group["multi_precision"] and (copy := master(p, {})) is not None:
         state["master"] = copy
@@ -89,7 +89,7 @@ def master(p: Tensor, state: dict[str, Any]) -> Tensor | None:
     p = p.detach()
     if copy is not None and not _can_compare(p, copy):
         return copy
-    wide = p.to(WIDE[p.dtype], memory_format=torch.preserve_format)
+    wide = p.to(WIDE[p.dtype])
     if copy is None:
         return wide
     rounded = copy.to(p.dtype)

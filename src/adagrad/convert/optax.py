@@ -92,7 +92,7 @@ def to_optax(states: Mapping[Index, Any], optimizer: AdaGrad, opt_state: Any) ->
     from jax import tree
 
     leaves, structure = tree.flatten(accumulator.sum_of_squares)
-    found, expected = ([tuple(np.shape(each)) for each in arrays] for arrays in (histories, leaves))
+    found, expected = ([np.shape(each) for each in arrays] for arrays in (histories, leaves))
     if found != expected:
         raise ValueError(
             f"states: shapes {checks.describe(found)}: must be {checks.describe(expected)}, as in opt_state"
