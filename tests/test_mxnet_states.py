@@ -277,6 +277,15 @@ def test_a_schedule_that_was_set_after_the_constructor() -> None:
     assert found.scheduler[1]["base_lr"] == 0.4
 
 
+@pytest.mark.parametrize("kind", ["Factor", "MultiFactor", "Poly", "Cosine"])
+def test_schedules_before_the_first_update_are_read(kind: str) -> None:
+    """None has got anywhere yet, which is no further than the optimizer."""
+    start = {"Factor": {"count": 0}, "MultiFactor": {"count": 0, "cur_step_ind": 0}}.get(kind, {})
+    found = read_optimizer(adagrad(lr=None, num_update=0, lr_scheduler=scheduler(kind, base_lr=0.4, **start)))
+    assert isinstance(found.scheduler, tuple)
+    assert found.scheduler[1]["base_lr"] == 0.4
+
+
 def test_steps_of_a_schedule_may_be_floats() -> None:
     changes = {"step": 1.5, "count": 3.0, "base_lr": 0.1}
     found = read_optimizer(adagrad(lr=None, num_update=4, lr_scheduler=scheduler("Factor", **changes)))

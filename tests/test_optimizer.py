@@ -135,6 +135,8 @@ def test_history_lies_as_the_weight_does() -> None:
 def test_an_initial_history_fits_its_dtype() -> None:
     optimizer = AdaGrad(initial_accumulator_value=1e300)
     assert optimizer.create_state(0, np.ones(2)).tolist() == [1e300] * 2
+    most = float(np.finfo(np.float32).max)
+    assert AdaGrad(initial_accumulator_value=most).create_state(0, np.ones(1, np.float32))[0] == most
     with pytest.raises(ValueError, match=r"initial_accumulator_value=1e\+300: must be finite in float32"):
         optimizer.create_state(0, np.ones(2, np.float32))
 

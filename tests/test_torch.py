@@ -175,8 +175,8 @@ def test_gradients_of_another_dtype(
 def test_a_gradient_of_another_dtype_and_order_is_not_rounded() -> None:
     p, q = (parameter((4, 3), torch.bfloat16) for _ in range(2))
     grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).t()
-    for each, given in ((p, grad), (q, grad.contiguous())):
-        each.grad_dtype, each.grad = torch.float32, given
+    for each, one in ((p, grad), (q, grad.contiguous())):
+        each.grad_dtype, each.grad = torch.float32, one
         optimizer = Adagrad([each])
         optimizer.step()
         assert_same_bits(optimizer.state[each]["sum"], grad.contiguous().square())

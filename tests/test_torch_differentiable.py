@@ -121,9 +121,7 @@ def test_gradients_flow_through_a_sparse_step() -> None:
 def test_a_differentiable_step_starts_from_the_master_copy() -> None:
     """Whose bits the parameter lacks: an update that rounding loses would be lost at every step."""
     p, q = (torch.ones(3, dtype=torch.bfloat16) for _ in range(2))
-    optimizers = [
-        Adagrad([each], lr=1e-3, multi_precision=True, differentiable=each is p, eps=0.0) for each in (p, q)
-    ]
+    optimizers = [Adagrad([each], lr=1e-3, multi_precision=True, differentiable=each is p, eps=0.0) for each in (p, q)]
     for _ in range(3):
         p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
         for optimizer in optimizers:

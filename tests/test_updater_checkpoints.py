@@ -223,8 +223,14 @@ def test_without_resize_rows_another_shape_is_refused() -> None:
     again(0, np.ones((4, 3)), np.ones((4, 3)))
     filled = get_updater(AdaGrad())
     filled(0, np.ones((5, 3)), np.ones((5, 3)))
-    with pytest.raises(ValueError, match=r"states\[0\]: float64 of shape \(4, 3\): must be float64 of shape \(5, 3\)"):
+    expected = r"must be float64 of shape \(5, 3\), like this updater's"
+    hint = "; resize_rows=True lets the number of rows change"
+    with pytest.raises(ValueError, match=rf"states\[0\]: float64 of shape \(4, 3\): {expected}{hint}$"):
         filled.set_states(updater.get_states())
+    narrow = get_updater(AdaGrad())
+    narrow(0, np.ones((4, 2)), np.ones((4, 2)))
+    with pytest.raises(ValueError, match=rf"states\[0\]: float64 of shape \(4, 2\): {expected}$"):
+        filled.set_states(narrow.get_states())
     assert filled.states[0].shape == (5, 3)
     filled.set_states(updater.get_states(), resize_rows=True)
     with pytest.raises(ValueError, match="shape"):
