@@ -202,6 +202,11 @@ def variable(name: str, *numbers: float) -> SimpleNamespace:
         ),
         ([variable("dynamic_scale", 1), variable("w_accumulator", 1)], {}, "variables: 'dynamic_scale': must be those"),
         (
+            [variable("w", 1), variable("w_accumulator", 1)],
+            {},
+            "variables: 'w': must be those of keras.optimizers.Adagrad",
+        ),
+        (
             [variable("w_accumulator", 1), variable("w_gradient_accumulator", 2)],
             {},
             "w_gradient_accumulator: gradients that are not applied yet: convert right after an update",
@@ -274,6 +279,9 @@ def test_to_keras_refuses() -> None:
     assert convert.to_keras({0: f32(1), 1: f32(2)}, optimizer, [w, same]) == [(w, f32(1)), (same, f32(2))]
     assert convert.to_keras(states, optimizer, [w]) == [(w, states[0])]
     pending = SimpleNamespace(name="w_gradient_accumulator", shape=(1,))
+    # As many as the states: they are of weights with these names.
+    found = convert.to_keras({0: f32(1), 1: f32(2)}, optimizer, [pending, w])
+    assert found == [(pending, f32(1)), (w, f32(2))]
     with pytest.raises(ValueError, match="variables: of an optimizer with gradient_accumulation_steps: must be of one"):
         convert.to_keras(states, optimizer, [pending, w])
     with pytest.raises(

@@ -93,6 +93,13 @@ def test_counts_that_were_set_are_checked_before_anything_changes(
     assert (updater.states, updater.optimizer._index_update_count) == ({}, {})
 
 
+def test_counts_of_numpy_that_are_zero_are_counts() -> None:
+    optimizer, weight = AdaGrad(0.5, begin_num_update=np.int64(0), epsilon=0), np.ones(2)  # type: ignore[arg-type]
+    optimizer.num_update = np.int64(0)  # type: ignore[assignment]
+    optimizer.update(0, weight, np.ones(2), np.zeros(2))
+    assert (weight.tolist(), optimizer.num_update) == ([0.5, 0.5], 1)
+
+
 # ------------------------------------------------------------------------------------------------------------ in double
 
 SCHEDULES: list[LRScheduler] = [

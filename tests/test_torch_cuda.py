@@ -20,9 +20,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adagrad import AdaGrad, RowSparse, get_updater, torch_step
-from adagrad.kernels import device_updates, fast_path, general_path
+from adagrad.kernels import device_lists, device_updates, fast_path, general_path
 from adagrad.kernels.batch import Batch
 from adagrad.kernels.inspection import table
+from adagrad.rule import Rule
 from adagrad.torch import Adagrad
 from cuda_operands import needs_gpu
 from support import assert_same_bits
@@ -575,6 +576,22 @@ def test_counts_on_the_device_advance_together(fused: bool | None) -> None:
     assert [optimizer.state[p]["step"].item() for p in params] == [1.0] * 50
     part.advance(torch.ones(()), [])
     assert [optimizer.state[p]["step"].item() for p in params] == [1.0] * 50
+
+
+def test_counts_that_no_kernel_could_skip_advance() -> None:
+    """Of weights elsewhere than the row ids that a device checks; here "meta" stands for it."""
+    assert torch_step._went(torch.device("cpu"), None, [torch.zeros(1, device="meta")]) == 1
+
+
+def test_a_list_is_left_whole_if_its_row_sparse_part_is_not_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its dense part alone would be a step of some weights."""
+    weights = [torch.ones(3, 2) for _ in range(3)]
+    grads = [torch.ones(3, 2), torch.ones(3, 2).to_sparse(1), torch.ones(3, 2)]
+    monkeypatch.setattr(device_lists, "_inspect_dense", lambda batch: batch if len(batch.grads) == 2 else None)
+    for rows in (None, object()):
+        monkeypatch.setattr(device_lists, "_inspect_rows", lambda batch, rows=rows: rows)
+        found = device_lists._inspect(Batch(Rule(), weights, grads, weights, [], [0.1], [0.0]))
+        assert (found is None) == (rows is None)
 
 
 def test_learning_rates_are_divided_once_wherever_counts_are() -> None:

@@ -241,6 +241,17 @@ def test_states_of_another_shape_with_several_sparse_dimensions(name: str, tenso
     assert (tensor == 0).all()
 
 
+def test_a_history_of_another_order_with_several_sparse_dimensions() -> None:
+    p = nn.Parameter(torch.zeros(3, 4))
+    optimizer = Adagrad([p])
+    history = optimizer.state[p]["sum"] = torch.zeros(4, 3).t()
+    p.grad = torch.sparse_coo_tensor(torch.tensor([[0, 1], [2, 3]]), torch.ones(2), (3, 4), check_invariants=True)
+    with pytest.raises(ValueError, match="2 sparse dimensions: must be 1 unless the weight and its state are contig"):
+        optimizer.step()
+    assert (p == 0).all()
+    assert (history == 0).all()
+
+
 def test_a_master_copy_that_is_none() -> None:
     p = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
     optimizer = Adagrad([p], multi_precision=True)

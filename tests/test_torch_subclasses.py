@@ -184,4 +184,5 @@ def test_fake_tensors(options: dict[str, Any]) -> None:
         p = nn.Parameter(torch.ones(4, 3, dtype=torch.bfloat16))
         optimizer = Adagrad([p], **options)
         p.grad = torch.ones_like(p)
-        optimizer.step()
+        for _ in range(2):
+            optimizer.step()
