@@ -71,7 +71,7 @@ def placed(o: Operand) -> Operand:
     """The operand with ``memory`` whose addresses are right on any device; that memory must not be read."""
     if o.memory is not None or not isinstance(o.array, Tensor) or o.array.device.type not in ("cpu", "cuda"):
         return o
-    return o._replace(memory=o.array.numpy() if o.array.device.type == "cpu" else _addresses(o.array))
+    return o._replace(memory=_addresses(o.array))
 
 
 def _addresses(tensor: Tensor) -> np.ndarray:
