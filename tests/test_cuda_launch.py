@@ -117,7 +117,9 @@ def test_forms() -> None:
         return form_and_words((memory, argument))[0]
 
     assert form_of(memory) == form_of(memory[4:]) != form_of(memory[1:])
+    assert form_of(memory) != form_of(memory[2:]), "8 bytes are not enough"
     assert form_of(memory) != form_of(memory.long())
+    assert form_and_words((memory, None, memory))[0] != form_and_words((memory, memory, None))[0]
     assert len({form_of(n) for n in (1, 2, 16, 2**31, 2**31 + 1)}) == 5
     assert form_of(2) == form_of(3) == form_of(2**31 - 1) != form_of(None)
 

@@ -18,6 +18,7 @@ from cuda_operands import (
     DTYPES,
     GPU,
     ON_THE_GPU,
+    DenseUpdate,
     RowUpdate,
     as_numpy,
     assert_same,
@@ -127,6 +128,19 @@ def test_one_row_longer_than_all_that_is_added_at_once(n: int, row_wise: bool) -
     check_rows([make_rows([4] * n, (6, 3), row_wise=row_wise)], Rule(row_wise=row_wise))
 
 
+@pytest.mark.parametrize("n", [513, 1025, 1537])
+def test_no_sums_but_those_of_the_chunks_are_added(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 that are loaded at once, those there are: the memory after them was not written by this call."""
+    empty = torch.Tensor.new_empty
+
+    def unwritten(*given: Any, **options: Any) -> torch.Tensor:
+        made = empty(*given, **options)
+        return made.fill_(math.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", unwritten)
+    check_rows([make_rows([4] * n + [*range(5, 135)], (135, 3))], Rule())
+
+
 @pytest.mark.parametrize("n", [1023, 1024, 1025, 2049])
 @pytest.mark.parametrize("index_dtype", ["int32", "int64"])
 def test_ids_around_the_borders_of_blocks_of_ids(n: int, index_dtype: str) -> None:
@@ -175,7 +189,31 @@ def test_where_a_run_begins(count: int) -> None:
         assert found.item() == np.searchsorted(ids, row)
 
 
-@pytest.mark.parametrize("count", [1, 31, 32, 33, 127, 128, 129, 300, 1000])
+@triton.jit
+def find_weights(records: tl.tensor, weights: tl.tensor, rows: tl.tensor, found: tl.tensor, TILE: tl.constexpr) -> None:
+    lane = tl.arange(0, TILE)
+    place = cuda.rows.find_operands(records, weights, tl.load(rows + lane), TILE).to(tl.int64) - records.to(tl.int64)
+    tl.store(found + lane[:, None], place)
+
+
+@pytest.mark.parametrize("weights", [1, 31, 32, 33, 64, 65])
+def test_which_weight_a_row_is_of(weights: int) -> None:
+    """Where there is no row, it is some weight: its record is read, and settings are where that says."""
+    heights = np.random.default_rng(weights).choice([0, 1, 2**31, 5], weights)
+    heights[-1] = 1
+    firsts = np.cumsum(heights) - heights
+    rows = np.resize([-1, *firsts[heights > 0], *(firsts + heights - 1)[heights > 0]], 128)
+    records = torch.zeros(10 * weights, dtype=torch.int64)
+    records[9 * weights :] = torch.from_numpy(firsts)
+    found = torch.zeros(128, dtype=torch.int64, device=DEVICE)
+    find_weights[(1,)](records.to(DEVICE), weights, torch.from_numpy(rows).to(DEVICE), found, TILE=128)
+    expected = np.maximum(np.searchsorted(firsts, rows, "right") - 1, 0)
+    got = (found.cpu().numpy() // 8 - 10 * weights) / 8
+    np.testing.assert_array_equal(got[rows >= 0], expected[rows >= 0])
+    assert set(got[rows < 0]) <= set(range(weights))
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 127, 128, 129, 600, 850, 1000])
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
 @pytest.mark.usefixtures("sorts_as_on_a_device")
 def test_few_keys_are_sorted_stably(count: int, dtype: str) -> None:
@@ -225,15 +263,28 @@ def guarded(tensor, at_end):
     copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=first).view(tensor.shape)
     return copy.copy_(tensor)
 
+def guard(owner, name):
+    "The same for what a call allocates for itself."
+    make = getattr(owner, name)
+
+    def made(*arguments, **options):
+        tensor = make(*arguments, **options)
+        return guarded(tensor, at_end) if tensor.numel() else tensor
+
+    setattr(owner, name, made)
+
 def rows(count, at_end, row_wise, dtype):
-    ids = torch.arange(count) // 40  # runs of 40, and the rest
+    ids = ((torch.arange(count) + 123) // 128).to(torch.int32 if count % 2 else torch.int64)  # 5 of one, then 128
     shape = (int(ids.max()) + 1, 6)
     weight, history = torch.ones(shape, dtype=dtype), torch.zeros(shape[0], 1 if row_wise else 6)
     values = torch.ones(count, 6, dtype=dtype)
     return [guarded(t, at_end) for t in (weight, ids, values, history)]
 
 rules = {row_wise: Rule(row_wise=row_wise) for row_wise in (False, True)}
-for count, at_end, row_wise in itertools.product([(1,), (33, 40), (40, 130, 1)], (False, True), (False, True)):
+at_end = False
+for owner, name in [(torch, "empty"), (torch, "empty_like"), (torch, "from_numpy"), (torch.Tensor, "new_empty")]:
+    guard(owner, name)
+for count, at_end, row_wise in itertools.product([(1,), (33,), (33, 40), (1, 40, 133)], (False, True), (False, True)):
     rule, dtype = rules[row_wise], torch.bfloat16 if at_end == row_wise else torch.float32
     tables = [rows(n, at_end, row_wise, dtype) for n in count]
     sparse = [cuda.row_lists.of_tensors(*each, None, 0.1, 0.0, rule) for each in tables]
@@ -311,9 +362,10 @@ def test_nan_and_infinity_stay_in_their_rows(row_wise: bool) -> None:
     check_rows([u], Rule(clip_gradient=1.0, row_wise=row_wise))
 
 
-def test_sums_begin_with_the_first_value() -> None:
+@pytest.mark.parametrize("count", [2, 40, 300])
+def test_sums_begin_with_the_first_value(count: int) -> None:
     """Not with zero: a sum of negative zeros is a negative zero, and moves a weight of zero to its other sign."""
-    u = make_rows([0, 0, 1], (2, 2), wd=0.0)
+    u = make_rows([*[0] * count, 1], (2, 2), wd=0.0)
     u.weight.fill_(-0.0)
     u.values.fill_(-0.0)
     check_rows([u], Rule())
@@ -369,6 +421,24 @@ def test_more_tables_than_are_looked_at_together(columns: int, master: bool, lau
     heights = np.random.default_rng(3).integers(1, 9, 40).tolist()
     check_rows([make_rows(zipf(5, n, n), (n, columns), dtype, n, master=master) for n in heights], Rule())
     assert launched == ["check_ids_of_all", "sort_keys", "update_runs", "sum_chunks", "update_runs"]
+
+
+def test_kept_tables_have_their_settings_at_another_place() -> None:
+    """The same weights behind others, row-sparse or dense: what was kept of them names other settings."""
+
+    def ones(shape: tuple[int, ...], lr: float) -> DenseUpdate:
+        return DenseUpdate(*[torch.full(shape, n, device=DEVICE) for n in (0.0, 1.0, 0.0)], None, lr, 0.0)
+
+    def rows(columns: int, lr: float) -> RowUpdate:
+        weight, values, *others = ones((3, columns), lr)
+        return RowUpdate(weight, torch.arange(3, device=DEVICE), values, *others)
+
+    pair = [rows(2, 0.25), rows(2, 0.5)]
+    for dense, others in [([], []), ([], [rows(3, 1.0)]), ([ones((3,), 2.0)], [])]:
+        for u in pair:
+            u.weight.zero_(), u.history.zero_()
+        run(Rule(epsilon=0.0), dense, [*others, *pair])
+        assert [u.weight.unique().tolist() for u in pair] == [[-0.25], [-0.5]]
 
 
 def test_forms_that_differ_are_launched_apart(launched: list[str]) -> None:
@@ -590,6 +660,15 @@ def test_a_table_of_more_than_2_to_the_31_elements() -> None:
     assert weight[[0, -1]].eq(-0.5).all()
     assert history[-1].eq(4).all()
     assert weight.count_nonzero().item() == 128
+
+
+def test_check_asks_the_device_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And raises what is there: after the wait for the device no word is on its way."""
+    report = cuda._Report(torch.zeros(2), np.array([cuda.NO_ROW, 8], np.int64).data)
+    monkeypatch.setitem(cuda._reports, torch.device("meta"), report)
+    cuda.check(DEVICE)
+    with pytest.raises(IndexError, match=r"must be in \[0, 7\)"):
+        cuda.check("meta")
 
 
 def test_a_report_of_which_one_word_has_arrived_waits_for_the_other() -> None:

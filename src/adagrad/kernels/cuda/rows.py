@@ -180,7 +180,7 @@ def sum_chunks(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.ten
         values = operand(find_operands(records, weights, row + tl.arange(0, 1), 1) + 1, GRAD, ALIGNED)
     window = tl.program_id(0) % windows
     lane = tl.arange(0, COLUMNS)[None, :]
-    column = window * COLUMNS + lane
+    column = window * (COLUMNS + 0 * length) + lane  # int64 where the length is, which may be a constant
     ahead = position + tl.arange(0, CHUNK)
     n = tl.sum((tl.load(ids + ahead, mask=ahead < count, other=-1) == row).to(tl.int32), axis=0)
     order += position
@@ -284,7 +284,7 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
     or for several weights in ``records``.
     """
     tile = (tl.program_id(0) // windows).to(tl.int64)
-    left = tl.program_id(0) % windows * COLUMNS
+    left = tl.program_id(0) % windows * (COLUMNS + 0 * length)  # int64 where the length is
     place = None
     next_row = None
     if LONG:
