@@ -51,8 +51,8 @@ def run(rule: Rule, dense: Sequence[DenseUpdate], rows: Sequence[RowUpdate] = ()
     """One call."""
     cuda.raise_reported(HERE)  # as the dispatcher does, for all devices of a call
     elements = [cuda.dense.of_tensors(*u, rule) for u in dense]
-    runs = [cuda.row_lists.of_tensors(*u, rule) for u in rows]
-    group = cuda.Group(rule, cuda.dense.concatenate(elements), cuda.row_lists.concatenate(runs))
+    runs = [cuda.row_launches.of_tensors(*u, rule) for u in rows]
+    group = cuda.Group(rule, cuda.dense.concatenate(elements), cuda.row_launches.concatenate(runs))
     return cuda.job([group], HERE, **options)()
 
 

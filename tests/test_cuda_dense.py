@@ -361,8 +361,8 @@ for length, dtype, kind, wide, row_wise, has_master in cases if int(sys.argv[2])
     rule = Rule(row_wise=row_wise)
     dense = cuda.dense.of_tensors(weight, grad, history, master, 0.1, 0.1, rule)
     ids = torch.zeros(200, dtype=torch.int64)
-    rows = cuda.row_lists.of_tensors(weight, ids, values, history, master, number, 0.1, rule)
-    for some in ([rows] if dtype == kind != double else []) + [cuda.row_lists.concatenate([rows, rows])]:
+    rows = cuda.row_launches.of_tensors(weight, ids, values, history, master, number, 0.1, rule)
+    for some in ([rows] if dtype == kind != double else []) + [cuda.row_launches.concatenate([rows, rows])]:
         cuda.job([cuda.Group(rule, dense, some)], number.device, grad_scale=number, found_inf=number)()
 
 operations = re.compile(r"\\b(?:fma|mad|add|sub|mul|div|r?sqrt|rcp|min|max)[a-z0-9.]*[.]f(?:32|64)(?:x2)?\\b")
@@ -498,9 +498,9 @@ def test_rates_that_updates_share_stay_theirs_beside_others() -> None:
 
     def rows(lr: float, wd: float) -> Any:
         given = torch.ones(2), torch.zeros(1, dtype=torch.int64), torch.ones(1), torch.ones(2), None
-        return cuda.row_lists.of_tensors(*given, lr, wd, Rule())
+        return cuda.row_launches.of_tensors(*given, lr, wd, Rule())
 
-    for module, build in ((cuda.dense, dense), (cuda.row_lists, rows)):
+    for module, build in ((cuda.dense, dense), (cuda.row_launches, rows)):
         two = module.concatenate([build(0.5, 0.25)] * 2)._replace(lrs=[0.5], wds=[0.25])
         assert two._replace(wds=[0.25, 0.75]).rates() == ([0.5, 0.5], [0.25, 0.75])
         for other in (two, build(1.0, 2.0)):

@@ -184,8 +184,8 @@ def step(row_wise, tables, found_inf):
     history, sums = (torch.zeros(len(w), 1 if row_wise else 48) for w in (weight, table))
     rule, ids = Rule(row_wise=row_wise), torch.arange(300)
     dense = cuda.dense.of_tensors(weight, weight.clone(), history, None, 0.1, 0.1, rule)
-    rows = [cuda.row_lists.of_tensors(table, ids, values, sums, None, 0.1, 0.1, rule)] * tables
-    group = cuda.Group(rule, dense, cuda.row_lists.concatenate(rows))
+    rows = [cuda.row_launches.of_tensors(table, ids, values, sums, None, 0.1, 0.1, rule)] * tables
+    group = cuda.Group(rule, dense, cuda.row_launches.concatenate(rows))
     cuda.job([group], weight.device, found_inf=found_inf)()
 
 for row_wise, tables, found_inf in (False, 1, None), (False, 2, None), (True, 1, torch.zeros(())):

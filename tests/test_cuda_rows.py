@@ -53,7 +53,7 @@ def _quiet() -> Iterator[None]:
 def _sorts_in_large_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the tests of the sort: the interpreter takes as long for a program of any size, here for a sixteenth."""
     if not GPU and "sorts_as_on_a_device" not in request.fixturenames:
-        lists, block = cuda.row_lists, 16 * cuda.row_lists.SORT_BLOCK
+        lists, block = cuda.row_launches, 16 * cuda.row_launches.SORT_BLOCK
         monkeypatch.setattr(lists, "SORT_BLOCK", block)
         monkeypatch.setattr(lists, "_SORT", Kernel(lists.sort_keys, 4, BLOCK=block, OTHERS=128))
 
@@ -221,7 +221,7 @@ def test_few_keys_are_sorted_stably(count: int, dtype: str) -> None:
     top = np.iinfo(dtype).max
     for low, high in ((0, 1), (-1, 5), (0, 10**6), (top - 3, top)):
         keys = np.random.default_rng(count).integers(low, high, count, dtype, endpoint=True)
-        ids, order = cuda.row_lists.sort(torch.tensor(keys, device=DEVICE))
+        ids, order = cuda.row_launches.sort(torch.tensor(keys, device=DEVICE))
         assert (ids.dtype, order.dtype) == (getattr(torch, dtype), torch.int64)
         expected = np.argsort(keys, kind="stable")
         np.testing.assert_array_equal(order.cpu(), expected)
@@ -230,7 +230,7 @@ def test_few_keys_are_sorted_stably(count: int, dtype: str) -> None:
 
 @pytest.mark.parametrize("tables", [1, 3])
 def test_many_keys_are_sorted_by_torch(tables: int, launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda.row_lists, "FEW", 400 * tables)
+    monkeypatch.setattr(cuda.row_launches, "FEW", 400 * tables)
     few, many = ([make_rows(zipf(n, 60, i), (60, 5), seed=i) for i in range(tables)] for n in (400, 401))
     check_rows(few, Rule())
     check_rows(many, Rule())
@@ -287,11 +287,11 @@ for owner, name in [(torch, "empty"), (torch, "empty_like"), (torch, "from_numpy
 for count, at_end, row_wise in itertools.product([(1,), (33,), (33, 40), (1, 40, 133)], (False, True), (False, True)):
     rule, dtype = rules[row_wise], torch.bfloat16 if at_end == row_wise else torch.float32
     tables = [rows(n, at_end, row_wise, dtype) for n in count]
-    sparse = [cuda.row_lists.of_tensors(*each, None, 0.1, 0.0, rule) for each in tables]
+    sparse = [cuda.row_launches.of_tensors(*each, None, 0.1, 0.0, rule) for each in tables]
     given = [guarded(torch.ones(1025, 1, dtype=dtype), at_end) for _ in range(2)]
     history = guarded(torch.zeros(1025, 1), at_end)
     dense = cuda.dense.of_tensors(*given, history, None, 0.1, 0.0, rule)
-    cuda.job([cuda.Group(rule, dense, cuda.row_lists.concatenate(sparse))], torch.device("cpu"))()
+    cuda.job([cuda.Group(rule, dense, cuda.row_launches.concatenate(sparse))], torch.device("cpu"))()
     assert all((weight != 1).all() for weight, *_ in tables)
 """
 
@@ -480,9 +480,9 @@ def test_what_is_promised_of_addresses(moved: str | None, columns: int, dtype: s
         elsewhere = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=DEVICE)[1:].view(tensor.shape)
         updates[1] = updates[1]._replace(**{moved: elsewhere})
     rule = Rule(row_wise=row_wise)
-    found = cuda.row_lists.concatenate([cuda.row_lists.of_tensors(*u, rule) for u in updates])
-    ((form, which),) = cuda.row_lists.by_form(found, rule).items()
-    assert cuda.row_lists.plan(found.facts, np.array(which), form).are_aligned == promised
+    found = cuda.row_launches.concatenate([cuda.row_launches.of_tensors(*u, rule) for u in updates])
+    ((form, which),) = cuda.row_launches.by_form(found, rule).items()
+    assert cuda.row_launches.plan(found.facts, np.array(which), form).are_aligned == promised
 
 
 def test_of_several_bad_ids_one_is_reported(launched: list[str]) -> None:
@@ -571,7 +571,7 @@ def test_the_next_call_raises_and_changes_nothing(row: int) -> None:
 def test_a_call_without_memory_for_its_sums_changes_nothing(tables: int, monkeypatch: pytest.MonkeyPatch) -> None:
     updates, dense = [make_rows([0] * 300, (4, 3), seed=i) for i in range(tables)], [make((5, 2), "float32")]
     before = copies([*updates, *dense])
-    empty, large = torch.Tensor.new_empty, cuda.row_lists.slots(300 * tables)
+    empty, large = torch.Tensor.new_empty, cuda.row_launches.slots(300 * tables)
 
     def none_left(self: torch.Tensor, size: Any, **options: Any) -> torch.Tensor:
         if size == (1, large, 4):
@@ -610,7 +610,7 @@ def test_found_inf_makes_the_call_a_no_op(row_wise: bool) -> None:
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("row_wise", [False, True])
-@pytest.mark.parametrize("count", [cuda.row_lists.FEW, 50_000])
+@pytest.mark.parametrize("count", [cuda.row_launches.FEW, 50_000])
 def test_many_lookups(dtype: str, row_wise: bool, count: int) -> None:
     u = make_rows(zipf(count, 20_000), (20_000, 64), dtype, row_wise=row_wise)
     check_rows([u], Rule(row_wise=row_wise))
@@ -697,10 +697,10 @@ def test_several_tables_of_one_form_beside_dense_updates() -> None:
         for w, lr in zip(weights[:2], lrs[:2], strict=True)
     ]
     rows = [
-        cuda.row_lists.of_tensors(w, torch.arange(3), torch.ones(3, 2), torch.zeros(3, 2), None, lr, 0.0, rule)
+        cuda.row_launches.of_tensors(w, torch.arange(3), torch.ones(3, 2), torch.zeros(3, 2), None, lr, 0.0, rule)
         for w, lr in zip(weights[2:], lrs[2:], strict=True)
     ]
-    group = cuda.Group(rule, cuda.dense.concatenate(dense), cuda.row_lists.concatenate(rows))
+    group = cuda.Group(rule, cuda.dense.concatenate(dense), cuda.row_launches.concatenate(rows))
     with np.errstate(all="ignore"):
         cuda.job([group], torch.device("cpu"))()
     assert [w.tolist() for w in weights] == [[[-lr] * 2] * 3 for lr in lrs]

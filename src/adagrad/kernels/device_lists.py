@@ -53,7 +53,7 @@ class _Part(NamedTuple):
     """The updates of a list whose gradients are all dense or all row-sparse, inspected and checked."""
 
     updates: Any
-    """DenseUpdates of :mod:`adagrad.kernels.cuda.dense` or RowUpdates of :mod:`adagrad.kernels.cuda.row_lists`."""
+    """DenseUpdates of :mod:`adagrad.kernels.cuda.dense` or RowUpdates of :mod:`adagrad.kernels.cuda.row_launches`."""
     device: int
     """1 + its index."""
     spans: tuple[np.ndarray, int]
@@ -170,5 +170,5 @@ def _inspect_rows(batch: Batch) -> _Part | None:
     if not device:
         return None
     tensors = [*zip(batch.weights, indices, values, batch.histories, masters or [None] * n, strict=True)]
-    updates = cuda().row_lists.RowUpdates(facts, [common] * n, batch.lrs, batch.wds, tensors)
+    updates = cuda().row_launches.RowUpdates(facts, [common] * n, batch.lrs, batch.wds, tensors)
     return _Part(updates, device, (spans, (3 if masters else 2) * n))

@@ -66,7 +66,7 @@ class DeviceUpdates:
             self.add_dense(rule, cuda().dense.of_tensors(weight, grad, history, master, lr, wd, rule))
         else:
             tensors = weight, u.indices.contiguous(), grad, history, master
-            self.add_rows(rule, cuda().row_lists.of_tensors(*tensors, lr, wd, rule))
+            self.add_rows(rule, cuda().row_launches.of_tensors(*tensors, lr, wd, rule))
 
     def _of(self, rule: Rule) -> tuple[list[Any], list[Any]]:
         return self._groups.setdefault(rule, ([], []))
@@ -85,7 +85,7 @@ class DeviceUpdates:
         """Return what :func:`adagrad.kernels.cuda.job` returns."""
         kernels = cuda()
         groups = [
-            kernels.Group(rule, kernels.dense.concatenate(dense), kernels.row_lists.concatenate(rows))
+            kernels.Group(rule, kernels.dense.concatenate(dense), kernels.row_launches.concatenate(rows))
             for rule, (dense, rows) in self._groups.items()
         ]
         return job(groups, self.device, grad_scale, found_inf)

@@ -240,7 +240,7 @@ class _CheckedBatch:
         masters = [batch.masters[i] for i in which] if batch.masters else [None] * len(which)
         weights, histories = [batch.weights[i] for i in which], [batch.histories[i] for i in which]
         tensors = [*zip(weights, found.indices, found.values, histories, masters, strict=True)]
-        return cuda().row_lists.RowUpdates(found.facts, found.codes, *batch.some_rates(which), tensors)
+        return cuda().row_launches.RowUpdates(found.facts, found.codes, *batch.some_rates(which), tensors)
 
     def _dense_job(self, which: Sequence[int], formats: table.Formats, rule: Rule, threads: int | None) -> Job:
         addresses, _, total = self.table.part(which)

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adagrad.kernels.cuda import row_lists
+from adagrad.kernels.cuda import row_launches
 from adagrad.kernels.cuda.dense import DenseUpdates
-from adagrad.kernels.cuda.row_lists import RowUpdates
+from adagrad.kernels.cuda.row_launches import RowUpdates
 from adagrad.kernels.cuda.tables import tables_of
 
 if TYPE_CHECKING:
@@ -84,12 +84,12 @@ def job(
                 addresses, found = tables.addresses(dense)
                 launches.append(partial(tables.dense_launches, addresses, found, settings))
             if rows:
-                for form, which in row_lists.by_form(rows, rule).items():
+                for form, which in row_launches.by_form(rows, rule).items():
                     # Every id of the call is checked before the first element changes.
                     skip = tables.flag() if skip is None else skip
                     report = _report_of(device).tensor
-                    launch = row_lists.sort_ids(rows, form, which, len(lrs), skip, report, tables.rows)
-                    launches.append(partial(row_lists.bind, launch, settings))
+                    launch = row_launches.sort_ids(rows, form, which, len(lrs), skip, report, tables.rows)
+                    launches.append(partial(row_launches.bind, launch, settings))
         bound = [start for launch in launches for start in launch(grad_scale, skip, found_inf)]
     return partial(_carry_out, bound, device, skip, groups)
 

@@ -1,7 +1,7 @@
 """Row-sparse updates on CUDA: each row present is updated once, with the sum of its occurrences.
 
 Any number of weights of one form share the launches: their rows are numbered consecutively across weights, and if there
-are several, kernels find operands and settings of each in a table (see :mod:`adagrad.kernels.cuda.row_lists`).
+are several, kernels find operands and settings of each in a table (see :mod:`adagrad.kernels.cuda.row_launches`).
 
 The row ids are sorted stably, so that a row's occurrences form a run, in their original order. Work is divided by
 sorted position, not by row, so that no program waits for a frequent row. A short run, of at most SHORT occurrences, is

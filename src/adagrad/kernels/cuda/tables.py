@@ -23,7 +23,7 @@ from adagrad.kernels.cuda.rule import HEADER, SETTINGS
 
 if TYPE_CHECKING:
     from adagrad.kernels.cuda.dense import DenseUpdates
-    from adagrad.kernels.cuda.row_lists import Plan
+    from adagrad.kernels.cuda.row_launches import Plan
     from adagrad.rule import Rule
 
 T = TypeVar("T")
