@@ -209,7 +209,8 @@ class AdaGrad(Optimizer):
         ValueError if ``multi_precision`` is set and a low-precision weight's state has no master copy.
         """
         if self._takes_pairs():
-            if self.multi_precision:
+            listed = states if isinstance(indices, (list, tuple)) else [states]
+            if self.multi_precision and not (type(listed) is list and set(map(type, listed)) == {tuple}):
                 indices, weights, grads, states = as_lists(indices, weights, grads, states)
                 require_masters(weights, states)
             self.update(indices, weights, grads, states)
