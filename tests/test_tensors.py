@@ -230,6 +230,17 @@ def test_several_sparse_dimensions(fused: bool) -> None:
 
 
 @FUSED
+def test_several_sparse_dimensions_of_another_shape(fused: bool) -> None:
+    """Entries would otherwise be those of other rows: both weights have as many elements."""
+    optimizer, weight = AdaGrad(use_fused_step=fused), torch.ones(4, 3)
+    state = optimizer.create_state(0, weight)
+    with pytest.raises(ValueError, match=r"grads\[0\]: shape \(3, 4\): must be \(4, 3\)"):
+        optimizer.update(0, weight, torch.eye(3, 4).to_sparse(), state)
+    assert (weight == 1).all()
+    assert not state.any()
+
+
+@FUSED
 def test_gradients_as_an_embedding_gives_them(fused: bool) -> None:
     """backward() of nn.Embedding(sparse=True), applied to the parameter itself."""
     torch.manual_seed(0)
