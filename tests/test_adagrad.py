@@ -69,7 +69,7 @@ def test_which_method_sees_what(method: str, fused: bool, kinds: str, calls: Any
 
 
 @pytest.mark.parametrize("klass", [AdaGrad, GroupAdaGrad])
-@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16])
+@pytest.mark.parametrize("dtype", [np.float16, np.dtype(np.float16).newbyteorder(), BFLOAT16], ids=str)
 def test_a_master_copy_that_was_asked_for_must_be_there(klass: type[AdaGrad], dtype: Any) -> None:
     """A history alone would be updated, too, with the precision that was to be avoided."""
     optimizer = klass(0.1, multi_precision=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from adagrad import checks, kernels
-from adagrad.arrays import Operand, operand, refuse_shared_memory, refuse_unwritable
+from adagrad.arrays import LOW_PRECISION, Operand, format_of, operand, refuse_shared_memory, refuse_unwritable
 from adagrad.kernels.names import in_lists
 from adagrad.row_sparse import RowSparse
 from adagrad.rule import Array, cast
@@ -46,8 +46,8 @@ def require_masters(weights: list[Any], states: list[Any]) -> None:
     for i, (weight, state) in enumerate(zip(weights, states, strict=True)):
         if isinstance(state, (tuple, list)) or state is None:  # None is refused elsewhere, for any weight
             continue
-        dtype = getattr(weight, "dtype", None)
-        if getattr(dtype, "itemsize", 0) == 2 and str(dtype).endswith("float16"):
+        # The size is asked first, which is fast.
+        if getattr(getattr(weight, "dtype", None), "itemsize", 0) == 2 and format_of(weight) in LOW_PRECISION:
             need = "must be a pair (master copy, history), as create_state_multi_precision returns it"
             raise ValueError(f"{in_lists(i).state}: {kind_of(state)}: {need} with multi_precision=True")
 
