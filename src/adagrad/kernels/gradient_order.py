@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,24 +20,26 @@ def in_weights_order(batch: Batch) -> Batch | None:
     Copies would hide that a gradient shares memory with what is written. So all of that must be memory of arrays that
     are known, and gradients of others.
     """
-    grads, copied = [*batch.grads], 0
-    for i, (weight, grad) in enumerate(zip(batch.weights, grads, strict=True)):
-        if type(weight) is np.ndarray is type(grad) and weight.shape == grad.shape and not _same_order(weight, grad):
-            copied += grad.size
-            if copied > MOST_COPIED:
-                return None
-            grads[i] = np.empty_like(weight, grad.dtype)
-            if not _same_order(weight, grads[i]):  # the weight has gaps
-                return None
-            grads[i][...] = grad
-    if not copied:
+    pairs = enumerate(zip(batch.weights, batch.grads, strict=True))
+    odd = [i for i, (weight, grad) in pairs if _is_odd(weight, grad)]
+    if not odd or sum(batch.grads[i].size for i in odd) > MOST_COPIED:
         return None
-    read = _owners(old for old, new in zip(batch.grads, grads, strict=True) if old is not new)
+    read = _owners(batch.grads[i] for i in odd)
     written = _owners([*batch.weights, *batch.histories, *(m for m in batch.masters if m is not None)])
     if None in read or None in written or not read.isdisjoint(written):
         return None
-    return Batch(batch.rule, batch.weights, grads, batch.histories, batch.masters, batch.lrs, batch.wds,
-                 batch.positions, batch.names_at)  # fmt: skip
+    grads = [*batch.grads]
+    for i in odd:
+        grads[i] = np.empty_like(batch.weights[i], grads[i].dtype)
+        if not _same_order(batch.weights[i], grads[i]):  # the weight has gaps
+            return None
+        grads[i][...] = batch.grads[i]
+    return replace(batch, grads=grads)
+
+
+def _is_odd(weight: Any, grad: Any) -> bool:
+    is_dense = type(weight) is np.ndarray is type(grad) and weight.shape == grad.shape
+    return is_dense and not _same_order(weight, grad)
 
 
 def _same_order(a: np.ndarray, b: np.ndarray) -> bool:
