@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -143,7 +144,11 @@ def refuse_unwritable(o: Operand) -> None:
         if not o.memory.flags.writeable:
             raise ValueError(f"{o.name}: read-only: must be writable, as a copy by numpy.array is")
         if overlaps_itself(o.memory):
-            raise ValueError(f"{o.name}: strides {o.memory.strides}: elements share memory: must each have their own")
+            refuse_overlap(o, o.memory.strides)
+
+
+def refuse_overlap(o: Operand, strides: Sequence[int]) -> NoReturn:
+    raise ValueError(f"{o.name}: strides {tuple(strides)}: elements share memory: must each have their own")
 
 
 def refuse_shared_memory(written: list[Operand], read: list[Operand]) -> None:

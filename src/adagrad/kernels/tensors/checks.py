@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from adagrad.arrays import Operand, overlaps_itself
+from adagrad.arrays import Operand, overlaps_itself, refuse_overlap
 from adagrad.kernels.names import Names, refuse_row
 
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
@@ -41,7 +41,7 @@ def check_memory(written: Sequence[Operand], read: Operand) -> None:
         if o.array.numel() and not o.array.data_ptr():
             raise ValueError(f"{o.name}: address 0: must have memory for its {o.array.numel()} elements")
         if o.memory is None and o is not read and overlaps_itself(_addresses(o.array)):
-            raise ValueError(f"{o.name}: strides {o.array.stride()}: elements share memory: must each have their own")
+            refuse_overlap(o, o.array.stride())
 
 
 def refuse_overlaps(written: Sequence[Operand]) -> None:
@@ -49,8 +49,7 @@ def refuse_overlaps(written: Sequence[Operand]) -> None:
     for o in written:
         with suppress(RuntimeError):  # of tensors of a transform, which have no memory of their own
             if torch._debug_has_internal_overlap(o.array) == 1:
-                strides = tuple(o.array.stride())
-                raise ValueError(f"{o.name}: strides {strides}: elements share memory: must each have their own")
+                refuse_overlap(o, o.array.stride())
 
 
 def check_rows(names: Names, indices: Tensor, rows: int) -> None:
