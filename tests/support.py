@@ -13,7 +13,7 @@ import pytest
 
 import oracle
 from adagrad import RowSparse, kernels
-from adagrad.kernels import fast_path
+from adagrad.kernels import fast_path, general_path
 from adagrad.kernels.batch import Batch
 from adagrad.kernels.cpu import dense as cpu_dense, rows as cpu_rows
 from adagrad.kernels.inspection import layout
@@ -246,6 +246,11 @@ def update_plain(given: Sequence[Operands], hypers: Sequence[oracle.Hyper], thre
     masters = [o.master for o in given] if any(o.master is not None for o in given) else []
     lrs, wds = [h.lr for h in hypers], [h.wd for h in hypers]
     return fast_path.update_plain(Batch(rule_of(hypers[0]), *lists, masters, lrs, wds), [], threads)
+
+
+def refuse_the_general_path(patch: pytest.MonkeyPatch) -> None:
+    """From now on what the fast path does not take fails."""
+    patch.setattr(general_path, "prepare", lambda *_, **__: pytest.fail("the general path was taken"))
 
 
 def set_layout(monkeypatch: pytest.MonkeyPatch, how: np.ndarray | None) -> None:

@@ -12,7 +12,7 @@ import torch
 from adagrad import AdaGrad, GroupAdaGrad, RowSparse, arrays, get_updater
 from adagrad.kernels import fast_path, general_path
 from adagrad.lr_scheduler import PolyScheduler
-from support import BFLOAT16, assert_same_bits, set_layout
+from support import BFLOAT16, assert_same_bits, refuse_the_general_path, set_layout
 from training import CLASSES, FUSED, expected, sparse, weights_of
 
 # ------------------------------------------------------------------------------------------------------------- dispatch
@@ -396,7 +396,7 @@ def test_pairs_of_master_copy_and_history_take_the_fast_path(
         return [*weights, *(each for pair in pairs for each in pair)]
 
     with monkeypatch.context() as within:
-        within.setattr(general_path, "prepare", lambda *_, **__: pytest.fail("the general path was taken"))
+        refuse_the_general_path(within)
         fast = updated()
     monkeypatch.setattr(fast_path, "update_plain", lambda *_, **__: False)
     for a, b in zip(fast, updated(), strict=True):

@@ -448,9 +448,6 @@ def test_more_than_2_to_the_31_elements() -> None:
 
 
 def test_learning_rates_of_two_dtypes_at_one_address() -> None:
-    from adagrad.kernels import cuda
-    from adagrad.rule import Rule
-
     memory = torch.zeros(1, dtype=torch.float64)
     tables = cuda.tables.Tables(torch.device("cpu"))
     words = [tables.settings([lr], [0.0], Rule()).tolist() for lr in (memory[0], memory.view(torch.float32)[0])]
@@ -458,18 +455,12 @@ def test_learning_rates_of_two_dtypes_at_one_address() -> None:
 
 
 def test_the_place_of_weight_decay_tells_tables_apart() -> None:
-    from adagrad.kernels import cuda
-    from adagrad.rule import Rule
-
     tables = cuda.tables.Tables(torch.device("cpu"))
     words = [tables.settings([0.1], [0.1], Rule(decoupled_decay=d)).tolist() for d in (False, True)]
     assert words[0] != words[1]
 
 
 def test_a_table_that_is_used_is_not_pushed_out() -> None:
-    from adagrad.kernels import cuda
-    from adagrad.rule import Rule
-
     tables = cuda.tables.Tables(torch.device("cpu"))
     first = tables.settings([0.1], [0.0], Rule())
     for k in range(3 * cuda.tables.KEPT):
@@ -479,9 +470,6 @@ def test_a_table_that_is_used_is_not_pushed_out() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled for the GPU here")
 def test_each_group_has_its_own_rule() -> None:
-    from adagrad.kernels import cuda
-    from adagrad.rule import Rule
-
     rules, weights, groups = [Rule(epsilon=1.0), Rule(epsilon=3.0)], [torch.zeros(3) for _ in range(2)], []
     for rule, w in zip(rules, weights, strict=True):
         dense = cuda.dense.of_tensors(w, torch.ones(3), torch.zeros(3), None, 1.0, 0.0, rule)
@@ -491,8 +479,6 @@ def test_each_group_has_its_own_rule() -> None:
 
 
 def test_rates_that_updates_share_stay_theirs_beside_others() -> None:
-    from adagrad.rule import Rule
-
     def dense(lr: float, wd: float) -> Any:
         return cuda.dense.of_tensors(torch.ones(2), torch.ones(2), torch.ones(2), None, lr, wd, Rule())
 
@@ -510,9 +496,6 @@ def test_rates_that_updates_share_stay_theirs_beside_others() -> None:
 
 
 def test_formats_at_the_same_addresses_have_launches_of_their_own() -> None:
-    from adagrad.kernels import cuda
-    from adagrad.rule import Rule
-
     tables, w, h = cuda.tables.Tables(torch.device("cpu")), torch.ones(4, dtype=torch.float16), torch.ones(4)
     kernels = []
     for dtype in (torch.float16, torch.bfloat16):
@@ -524,8 +507,6 @@ def test_formats_at_the_same_addresses_have_launches_of_their_own() -> None:
 
 def test_flags_are_zero_and_apart() -> None:
     """Aligned like a number of its own, of which there is one for each replay of a graph."""
-    from adagrad.kernels import cuda
-
     tables = cuda.tables.Tables(torch.device("cpu"))
     flags = [tables.flag() for _ in range(3 * cuda.tables.FLAGS)]
     assert all(flag.shape == (1,) and flag.dtype == torch.int32 and not flag.any() for flag in flags)
@@ -537,9 +518,6 @@ def test_flags_are_zero_and_apart() -> None:
 
 def test_launches_are_bound_once_for_the_same_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """But each time with other tensors beside them, and in a capture."""
-    from adagrad.kernels import cuda
-    from adagrad.rule import Rule
-
     bound: list[Any] = []
     monkeypatch.setattr(cuda.dense, "bind", lambda *arguments: bound.append(arguments) or len(bound))
     tables, given = cuda.tables.Tables(torch.device("cpu")), [torch.ones(4) for _ in range(3)]
@@ -557,8 +535,6 @@ def test_launches_are_bound_once_for_the_same_tables(monkeypatch: pytest.MonkeyP
 
 
 def test_half_a_slab_is_kept_for_captures(monkeypatch: pytest.MonkeyPatch) -> None:
-    from adagrad.kernels import cuda
-
     monkeypatch.setattr(cuda.tables, "_pinned", lambda size: torch.empty(size, dtype=torch.int64))
     monkeypatch.setattr(cuda.tables, "_slab", [torch.empty(cuda.tables.SLAB // 4, dtype=torch.int64)])
     cuda.tables._fill_slab(10)
@@ -574,9 +550,6 @@ def test_captures_share_no_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_tables_with_and_without_shared_rates_are_told_apart() -> None:
-    from adagrad.kernels import cuda
-    from adagrad.rule import Rule
-
     tables, given = cuda.tables.Tables(torch.device("cpu")), [torch.ones(4) for _ in range(3)]
     one = cuda.dense.of_tensors(*given, None, 0.1, 0.0, Rule())
     apart = cuda.dense.concatenate([one, one])

@@ -672,8 +672,6 @@ def test_check_asks_the_device_that_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_report_of_which_one_word_has_arrived_waits_for_the_other() -> None:
-    from adagrad.kernels import cuda
-
     report = np.array([cuda.NO_ROW, 8], np.int64).data
     cuda._raise_reported(report, arrived=False)
     report[0] = 9
@@ -687,9 +685,6 @@ def test_a_report_of_which_one_word_has_arrived_waits_for_the_other() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled for the GPU here")
 def test_several_tables_of_one_form_beside_dense_updates() -> None:
-    from adagrad.kernels import cuda
-    from adagrad.rule import Rule
-
     rule, lrs = Rule(epsilon=0.0), [0.25, 0.5, 1.0, 2.0]
     weights = [torch.zeros(3, 2) for _ in lrs]
     dense = [

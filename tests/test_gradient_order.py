@@ -19,7 +19,7 @@ SHAPE = 5, 7
 @pytest.fixture
 def only_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the fast path does not take fails."""
-    monkeypatch.setattr(general_path, "prepare", lambda *_, **__: pytest.fail("the general path was taken"))
+    support.refuse_the_general_path(monkeypatch)
 
 
 @pytest.mark.usefixtures("only_fast")

@@ -15,7 +15,7 @@ from adagrad.kernels import fast_path, general_path
 from adagrad.kernels.tensors import views as tensor_views
 from adagrad.torch import Adagrad
 from processes import run
-from support import assert_same_bits, to_numpy
+from support import assert_same_bits, refuse_the_general_path, to_numpy
 from torch_oracle import HYPERS, LOW, Expected, contents, coo, gradient, parameter
 from torch_versions import has_grad_dtype, reads_sparse
 
@@ -258,7 +258,7 @@ def test_gradients_that_take_the_fast_path_as_others(kind: str, monkeypatch: pyt
             before = odd.grad.clone()
             with monkeypatch.context() as within:
                 if refused is general_path:
-                    within.setattr(general_path, "prepare", lambda *_, **__: pytest.fail("the general path was taken"))
+                    refuse_the_general_path(within)
                 else:
                     within.setattr(fast_path, "update_plain", lambda *_: False)
                 optimizer.step()
@@ -520,7 +520,7 @@ def test_embeddings_and_weights_under_other_rules_are_one_call(monkeypatch: pyte
         optimizer, params = tables_and_weights()
         with monkeypatch.context() as within:
             if refused is general_path.prepare:
-                within.setattr(general_path, "prepare", lambda *_, **__: pytest.fail("the general path was taken"))
+                refuse_the_general_path(within)
             else:
                 within.setattr(fast_path, "update_batches", lambda *_: False)
             optimizer.step()
