@@ -1,4 +1,8 @@
-"""Operands of the CUDA kernels, a call with them, and the rule's results, on a device or in Triton's interpreter."""
+"""Operands of the CUDA kernels, a call with them, and the rule's results.
+
+Kernels run on a device where there is one, else in Triton's interpreter; or, with ``ADAGRAD_TEST_PTX=90``, as they are
+compiled for a GPU of compute capability 9.0 and translated for the CPU (see ptx.py).
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,25 @@ import pytest
 
 torch = pytest.importorskip("torch")
 GPU = torch.cuda.is_available()
+PTX = 0 if GPU else int(os.environ.get("ADAGRAD_TEST_PTX", "0"))
 DEVICE = "cuda" if GPU else "cpu"
 ON_THE_GPU = [pytest.mark.gpu] if GPU else []
 """Marks of a module whose tests run on a device where there is one, else in Triton's interpreter."""
 
 needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device")
-if not GPU:
+needs_speed = pytest.mark.skipif(not GPU and not PTX, reason="too slow for Triton's interpreter, see ptx.py")
+if not GPU and not PTX:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 
 from adagrad import rule as expression  # noqa: E402
 from adagrad.kernels import cuda  # noqa: E402
 from adagrad.rule import Rule  # noqa: E402
+
+if PTX:
+    import ptx
+
+    ptx.install(PTX)
 
 HERE = torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")
 DTYPES = ["float32", "float64", "float16", "bfloat16"]

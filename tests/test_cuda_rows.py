@@ -1,12 +1,14 @@
 """The row-sparse CUDA kernels against the rule and the order of summation written out in NumPy, bit for bit.
 
-On a machine without a CUDA device Triton's interpreter runs the kernels on CPU tensors.
+On a machine without a CUDA device the kernels run on CPU tensors, in Triton's interpreter or compiled (see ptx.py).
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from cuda_operands import (
     DTYPES,
     GPU,
     ON_THE_GPU,
+    PTX,
     DenseUpdate,
     RowUpdate,
     as_numpy,
@@ -25,6 +28,7 @@ from cuda_operands import (
     expected,
     make,
     needs_gpu,
+    needs_speed,
     rounded,
     run,
 )
@@ -52,7 +56,7 @@ def _quiet() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _sorts_in_large_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the tests of the sort: the interpreter takes as long for a program of any size, here for a sixteenth."""
-    if not GPU and "sorts_as_on_a_device" not in request.fixturenames:
+    if not GPU and not PTX and "sorts_as_on_a_device" not in request.fixturenames:
         lists, block = cuda.row_launches, 16 * cuda.row_launches.SORT_BLOCK
         monkeypatch.setattr(lists, "SORT_BLOCK", block)
         monkeypatch.setattr(lists, "_SORT", Kernel(lists.sort_keys, 4, BLOCK=block, OTHERS=128))
@@ -116,6 +120,15 @@ def test_frequent_and_rare_rows(dtype: str, row_wise: bool) -> None:
     check_rows([make_rows(ids, (60, 5), dtype, row_wise=row_wise)], Rule(row_wise=row_wise))
 
 
+@needs_speed
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row_wise", [False, True])
+@pytest.mark.parametrize("count", [cuda.row_launches.FEW, 50_000])
+def test_many_lookups(dtype: str, row_wise: bool, count: int) -> None:
+    u = make_rows(zipf(count, 20_000), (20_000, 64), dtype, row_wise=row_wise)
+    check_rows([u], Rule(row_wise=row_wise))
+
+
 @pytest.mark.parametrize("columns", [(), (1,), (2,), (16,), (33,), (128,), (130,), (3, 2), (1, 1, 1)])
 @pytest.mark.parametrize("row_wise", [False, True])
 def test_row_lengths(columns: tuple[int, ...], row_wise: bool) -> None:
@@ -123,7 +136,13 @@ def test_row_lengths(columns: tuple[int, ...], row_wise: bool) -> None:
     check_rows([make_rows(ids, (7, *columns), row_wise=row_wise)], Rule(row_wise=row_wise))
 
 
-@pytest.mark.parametrize(("n", "row_wise"), [(2176, False), (2177, False), (2177, True), (4353, False)])
+@pytest.mark.parametrize(
+    ("n", "row_wise"),
+    [
+        pytest.param(2176, False, marks=needs_speed), (2177, False), pytest.param(2177, True, marks=needs_speed),
+        (4353, False),
+    ],
+)  # fmt: skip
 def test_one_row_longer_than_all_that_is_added_at_once(n: int, row_wise: bool) -> None:
     check_rows([make_rows([4] * n, (6, 3), row_wise=row_wise)], Rule(row_wise=row_wise))
 
@@ -185,7 +204,7 @@ def test_where_a_run_begins(count: int) -> None:
     ids = np.sort(np.append(zipf(count - 1, count, 1), 0))
     found = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     for row in sorted({0, 1, *np.random.default_rng(2).choice(ids, 20), ids.max() + 1}):
-        find_first[(1,)](torch.tensor(ids, device=DEVICE), count, int(row), found)
+        Kernel(find_first, 4).launch(1, torch.tensor(ids, device=DEVICE), count, int(row), found)
         assert found.item() == np.searchsorted(ids, row)
 
 
@@ -206,14 +225,17 @@ def test_which_weight_a_row_is_of(weights: int) -> None:
     records = torch.zeros(10 * weights, dtype=torch.int64)
     records[9 * weights :] = torch.from_numpy(firsts)
     found = torch.zeros(128, dtype=torch.int64, device=DEVICE)
-    find_weights[(1,)](records.to(DEVICE), weights, torch.from_numpy(rows).to(DEVICE), found, TILE=128)
+    Kernel(find_weights, 4, TILE=128).launch(1, records.to(DEVICE), weights, torch.from_numpy(rows).to(DEVICE), found)
     expected = np.maximum(np.searchsorted(firsts, rows, "right") - 1, 0)
     got = (found.cpu().numpy() // 8 - 10 * weights) / 8
     np.testing.assert_array_equal(got[rows >= 0], expected[rows >= 0])
     assert set(got[rows < 0]) <= set(range(weights))
 
 
-@pytest.mark.parametrize("count", [1, 31, 32, 33, 127, 128, 129, 600, 850, 1000])
+@pytest.mark.parametrize(
+    "count",
+    [1, 31, 32, 33, 127, 128, 129, 600, pytest.param(850, marks=needs_speed), pytest.param(1000, marks=needs_speed)],
+)
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
 @pytest.mark.usefixtures("sorts_as_on_a_device")
 def test_few_keys_are_sorted_stably(count: int, dtype: str) -> None:
@@ -301,7 +323,9 @@ for count, at_end, row_wise in itertools.product([(1,), (33,), (33, 40), (1, 40,
 def test_nothing_is_read_or_written_beside_the_operands() -> None:
     """On a device, memory that is not there ends the process, whether or not what is read from it counts."""
     without = ("-W", "ignore:Conversion of an array")  # Triton 3.2 with NumPy 1.25 and newer
-    processes.run(GUARDED, options=("-W", "error", *without), TRITON_INTERPRET="1")
+    path = os.pathsep.join([processes.SOURCES, str(Path(__file__).parent)])
+    code, interpret = (f"import ptx; ptx.install({PTX})\n{GUARDED}", None) if PTX else (GUARDED, "1")
+    processes.run(code, options=("-W", "error", *without), TRITON_INTERPRET=interpret, PYTHONPATH=path)
 
 
 def test_the_order_of_summation_is_seen() -> None:
@@ -414,7 +438,7 @@ def test_tables_of_one_form_share_their_launches(dtype: str, row_wise: bool, lau
     assert launched == ["check_ids_of_all", "sort_keys", "update_runs", "sum_chunks", "update_runs"]
 
 
-@pytest.mark.parametrize("columns", [4, 130])
+@pytest.mark.parametrize("columns", [4, pytest.param(130, marks=needs_speed)])
 @pytest.mark.parametrize("master", [False, True])
 def test_more_tables_than_are_looked_at_together(columns: int, master: bool, launched: list[str]) -> None:
     dtype = "bfloat16" if master else "float32"
@@ -451,12 +475,14 @@ def test_forms_that_differ_are_launched_apart(launched: list[str]) -> None:
 
 
 @pytest.mark.parametrize("operand", ["weight", "values", "history"])
-def test_tables_that_begin_anywhere(operand: str) -> None:
-    """Aligned to their elements alone, one of them: no access of several elements may be promised for it."""
-    updates = [make_rows(zipf(40, 20, i), (20, 8), seed=i) for i in range(3)]
-    tensor = getattr(updates[1], operand)
+@pytest.mark.parametrize("tables", [1, 3])
+def test_tables_that_begin_anywhere(operand: str, tables: int) -> None:
+    """One of them aligned to its elements alone: what was compiled for others promises accesses of several elements."""
+    updates = [make_rows(zipf(40, 20, i), (20, 16), seed=i) for i in range(tables)]
+    check_rows(updates, Rule())
+    tensor = getattr(updates[-1], operand)
     moved = torch.empty(tensor.numel() + 1, device=DEVICE)[1:].view(tensor.shape).copy_(tensor)
-    updates[1] = updates[1]._replace(**{operand: moved})
+    updates[-1] = updates[-1]._replace(**{operand: moved})
     check_rows(updates, Rule())
 
 
@@ -604,16 +630,6 @@ def test_found_inf_makes_the_call_a_no_op(row_wise: bool) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ on a real device only
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("row_wise", [False, True])
-@pytest.mark.parametrize("count", [cuda.row_launches.FEW, 50_000])
-def test_many_lookups(dtype: str, row_wise: bool, count: int) -> None:
-    u = make_rows(zipf(count, 20_000), (20_000, 64), dtype, row_wise=row_wise)
-    check_rows([u], Rule(row_wise=row_wise))
 
 
 @pytest.mark.gpu
