@@ -363,7 +363,7 @@ operations = re.compile(r"\\b(?:fma|mad|add|sub|mul|div|r?sqrt|rcp|min|max)[a-z0
 names = set()
 for name, options, ptx in compiled:
     names.add(name)
-    used = {"check_ids": [], "check_ids_of_all": [], "sort_keys": [], "sum_chunks": ["add"]}
+    used = {"check_ids": [], "check_ids_of_all": [], "sort_keys": []}
     exact = {f"{op}.rn.f32" for op in used.get(name, ["add", "sub", "mul", "div", "sqrt"])}
     found = {operation.removesuffix("x2") for operation in operations.findall(ptx)}  # x2: of two numbers at once
     if found != exact:

@@ -193,7 +193,7 @@ for row_wise, tables, found_inf in (False, 1, None), (False, 2, None), (True, 1,
     step(row_wise, tables, found_inf)
     first = ["check_ids" if tables == 1 else "check_ids_of_all", "sort_keys"]
     first.append("update_rows" if row_wise else "update_elements")
-    names = [*first, "update_runs", "sum_chunks", "update_runs"]
+    names = [*first, "update_runs", "update_runs"]
     assert [name for name, _ in launched] == names, launched
     assert not any(known for _, known in launched[len(first):]) or not launch._KEEPS, launched
     for _ in range(2):

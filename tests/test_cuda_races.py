@@ -114,5 +114,5 @@ def test_every_kernel_is_launched_by_these_calls(monkeypatch: pytest.MonkeyPatch
     seen = watch(monkeypatch)
     for name in ("dense", "dense, row-wise", "rows", "several tables"):
         CALLS[name]()
-    rest = {"check_ids", "check_ids_of_all", "sort_keys", "sum_chunks", "update_runs"}
+    rest = {"check_ids", "check_ids_of_all", "sort_keys", "update_runs"}
     assert {kernel for kernel, _ in seen} == {"update_elements", "update_rows", *rest}

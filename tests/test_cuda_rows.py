@@ -435,7 +435,7 @@ def test_tables_of_one_form_share_their_launches(dtype: str, row_wise: bool, lau
         u = make_rows(ids, (rows, 6), dtype, i, index_dtype=index_dtype, row_wise=row_wise)
         updates.append(u._replace(lr=lr if i == 2 else 0.1 * (i + 1), wd=0.1 * (i % 3)))
     check_rows(updates, Rule(row_wise=row_wise))
-    assert launched == ["check_ids_of_all", "sort_keys", "update_runs", "sum_chunks", "update_runs"]
+    assert launched == ["check_ids_of_all", "sort_keys", "update_runs", "update_runs"]
 
 
 @pytest.mark.parametrize("columns", [4, pytest.param(130, marks=needs_speed)])
@@ -444,7 +444,7 @@ def test_more_tables_than_are_looked_at_together(columns: int, master: bool, lau
     dtype = "bfloat16" if master else "float32"
     heights = np.random.default_rng(3).integers(1, 9, 40).tolist()
     check_rows([make_rows(zipf(5, n, n), (n, columns), dtype, n, master=master) for n in heights], Rule())
-    assert launched == ["check_ids_of_all", "sort_keys", "update_runs", "sum_chunks", "update_runs"]
+    assert launched == ["check_ids_of_all", "sort_keys", "update_runs", "update_runs"]
 
 
 def test_kept_tables_have_their_settings_at_another_place() -> None:

@@ -1,7 +1,7 @@
 """Updates of torch tensors on one CUDA device, called by the dispatcher after all checks on the host.
 
 A call launches one kernel for each format of dense tensors, and for all row-sparse gradients of one form a check of
-their row ids, a sort and one or three kernels. It neither waits for the device nor copies anything back from it. What
+their row ids, a sort and one or two kernels. It neither waits for the device nor copies anything back from it. What
 can fail on the host, such as compiling a kernel, is done before the first kernel that changes anything is launched.
 
 Kernels read their parameters from tables in device memory, see :mod:`adagrad.kernels.cuda.tables`.

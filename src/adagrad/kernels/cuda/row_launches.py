@@ -24,7 +24,7 @@ from adagrad.arrays import row_length, tensor_format
 from adagrad.kernels.cuda.dense import RECORD, each
 from adagrad.kernels.cuda.launch import Kernel
 from adagrad.kernels.cuda.row_ids import check_ids, check_ids_of_all, sort_keys
-from adagrad.kernels.cuda.rows import SHORT, sum_chunks, update_runs
+from adagrad.kernels.cuda.rows import SHORT, update_runs
 from adagrad.kernels.cuda.rule import LANES, TRITON_DTYPE
 from adagrad.kernels.inspection.table import CODES_PER_DEVICE, code_of_formats, decode
 from adagrad.kernels.records import (
@@ -241,7 +241,6 @@ class Kernels(NamedTuple):
     tile: int
     """Sorted positions that a program of ``short`` takes."""
     columns: int
-    chunks: Kernel
     long: Kernel
     long_columns: int
 
@@ -253,9 +252,9 @@ def _kernels(form: Form, are_aligned: bool) -> Kernels:
     if form.row_wise:
         columns = max(columns, LANES.value)
     long_columns = columns if form.row_wise else of_chunk
-    of_sums = {"GRAD": TRITON_DTYPE[values], "COMPUTE": TRITON_DTYPE[history], "ALIGNED": are_aligned}
-    constants: dict[str, Any] = of_sums | {
-        "WEIGHT": TRITON_DTYPE[weight], "HAS_MASTER": master is not None, "ROW_WISE": form.row_wise,
+    constants: dict[str, Any] = {
+        "WEIGHT": TRITON_DTYPE[weight], "GRAD": TRITON_DTYPE[values], "COMPUTE": TRITON_DTYPE[history],
+        "HAS_MASTER": master is not None, "ALIGNED": are_aligned, "ROW_WISE": form.row_wise,
         "ONE_PASS": form.row_wise and form.length <= columns, "CHUNK_COLUMNS": of_chunk,
     }  # fmt: skip
     tile = min(ELEMENTS // columns, 64)
@@ -263,7 +262,6 @@ def _kernels(form: Form, are_aligned: bool) -> Kernels:
         Kernel(update_runs, 1, LONG=False, TILE=tile, COLUMNS=columns, **constants),
         tile,
         columns,
-        Kernel(sum_chunks, 1, COLUMNS=of_chunk, **of_sums),
         Kernel(update_runs, 1, LONG=True, TILE=1, COLUMNS=long_columns, **constants),
         long_columns,
     )
@@ -281,15 +279,12 @@ def bind(launch: Launch, table: Tensor, grad_scale: Tensor | None, skip: Tensor 
     operands = alone if records is None else (None, sums, None, None, None, records)
     kernels = _kernels(form, are_aligned)
 
-    def update(kernel: Kernel, programs: int, columns: int) -> Callable[[], object]:
-        windows = 1 if form.row_wise else -(-form.length // columns)
-        return kernel.bind(programs * windows, ids, order, *operands, weights, table, settings, count, rows,
-                           form.length, windows, grad_scale, skip, found_inf)  # fmt: skip
-
-    short = update(kernels.short, -(-count // kernels.tile), kernels.columns)
     windows, slots, _ = sums.shape
-    if not slots:
-        return [short]
-    chunks = kernels.chunks.bind(slots * windows, ids, order, operands[0], sums, records, weights, count, form.length,
-                                 windows)  # fmt: skip
-    return [short, chunks, update(kernels.long, slots // 2, kernels.long_columns)]
+
+    def update(kernel: Kernel, tiles: int, columns: int, others: int) -> Callable[[], object]:
+        parts = 1 if form.row_wise else -(-form.length // columns)
+        return kernel.bind(tiles * parts + others, ids, order, *operands, weights, table, settings, count, rows,
+                           form.length, parts, slots, grad_scale, skip, found_inf)  # fmt: skip
+
+    short = update(kernels.short, -(-count // kernels.tile), kernels.columns, slots * windows)
+    return [short, update(kernels.long, slots // 2, kernels.long_columns, 0)] if slots else [short]

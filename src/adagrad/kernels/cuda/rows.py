@@ -6,11 +6,10 @@ are several, kernels find operands and settings of each in a table (see :mod:`ad
 The row ids are sorted stably, so that a row's occurrences form a run, in their original order. Work is divided by
 sorted position, not by row, so that no program waits for a frequent row. A short run, of at most SHORT occurrences, is
 summed and applied by the program of the TILE positions among which it begins. A long one is cut into chunks of CHUNK
-occurrences from its first: :func:`sum_chunks` adds up each of them in a program of its own and leaves the sum in a
-slot, and another launch of :func:`update_runs` adds the sums in order and applies them. So however frequent a row is,
-no program adds more than CHUNK occurrences, or one chunk sum per CHUNK occurrences, in sequence; and a row's bits
-depend on its own values alone: the additions are those of :func:`adagrad.rule.sum_duplicates`. Nothing comes back to
-the host.
+occurrences from its first: further programs of the same launch add up one chunk each (:func:`sum_chunk`) and leave the
+sum in a slot, and another launch adds the sums in order and applies them. So however frequent a row is, no program adds
+more than CHUNK occurrences, or one chunk sum per CHUNK occurrences, in sequence; and a row's bits depend on its own
+values alone: the additions are those of :func:`adagrad.rule.sum_duplicates`. Nothing comes back to the host.
 
 The sum of a chunk whose first position is p goes to slot ``2 (p // SHORT) + (1 if it is its run's first)``. Among SHORT
 neighbouring positions at most one long run begins and at most one chunk continues a run, so no two chunks share a slot;
@@ -44,7 +43,7 @@ SHORT = tl.constexpr(32)
 """The most occurrences of a short run. CHUNK is a multiple of it."""
 STRIDE = tl.constexpr(2 * rule.CHUNK // SHORT.value)
 """The distance between the slots of a run's later chunks."""
-PROBES = tl.constexpr(128)
+PROBES = tl.constexpr(32)
 STARTS = tl.constexpr(32)
 """First rows of weights that are compared at once."""
 
@@ -77,7 +76,8 @@ def operand(word: tl.tensor, TYPE: tl.constexpr, ALIGNED: tl.constexpr) -> tl.te
 def first_position(ids: tl.tensor, begin: tl.tensor, end: tl.tensor, row: tl.tensor) -> tl.tensor:
     """The first position of the sorted ids in [begin, end) that has ``row`` or a higher one; else ``end``.
 
-    PROBES at a time, because each step waits for memory: 3 steps for a million ids, where bisection would take 20.
+    PROBES at a time, because each step waits for memory: 4 steps for a million ids, where bisection would take 20. (128
+    at a time would take 3, and read three times as much.)
     """
     low = begin
     high = end
@@ -164,54 +164,56 @@ def load_sums(sums: tl.tensor, n: tl.tensor, column: tl.tensor, length: tl.tenso
     return a, b, c, d
 
 
-@triton.jit(do_not_specialize=["weights", "count"])
-def sum_chunks(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.tensor, records: tl.tensor,
-               weights: tl.tensor, count: tl.tensor, length: tl.tensor, windows: tl.tensor, GRAD: tl.constexpr,
-               COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr) -> None:  # fmt: skip
+@triton.jit
+def sum_chunk(program: tl.tensor, ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.tensor,
+              records: tl.tensor, weights: tl.tensor, count: tl.tensor, length: tl.tensor, slots: tl.tensor,
+              GRAD: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr
+              ) -> None:  # fmt: skip
     """Put COLUMNS columns of the sum of a chunk, added one occurrence after the other, into its slot.
 
-    The address of the values is an argument, or for several weights in ``records``.
+    ``program`` counts the programs that do so. Operands are as for :func:`update_runs`.
     """
-    slot = (tl.program_id(0) // windows).to(tl.int64)
+    windows = (length - 1) // COLUMNS + 1
+    slot = (program // windows).to(tl.int64)
     position, row = find_chunk(ids, count, slot)
-    if row < 0:
-        return
-    if records is not None:
-        values = operand(find_operands(records, weights, row + tl.arange(0, 1), 1) + 1, GRAD, ALIGNED)
-    window = tl.program_id(0) % windows
-    lane = tl.arange(0, COLUMNS)[None, :]
-    column = window * (COLUMNS + 0 * length) + lane  # int64 where the length is, which may be a constant
-    ahead = position + tl.arange(0, CHUNK)
-    n = tl.sum((tl.load(ids + ahead, mask=ahead < count, other=-1) == row).to(tl.int32), axis=0)
-    order += position
-    total = tl.broadcast_to(minus_zero(COMPUTE), [1, COLUMNS])
-    while n > 0:
-        # All loads before the first addition: only then does the compiler have all of them in flight at once.
-        a, b, c, d = load_occurrences(values, order, n, column, length, COMPUTE)
-        e, f, g, h = load_occurrences(values, order + 4, n - 4, column, length, COMPUTE)
-        p, q, r, s = load_occurrences(values, order + 8, n - 8, column, length, COMPUTE)
-        t, u, v, w = load_occurrences(values, order + 12, n - 12, column, length, COMPUTE)
-        total = total + a + b + c + d
-        total = total + e + f + g + h
-        total = total + p + q + r + s
-        total = total + t + u + v + w
-        order += 16
-        n -= 16
-    tl.store(sums + (window * (tl.num_programs(0) // windows) + slot) * COLUMNS + lane, total)
+    if row >= 0:
+        if records is None:
+            its_values = values
+        else:
+            its_values = operand(find_operands(records, weights, row + tl.arange(0, 1), 1) + 1, GRAD, ALIGNED)
+        window = program % windows
+        lane = tl.arange(0, COLUMNS)[None, :]
+        column = window * (COLUMNS + 0 * length) + lane  # int64 where the length is, which may be a constant
+        ahead = position + tl.arange(0, CHUNK)
+        n = tl.sum((tl.load(ids + ahead, mask=ahead < count, other=-1) == row).to(tl.int32), axis=0)
+        places = order + position
+        total = tl.broadcast_to(minus_zero(COMPUTE), [1, COLUMNS])
+        while n > 0:
+            # All loads before the first addition: only then does the compiler have all of them in flight at once.
+            a, b, c, d = load_occurrences(its_values, places, n, column, length, COMPUTE)
+            e, f, g, h = load_occurrences(its_values, places + 4, n - 4, column, length, COMPUTE)
+            p, q, r, s = load_occurrences(its_values, places + 8, n - 8, column, length, COMPUTE)
+            t, u, v, w = load_occurrences(its_values, places + 12, n - 12, column, length, COMPUTE)
+            total = total + a + b + c + d
+            total = total + e + f + g + h
+            total = total + p + q + r + s
+            total = total + t + u + v + w
+            places += 16
+            n -= 16
+        tl.store(sums + (window * slots.to(tl.int64) + slot) * COLUMNS + lane, total)
 
 
 @triton.jit
-def add_sums(sums: tl.tensor, chunks: tl.tensor, column: tl.tensor, length: tl.tensor, windows: tl.tensor,
+def add_sums(sums: tl.tensor, chunks: tl.tensor, column: tl.tensor, length: tl.tensor, slots: tl.tensor,
              CHUNK_COLUMNS: tl.constexpr) -> tl.tensor:  # fmt: skip
     """The sum (1, COLUMNS) of a long run's ``chunks``, in order. The first of them is in the slot after ``sums``."""
     column = column[None, :]
-    slots = 2 * (tl.num_programs(0) // windows).to(tl.int64)
-    at = column // CHUNK_COLUMNS * slots * CHUNK_COLUMNS + column % CHUNK_COLUMNS
+    at = column // CHUNK_COLUMNS * slots.to(tl.int64) * CHUNK_COLUMNS + column % CHUNK_COLUMNS
     total = tl.load(sums + CHUNK_COLUMNS + at, mask=column < length)
     STEP: tl.constexpr = STRIDE * CHUNK_COLUMNS
     n = chunks - 1
     while n > 0:
-        # As in sum_chunks.
+        # As in sum_chunk.
         a, b, c, d = load_sums(sums + STEP + at, n, column, length, STEP)
         e, f, g, h = load_sums(sums + 5 * STEP + at, n - 4, column, length, STEP)
         p, q, r, s = load_sums(sums + 9 * STEP + at, n - 8, column, length, STEP)
@@ -257,32 +259,39 @@ def add_occurrences(values: tl.tensor, order: tl.tensor, ids: tl.tensor, count: 
 @triton.jit
 def add_up(values: tl.tensor, sums: tl.tensor, chunks: tl.tensor, order: tl.tensor, ids: tl.tensor, count: tl.tensor,
            position: tl.tensor, row: tl.tensor, head: tl.tensor, place: tl.tensor, next_row: tl.tensor,
-           column: tl.tensor, length: tl.tensor, windows: tl.tensor, COMPUTE: tl.constexpr, LONG: tl.constexpr,
+           column: tl.tensor, length: tl.tensor, slots: tl.tensor, COMPUTE: tl.constexpr, LONG: tl.constexpr,
            CHUNK_COLUMNS: tl.constexpr) -> tl.tensor:  # fmt: skip
     """The sums (TILE, COLUMNS) of the runs that begin at ``position`` where ``head``."""
     if LONG:
-        total = add_sums(sums, chunks, column, length, windows, CHUNK_COLUMNS)
+        total = add_sums(sums, chunks, column, length, slots, CHUNK_COLUMNS)
     else:
         total = add_occurrences(values, order, ids, count, position, row, head, place, next_row, column, length,
                                 COMPUTE)  # fmt: skip
     return total
 
 
-@triton.jit(do_not_specialize=["weights", "index", "count", "rows"])
+@triton.jit(do_not_specialize=["weights", "index", "count", "rows", "slots"])
 def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.tensor, weight: tl.tensor,
                 history: tl.tensor, master: tl.tensor, records: tl.tensor, weights: tl.tensor, table: tl.tensor,
                 index: tl.tensor, count: tl.tensor, rows: tl.tensor, length: tl.tensor, windows: tl.tensor,
-                grad_scale: tl.tensor, skip: tl.tensor, found_inf: tl.tensor, WEIGHT: tl.constexpr, GRAD: tl.constexpr,
-                COMPUTE: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr, ROW_WISE: tl.constexpr,
-                ONE_PASS: tl.constexpr, LONG: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
-                CHUNK_COLUMNS: tl.constexpr) -> None:  # fmt: skip
+                slots: tl.tensor, grad_scale: tl.tensor, skip: tl.tensor, found_inf: tl.tensor, WEIGHT: tl.constexpr,
+                GRAD: tl.constexpr, COMPUTE: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr,
+                ROW_WISE: tl.constexpr, ONE_PASS: tl.constexpr, LONG: tl.constexpr, TILE: tl.constexpr,
+                COLUMNS: tl.constexpr, CHUNK_COLUMNS: tl.constexpr) -> None:  # fmt: skip
     """Sum the values of the runs that begin in a tile of positions and update their rows.
 
     It takes short runs among TILE positions, or adds the sums of chunks of the LONG run that begins among SHORT ones.
     A program takes COLUMNS columns, or all of them if the history has one value a row: then, unless the row fits
     COLUMNS (ONE_PASS), a first pass is for the mean of squares. Operands and the index of their settings are arguments,
-    or for several weights in ``records``.
+    or for several weights in ``records``. Of the launch for short runs, the programs after those of the tiles fill the
+    ``slots`` with the sums of chunks, CHUNK_COLUMNS columns each.
     """
+    if not LONG:
+        of_chunks = tl.program_id(0) - ((count - 1) // TILE + 1) * windows  # count + TILE could overflow 32 bits
+        if of_chunks >= 0:
+            sum_chunk(of_chunks, ids, order, values, sums, records, weights, count, length, slots, GRAD, COMPUTE,
+                      ALIGNED, CHUNK_COLUMNS)  # fmt: skip
+            return
     tile = (tl.program_id(0) // windows).to(tl.int64)
     left = tl.program_id(0) % windows * (COLUMNS + 0 * length)  # int64 where the length is
     place = None
@@ -322,7 +331,7 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
             mask = head[:, None] & (column < length)[None, :]
             w = read_weight(weight, master, row_start + column[None, :], mask, COMPUTE, HAS_MASTER)
             g = add_up(values, sums, chunks, order, ids, count, position, row, head, place, next_row, column, length,
-                       windows, COMPUTE, LONG, CHUNK_COLUMNS)  # fmt: skip
+                       slots, COMPUTE, LONG, CHUNK_COLUMNS)  # fmt: skip
             g = effective_gradient(g, w, grad_scale, rescale, clip, wd)
             lanes = add_to_lanes(lanes, tl.where(mask, g * g, 0.0), TILE, COLUMNS)
         h = add_mean(history, row[:, None], h, lanes, length, head[:, None], TILE)
@@ -335,7 +344,7 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
         if not ROW_WISE:
             h = tl.load(history + at, mask=mask)
         g = add_up(values, sums, chunks, order, ids, count, position, row, head, place, next_row, column, length,
-                   windows, COMPUTE, LONG, CHUNK_COLUMNS)  # fmt: skip
+                   slots, COMPUTE, LONG, CHUNK_COLUMNS)  # fmt: skip
         g = effective_gradient(g, w, grad_scale, rescale, clip, wd)
         if ROW_WISE and ONE_PASS:
             lanes = add_to_lanes(lanes, tl.where(mask, g * g, 0.0), TILE, COLUMNS)
