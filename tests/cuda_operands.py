@@ -15,14 +15,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 GPU = torch.cuda.is_available()
-PTX = 0 if GPU else int(os.environ.get("ADAGRAD_TEST_PTX", "0"))
+PTX = 0 if GPU else int(os.environ.get("ADAGRAD_TEST_PTX") or 0)
 DEVICE = "cuda" if GPU else "cpu"
 ON_THE_GPU = [pytest.mark.gpu] if GPU else []
 """Marks of a module whose tests run on a device where there is one, else in Triton's interpreter."""
 
 needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device")
 needs_speed = pytest.mark.skipif(not GPU and not PTX, reason="too slow for Triton's interpreter, see ptx.py")
-if not GPU and not PTX:
+if PTX:
+    os.environ.pop("TRITON_INTERPRET", None)
+elif not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton")
 

@@ -60,8 +60,13 @@ static int uniform(int lanes, int line) {
     return lanes;
 }
 
-static u32 bits_of(u32 x, u32 first, u32 count) { return x >> first & ((1ull << count) - 1); }
-static s32 signed_bits_of(u32 x, u32 first, u32 count) { return (s32)(x << (32 - first - count)) >> (32 - count); }
+static u32 bits_of(u32 x, u32 first, u32 count, int is_signed) {
+    first &= 255, count &= 255;
+    if (!count) return 0;
+    u32 last = first + count - 1, sign = is_signed && x >> (last < 31 ? last : 31) & 1 ? 0xffffffff : 0;
+    u64 found = ((u64)sign << 32 | x) >> (first < 32 ? first : 32), mask = count < 32 ? (1u << count) - 1 : 0xffffffff;
+    return (found & mask) | (sign & ~mask);
+}
 
 static u32 bytes_of(u32 a, u32 b, u32 selected) {
     u64 both = (u64)b << 32 | a;
@@ -76,7 +81,7 @@ static u32 bytes_of(u32 a, u32 b, u32 selected) {
 /* Which lane one reads from in a shuffle: its own, unless the other is in its segment. */
 static int source(int lane, u32 clamp, int is_index, u32 by) {
     u32 segment = clamp >> 8 & 31, last = (lane & segment) | (clamp & 31 & ~segment);
-    u32 other = is_index ? (lane & segment) | (by & 31 & ~segment) : lane ^ by;
+    u32 other = is_index ? (lane & segment) | (by & 31 & ~segment) : lane ^ (by & 31);
     return other <= last ? (int)other : lane;
 }
 
@@ -105,8 +110,10 @@ static void run(const u64 *parameters) {
         u32 order[WARPS];
         shuffle(order, WARPS);
         for (int k = 0; k < WARPS; k++) go_on(&warps[order[k]], parameters);
-        for (int k = 1; k < WARPS; k++)
-            if (warps[k].at != warps[0].at) fail("warps that wait at different barriers", warps[k].at);
+        for (int k = 1; k < WARPS; k++) {
+            int one = warps[0].at, other = warps[k].at;
+            if (one != other) fail("warps that wait at different barriers", one > other ? one : other);
+        }
     } while (warps[0].at >= 0);
 }
 

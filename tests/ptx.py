@@ -3,13 +3,13 @@
 Triton's interpreter runs a kernel's Python code. What Triton compiles for a GPU may differ from that: constants are
 folded, accesses are as wide as promises of alignment allow, values move between threads through shared memory. With
 ``ADAGRAD_TEST_PTX=90`` the tests of the CUDA kernels run what is compiled for compute capability 9.0, in the form in
-which NVIDIA's assembler gets it. This needs gcc, as launching does on a device.
+which NVIDIA's assembler gets it. This needs gcc 12 or newer.
 
 Each instruction is done for all 32 lanes of a warp before the next one. Programs run one by one in random order, and so
-do the warps of a program from barrier to barrier: a barrier that is missing changes results. A launch fails where an
-address is not aligned to the size of the access, a branch divides a warp, or warps wait at different barriers.
-An instruction that this library's kernels had no use for yet is refused, as are those that do not round to nearest or
-flush subnormals to zero.
+do the warps of a program from barrier to barrier: a barrier between warps that is missing changes results. A launch
+fails where an address is not aligned to the size of the access, a branch divides a warp, or warps wait at different
+barriers. Whether an address in global memory lies within an operand is not known here. An instruction that this
+library's kernels had no use for yet is refused, as are those that do not round to nearest or flush subnormals to zero.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import ctypes
 import functools
 import random
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from adagrad.kernels.cuda.launch import Kernel
 HEADER = Path(__file__).with_name("ptx.h")
 REGISTER = re.compile(r"%(p|rs|r|rd)(\d+)")
 SPECIAL = {"%tid.x": "32 * w->number + l", "%ctaid.x": "program", "%nctaid.x": "programs", "global_smem": "0"}
+KINDS = {"pred", "f16", "f32", "f32x2", "f64", *(f"{letter}{bits}" for letter in "bus" for bits in (8, 16, 32, 64))}
 SYMBOL = {
     "add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", "xor": "^", "min": "<", "max": ">",
     "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
@@ -43,6 +45,8 @@ SYMBOL = {
 
 def value(operand: str, kind: str) -> str:
     """An operand in one lane, read as ``kind``: a register, a special one, or bits."""
+    if kind not in KINDS:
+        raise ValueError(kind)
     if operand.startswith("!"):
         return "!" + value(operand[1:], kind)
     register = REGISTER.fullmatch(operand)
@@ -52,7 +56,7 @@ def value(operand: str, kind: str) -> str:
         bits = SPECIAL[operand]
     else:
         number = int(operand[2:], 16) if re.match("0[fd]", operand) else int(operand.rstrip("U"), 0)
-        bits = f"{number % 2**64}u"
+        bits = f"{int(number != 0) if kind == 'pred' else number % 2**64}u"
     return f"((Lane){{.b64 = {bits}}}).{kind}"
 
 
@@ -60,6 +64,8 @@ def put(register: str, kind: str, result: str) -> str:
     """Put a result of ``kind`` into a register: integers with their sign, or zeros, up to its width."""
     if register == "_":  # nowhere
         return ""
+    if kind not in KINDS:
+        raise ValueError(kind)
     if kind == "pred":
         result = f"!!({result})"
     return f"{value(register, kind if kind[0] == 'f' else 's64')} = ({kind})({result});"
@@ -83,15 +89,18 @@ def address(operand: str, space: str, size: int, line: int) -> str:
 # ---------------------------------------------------------------------------------------------------- instructions in C
 
 
-def compared(relation: str, a: str, b: str) -> str:
+def compared(relation: str, kind: str, a: str, b: str) -> str:
+    """A relation between integers, or one that holds only between numbers or, with a ``u``, also for a NaN."""
     match relation:
         case "num":
             return f"{a} == {a} && {b} == {b}"
         case "nan":
             return f"{a} != {a} || {b} != {b}"
-        case "ltu" | "leu" | "gtu" | "geu" | "neu":  # or one is not a number
+        case "ltu" | "leu" | "gtu" | "geu" | "neu":
             opposite = {"ltu": ">=", "leu": ">", "gtu": "<=", "geu": "<", "neu": "=="}[relation]
             return f"!({a} {opposite} {b})"
+        case "ne" if kind[0] == "f":
+            return f"{a} < {b} || {a} > {b}"
         case _:
             return f"{a} {SYMBOL[relation]} {b}"
 
@@ -105,8 +114,10 @@ def computed(parts: list[str], x: Callable[[int, str], str]) -> tuple[str, str] 
             return kind, f"{x(1, kind)} {SYMBOL[name]} {x(2, kind)}"
         case [("add" | "sub") as name, "rn", "f32", "f16"]:
             return "f32", f"{x(1, 'f16')} {SYMBOL[name]} {x(2, 'f32')}"
-        case [("add" | "sub" | "div" | "and" | "or" | "xor") as name, kind] if kind[0] != "f":
+        case [("add" | "sub" | "and" | "or" | "xor") as name, kind] if kind[0] != "f":
             return kind, f"{x(1, kind)} {SYMBOL[name]} {x(2, kind)}"
+        case ["div", kind] if kind[0] != "f":  # in a lane without work perhaps by 0, whose result is not specified
+            return kind, f"{x(2, kind)} ? {x(1, kind)} / {x(2, kind)} : 0"
         case ["mad", "lo", kind]:
             return kind, f"{x(1, kind)} * {x(2, kind)} + {x(3, kind)}"
         case ["mul" | "mad", "wide", kind]:
@@ -123,7 +134,7 @@ def computed(parts: list[str], x: Callable[[int, str], str]) -> tuple[str, str] 
             far = f"{x(1, kind)} < 0 ? -1 : 0" if kind[0] == "s" else "0"
             return kind, f"{by} < {bits} ? {x(1, kind)} {'<<' if parts[0] == 'shl' else '>>'} {by} : ({far})"
         case ["setp", relation, kind]:
-            return "pred", compared(relation, x(1, kind), x(2, kind))
+            return "pred", compared(relation, kind, x(1, kind), x(2, kind))
         case ["selp", kind]:
             return kind, f"{x(3, 'pred')} ? {x(1, kind)} : {x(2, kind)}"
         case ["cvt", "rn", "f16x2", "f32"]:
@@ -135,8 +146,8 @@ def computed(parts: list[str], x: Callable[[int, str], str]) -> tuple[str, str] 
             return to, x(1, kind)
         case ["popc", "b32"]:
             return "u32", f"__builtin_popcount({x(1, 'b32')})"
-        case ["bfe", kind]:
-            return kind, f"{'signed_' * (kind == 's32')}bits_of({x(1, 'u32')}, {x(2, 'u32')}, {x(3, 'u32')})"
+        case ["bfe", "u32" | "s32" as kind]:
+            return "u32", f"bits_of({x(1, 'u32')}, {x(2, 'u32')}, {x(3, 'u32')}, {int(kind == 's32')})"
         case ["prmt", "b32"]:
             return "b32", f"bytes_of({x(1, 'b32')}, {x(2, 'b32')}, {x(3, 'b32')})"
     return None
@@ -157,8 +168,11 @@ def accessed(parts: list[str], operands: list[str], line: int) -> str | None:
     """A load, a store or an exchange of one or several elements."""
     kind = parts[-1]
     if parts[:2] == ["ld", "param"]:
-        return put(operands[0], kind, f"parameters[{operands[1].rpartition('_')[2].rstrip(']')}]")
-    space = next((name for name in ("global", "shared") for part in parts if part.split("::")[0] == name), "")
+        which = PARAMETER.fullmatch(operands[1])
+        return put(operands[0], kind, f"parameters[{which[1]}]") if which and kind[0] != "f" else None
+    space = next((name for name in ("global", "shared") for part in parts if part.split("::")[0] == name), None)
+    if space is None:
+        return None
     values, where = (operands[1], operands[0]) if parts[0] == "st" else (operands[0], operands[1])
     names = elements(values)
     start = f"{kind} *at = {address(where, space, width(kind) * len(names), line)};"
@@ -179,7 +193,7 @@ def exchanged(parts: list[str], operands: list[str], line: int) -> str | None:
         case ["shfl", "sync", "bfly" | "idx" as mode, "b32"] if operands[4] == "-1":
             other = f"from[source(l, {x[3]}, {int(mode == 'idx')}, {x[2]})]"
             return f"b32 from[32]; LANES from[l] = {x[1]}; LANES {{ {put(operands[0], 'b32', other)} }}"
-        case ["redux", "sync", "add" | "min" | "max" as name, kind]:
+        case ["redux", "sync", "add" | "min" | "max" as name, "s32" | "u32" as kind]:
             one = value(operands[1], kind)
             more = f"all + {one}" if name == "add" else f"{one} {SYMBOL[name]} all ? {one} : all"
             return (f'LANES if ({x[2]} != 0xffffffff) fail("lanes that are left out", {line});'
@@ -201,6 +215,7 @@ def exchanged(parts: list[str], operands: list[str], line: int) -> str | None:
     return None
 
 
+PARAMETER = re.compile(r"\[\w+_param_(\d+)\]")
 DECLARED = re.compile(r"\.reg \.\w+\s+%(\w+)<(\d+)>;")
 LINE = re.compile(r"(?:@(!?%p\d+)\s+)?([\w.:]+)\s*(.*);")
 APART = re.compile(r",\s*(?![^{[]*[}\]])")
@@ -209,57 +224,63 @@ APART = re.compile(r",\s*(?![^{[]*[}\]])")
 
 def instruction(text: str, line: int) -> str:
     """One instruction of a warp. At a barrier, other warps take their turn."""
-    found = LINE.fullmatch(text)
-    if not found:
+    try:
+        found = LINE.fullmatch(text)
+        done = found and carried_out(found[1], found[2].split("."), [o.strip() for o in APART.split(found[3])], line)
+    except (KeyError, ValueError):
+        done = None
+    if not done:
         raise NotImplementedError(f"line {line} of the PTX: {text}")
-    guard, name, rest = found.groups()
-    parts, operands = name.split("."), [operand.strip() for operand in APART.split(rest)]
+    return f"{{ {done} }}"
+
+
+def carried_out(guard: str | None, parts: list[str], operands: list[str], line: int) -> str | None:
     if parts[0] == "bra":
         jump = f"goto {operands[0].replace('$', '_')};"
-        lanes = f"int n = 0; LANES n += {value(guard, 'pred')}; if (uniform(n, {line}))" if guard else ""
-        return f"{{ {lanes} {jump} }}"
-    if parts[0] == "ret" and not guard:
-        return "{ w->at = -1; return; }"
-    if parts[:2] == ["bar", "sync"] and not guard:
-        return f"{{ w->at = {line}; return; case {line}:; }}"
-    if parts == ["bar", "warp", "sync"]:
-        return ";"
-    if parts[0] in ("shfl", "redux", "ldmatrix", "stmatrix") and not guard:
-        done = exchanged(parts, operands, line)
-        if done:
-            return f"{{ {done} }}"
-    elif parts[0] == "mov":
-        done = moved(elements(operands[0]), elements(operands[1]), parts[-1])
+        return f"int n = 0; LANES n += {value(guard, 'pred')}; if (uniform(n, {line})) {jump}" if guard else jump
+    if parts[0] in ("ret", "bar", "shfl", "redux", "ldmatrix", "stmatrix"):
+        if guard:
+            return None
+        match parts, operands:
+            case ["ret"], [""]:
+                return "w->at = -1; return;"
+            case ["bar", "sync"], ["0"]:
+                return f"w->at = {line}; return; case {line}:;"
+            case ["bar", "warp", "sync"], ["-1"]:
+                return ";"
+        return exchanged(parts, operands, line)
+    if parts[0] == "mov":
+        done: str | None = moved(elements(operands[0]), elements(operands[1]), parts[-1])
     elif parts[0] in ("ld", "st", "atom"):
         done = accessed(parts, operands, line)
     else:
         result = computed(parts, lambda i, kind: value(operands[i], kind))
         done = result and put(operands[0], *result)
-    if not done:
-        raise NotImplementedError(f"line {line} of the PTX: {text}")
     condition = f"if ({value(guard, 'pred')}) " if guard else ""
-    return f"LANES {condition}{{ {done} }}"
+    return done and f"LANES {condition}{{ {done} }}"
 
 
 def translate(ptx: str, shared: int) -> str:
     """The C of a kernel that needs ``shared`` bytes of shared memory."""
     registers = " ".join(f"Lane {name}[{count}][32];" for name, count in DECLARED.findall(ptx))
+    if re.search(r"\.func\b", ptx):
+        raise NotImplementedError("PTX with functions")
     threads = int(re.findall(r"\.(?:req|max)ntid (\d+)", ptx)[0])
     body, begun = [], False
     for number, line in enumerate(ptx.splitlines(), 1):
         text = line.split("//")[0].strip()
-        if begun and text == "}":
+        if not begun:
+            begun = text == "{"
+        elif text == "}":
             break
-        if text == "{":
-            begun = True
-        elif begun and text.endswith(":"):
+        elif text.endswith(":"):
             body.append(text.replace("$", "_") + ";")
-        elif begun and text and not text.startswith("."):
+        elif text and not text.startswith("."):
             body.append(f"{instruction(text, number)}  // {text}")
     return "\n".join([
         f"#define SHARED {shared}", f"#define WARPS {threads // 32}", f"#define REGISTERS {registers}",
         f'#include "{HEADER}"', "static void go_on(Warp *w, const u64 *parameters) { switch (w->at) { case 0:;",
-        *body, "} }",
+        *body, f'fail("no return", {number});', "} }",
     ])  # fmt: skip
 
 
@@ -268,14 +289,22 @@ def translate(ptx: str, shared: int) -> str:
 _order = random.Random(0)
 
 
+def is_available() -> bool:
+    """Whether there is a compiler that knows numbers of 16 bits."""
+    if shutil.which("gcc") is None:
+        return False
+    check = ["gcc", "-x", "c", "-fsyntax-only", "-"]
+    return subprocess.run(check, input=b"_Float16 x;", capture_output=True, check=False).returncode == 0
+
+
 @functools.cache
 def library(ptx: str, shared: int) -> ctypes.CDLL:
     """A kernel as a library for this machine."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "kernel.c", Path(folder) / "kernel.so"
         source.write_text(translate(ptx, shared))
-        flags = "-w", "-fwrapv", "-fno-strict-aliasing", "-ffp-contract=off", "-shared", "-fPIC"
-        subprocess.run(["gcc", *flags, "-o", target, source, "-lm"], check=True)
+        language = "-w", "-Werror=implicit-function-declaration", "-fwrapv", "-fno-strict-aliasing", "-ffp-contract=off"
+        subprocess.run(["gcc", *language, "-shared", "-fPIC", "-o", target, source, "-lm"], check=True)
         return ctypes.CDLL(str(target))
 
 

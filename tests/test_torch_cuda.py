@@ -395,7 +395,7 @@ def test_a_kernel_that_cannot_be_compiled_changes_nothing(
 ) -> None:
     """Kernels are compiled at first use, for seconds, perhaps in the middle of training: all before the first runs."""
     optimizer, params = embedding_and_others()
-    params[0].grad = sparse_grad(*[0] * 200, 1)  # takes three kernels: 200 occurrences are a long run
+    params[0].grad = sparse_grad(*[0] * 200, 1)  # takes two kernels: 200 occurrences are a long run
     before, bind = contents(optimizer, params), Kernel.bind
 
     def failing(self: Any, *arguments: Any) -> Any:
