@@ -78,7 +78,7 @@ def sort_keys(keys: tl.tensor, ids: tl.tensor, order: tl.tensor, count: tl.tenso
         theirs = tl.load(keys + other, mask=other < count, other=0)[None, :]
         earlier = (theirs < key) | ((theirs == key) & (other[None, :] < position[:, None]))
         before += (earlier & (other < count)[None, :]).to(tl.int32)
-    HIGHEST: tl.constexpr = 2 ** (keys.dtype.element_ty.primitive_bitwidth - 1) - 1  # no key is higher
+    HIGHEST: tl.constexpr = 0x7FFFFFFF if keys.dtype.element_ty == tl.int32 else 0x7FFFFFFFFFFFFFFF  # no key is higher
     for right in range(among + 4 * OTHERS, count, 4 * OTHERS):
         at = right + lane
         a = tl.load(keys + at, mask=at < count, other=HIGHEST)

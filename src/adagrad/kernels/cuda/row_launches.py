@@ -279,12 +279,12 @@ def bind(launch: Launch, table: Tensor, grad_scale: Tensor | None, skip: Tensor 
     operands = alone if records is None else (None, sums, None, None, None, records)
     kernels = _kernels(form, are_aligned)
 
-    windows, slots, _ = sums.shape
+    chunk_windows, slots, _ = sums.shape
 
     def update(kernel: Kernel, tiles: int, columns: int, others: int) -> Callable[[], object]:
-        parts = 1 if form.row_wise else -(-form.length // columns)
-        return kernel.bind(tiles * parts + others, ids, order, *operands, weights, table, settings, count, rows,
-                           form.length, parts, slots, grad_scale, skip, found_inf)  # fmt: skip
+        windows = 1 if form.row_wise else -(-form.length // columns)
+        return kernel.bind(tiles * windows + others, ids, order, *operands, weights, table, settings, count, rows,
+                           form.length, windows, slots, grad_scale, skip, found_inf)  # fmt: skip
 
-    short = update(kernels.short, -(-count // kernels.tile), kernels.columns, slots * windows)
+    short = update(kernels.short, -(-count // kernels.tile), kernels.columns, slots * chunk_windows)
     return [short, update(kernels.long, slots // 2, kernels.long_columns, 0)] if slots else [short]

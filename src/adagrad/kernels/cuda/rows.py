@@ -129,18 +129,26 @@ def find_chunk(ids: tl.tensor, count: tl.tensor, slot: tl.tensor) -> tuple[tl.te
 
 
 @triton.jit
-def minus_zero(TYPE: tl.constexpr) -> tl.tensor:
-    """-0, which changes no sum that it is added to. Made of bits, because Triton compiles ``-0.0`` to 0."""
-    BITS: tl.constexpr = TYPE.primitive_bitwidth
-    INTEGER: tl.constexpr = tl.int16 if BITS == 16 else (tl.int32 if BITS == 32 else tl.int64)
-    return tl.full([], -(2 ** (BITS - 1)), INTEGER).to(TYPE, bitcast=True)
+def minus_zero(pointer: tl.tensor) -> tl.tensor:
+    """-0 as ``pointer`` points to, which changes no sum that it is added to.
+
+    Made of bits, because Triton 3.6 compiles ``-0.0`` to 0.
+    """
+    BITS: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth
+    if BITS == 16:
+        bits = tl.full([], -0x8000, tl.int16)
+    elif BITS == 32:
+        bits = tl.full([], -0x80000000, tl.int32)
+    else:
+        bits = tl.full([], -0x8000000000000000, tl.int64)
+    return bits.to(pointer.dtype.element_ty, bitcast=True)
 
 
 @triton.jit
 def load_occurrences(values: tl.tensor, order: tl.tensor, n: tl.tensor, column: tl.tensor, length: tl.tensor,
                      COMPUTE: tl.constexpr) -> tuple[tl.tensor, ...]:  # fmt: skip
     """The values (1, COLUMNS) at the first ``n`` of 4 places; from ``n`` on -0, which changes no sum."""
-    zero = minus_zero(values.dtype.element_ty)
+    zero = minus_zero(values)
     a = tl.load(order, mask=n > 0, other=0)
     b = tl.load(order + 1, mask=n > 1, other=0)
     c = tl.load(order + 2, mask=n > 2, other=0)
@@ -156,7 +164,7 @@ def load_occurrences(values: tl.tensor, order: tl.tensor, n: tl.tensor, column: 
 def load_sums(sums: tl.tensor, n: tl.tensor, column: tl.tensor, length: tl.tensor, STEP: tl.constexpr
               ) -> tuple[tl.tensor, ...]:  # fmt: skip
     """The first ``n`` of 4 sums (1, COLUMNS), STEP elements apart; -0 from ``n`` on."""
-    zero = minus_zero(sums.dtype.element_ty)
+    zero = minus_zero(sums)
     a = tl.load(sums, mask=column < tl.where(n > 0, length, 0), other=zero)
     b = tl.load(sums + STEP, mask=column < tl.where(n > 1, length, 0), other=zero)
     c = tl.load(sums + 2 * STEP, mask=column < tl.where(n > 2, length, 0), other=zero)
@@ -187,7 +195,7 @@ def sum_chunk(program: tl.tensor, ids: tl.tensor, order: tl.tensor, values: tl.t
         ahead = position + tl.arange(0, CHUNK)
         n = tl.sum((tl.load(ids + ahead, mask=ahead < count, other=-1) == row).to(tl.int32), axis=0)
         places = order + position
-        total = tl.broadcast_to(minus_zero(COMPUTE), [1, COLUMNS])
+        total = tl.broadcast_to(minus_zero(sums), [1, COLUMNS])
         while n > 0:
             # All loads before the first addition: only then does the compiler have all of them in flight at once.
             a, b, c, d = load_occurrences(its_values, places, n, column, length, COMPUTE)
@@ -239,20 +247,22 @@ def add_occurrences(values: tl.tensor, order: tl.tensor, ids: tl.tensor, count: 
     mask = head[:, None] & inside_row
     total = widen(tl.load(values + place[:, None] * length + column[None, :], mask=mask), COMPUTE)
     going = head & (next_row == row)
-    after = position + 1
-    # The condition is a number: Triton 3.2 to 3.7 cannot compile a loop whose condition is a tensor that it carries.
+    # Both are numbers: Triton 3.2 to 3.7 cannot compile a loop whose condition is a tensor that it carries, nor 3.2 and
+    # 3.3 one that carries the positions.
+    ahead = 1
     more = tl.max(going.to(tl.int32), axis=0)
     while more > 0:
+        after = position + ahead
         place = tl.load(order + after, mask=going, other=0)
         inside = going & (after + 1 < count)
         next_row = tl.load(ids + after + 1, mask=inside, other=-1)
         mask = going[:, None] & inside_row
         at = values + place[:, None] * length + column[None, :]
-        value = tl.load(at, mask=mask, other=minus_zero(values.dtype.element_ty))
+        value = tl.load(at, mask=mask, other=minus_zero(values))
         going = going & (next_row == row)
         more = tl.max(going.to(tl.int32), axis=0)
         total = total + widen(value, COMPUTE)
-        after += 1
+        ahead += 1
     return total
 
 
