@@ -346,7 +346,7 @@ def test_a_single_number_in_another_byte_order(fused: bool) -> None:
 
 def test_strings_of_numpy_2() -> None:
     if not hasattr(np.dtypes, "StringDType"):
-        pytest.skip("no StringDType in this NumPy")
+        pytest.skip(reason="no StringDType in this NumPy")
     weight = np.array(["a"], dtype=np.dtypes.StringDType())
     with pytest.raises(TypeError, match=r"weights\[0\]: dtype StringDType"):
         AdaGrad().update(0, weight, np.ones(1), np.zeros(1))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+import processes
 import ptx
 from adagrad.kernels.cuda.rule import TRITON
 
@@ -45,21 +44,16 @@ def test_compiled_kernels_give_the_bits_of_the_rule() -> None:
     """How to run all of these tests, which takes some minutes, is in CONTRIBUTING.md."""
     here = Path(__file__).parent
     tests = [f"{here / module}::{name}" for module, names in CHOSEN.items() for name in names]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
-    environment |= {
-        "ADAGRAD_TEST_PTX": "90",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+    options = ["-q", "-p", "no:cacheprovider", *tests]
+    unset = dict.fromkeys(["TRITON_INTERPRET", *(name for name in os.environ if name.startswith("PYTEST_"))])
+    out = processes.run(
+        f"import sys, pytest; sys.exit(pytest.main({options}))",
+        options=(),
+        ADAGRAD_TEST_PTX="90",
+        CUDA_VISIBLE_DEVICES="",
+        **unset,
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
-    assert "skipped" not in done.stdout
+    assert "skipped" not in out
 
 
 # -------------------------------------------------------------------------------------------------- what it computes

@@ -154,9 +154,8 @@ def test_a_pool_of_forked_processes(alone: list[str]) -> None:
     assert run(code, options=("-W", "ignore"), NUMBA_NUM_THREADS="4").split() == alone
 
 
-@pytest.mark.skipif(
-    platform.machine().lower() not in ("x86_64", "amd64", "aarch64", "arm64"), reason="how to flush is not known here"
-)
+@pytest.mark.skipif(reason="how to flush is not known here",
+                    condition=platform.machine().lower() not in ("x86_64", "amd64", "aarch64", "arm64"))  # fmt: skip
 def test_subnormal_numbers_do_not_depend_on_threads_or_on_what_the_caller_flushes() -> None:
     code = """
         import ctypes, platform

@@ -92,7 +92,7 @@ def known_by_address(groups: Any) -> list[Tensor]:
 def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Within: plain CPU tensors go where plain CUDA tensors go; the calls, as they are made."""
     if torch.cuda.is_available():
-        pytest.skip("the kernels are compiled for the GPU here, and take no CPU tensors")
+        pytest.skip(reason="the kernels are compiled for the GPU here, and take no CPU tensors")
     from adagrad.kernels import cuda
 
     calls = []
