@@ -136,13 +136,7 @@ def test_row_lengths(columns: tuple[int, ...], row_wise: bool) -> None:
     check_rows([make_rows(ids, (7, *columns), row_wise=row_wise)], Rule(row_wise=row_wise))
 
 
-@pytest.mark.parametrize(
-    ("n", "row_wise"),
-    [
-        pytest.param(2176, False, marks=needs_speed), (2177, False), pytest.param(2177, True, marks=needs_speed),
-        (4353, False),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("n", "row_wise"), [(2176, False), (2177, False), (2177, True), (4353, False)])
 def test_one_row_longer_than_all_that_is_added_at_once(n: int, row_wise: bool) -> None:
     check_rows([make_rows([4] * n, (6, 3), row_wise=row_wise)], Rule(row_wise=row_wise))
 
@@ -232,10 +226,7 @@ def test_which_weight_a_row_is_of(weights: int) -> None:
     assert set(got[rows < 0]) <= set(range(weights))
 
 
-@pytest.mark.parametrize(
-    "count",
-    [1, 31, 32, 33, 127, 128, 129, 600, pytest.param(850, marks=needs_speed), pytest.param(1000, marks=needs_speed)],
-)
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 127, 128, 129, 600, 850, 1000])
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
 @pytest.mark.usefixtures("sorts_as_on_a_device")
 def test_few_keys_are_sorted_stably(count: int, dtype: str) -> None:
@@ -438,7 +429,7 @@ def test_tables_of_one_form_share_their_launches(dtype: str, row_wise: bool, lau
     assert launched == ["check_ids_of_all", "sort_keys", "update_runs", "update_runs"]
 
 
-@pytest.mark.parametrize("columns", [4, pytest.param(130, marks=needs_speed)])
+@pytest.mark.parametrize("columns", [4, 130])
 @pytest.mark.parametrize("master", [False, True])
 def test_more_tables_than_are_looked_at_together(columns: int, master: bool, launched: list[str]) -> None:
     dtype = "bfloat16" if master else "float32"
