@@ -38,6 +38,7 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 from adagrad.kernels import cuda  # noqa: E402
+from adagrad.kernels.cuda import row_search  # noqa: E402
 from adagrad.kernels.cuda.launch import Kernel  # noqa: E402
 from adagrad.rule import Rule, sum_duplicates  # noqa: E402
 from adagrad.torch import check_row_ids  # noqa: E402
@@ -189,23 +190,23 @@ def test_runs_across_pieces(counts: tuple[int, ...], row_wise: bool) -> None:
 @triton.jit
 def find_first(ids: tl.tensor, end: tl.tensor, row: tl.tensor, found: tl.tensor) -> None:
     zero = tl.full([], 0, tl.int64)
-    tl.store(found, cuda.rows.first_position(ids, zero, zero + end, row))
+    tl.store(found, row_search.first_position(ids, zero, zero + end, row))
 
 
 @pytest.mark.parametrize("count", [1, 127, 128, 129, 16383, 16384, 16385, 50_000])
 def test_where_a_run_begins(count: int) -> None:
     """In one look, two and three; runs of all lengths, the first one and what is behind the last one too."""
     ids = np.sort(np.append(zipf(count - 1, count, 1), 0))
-    found = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    found, kernel = torch.zeros(1, dtype=torch.int64, device=DEVICE), Kernel(find_first, 4)
     for row in sorted({0, 1, *np.random.default_rng(2).choice(ids, 20), ids.max() + 1}):
-        Kernel(find_first, 4).launch(1, torch.tensor(ids, device=DEVICE), count, int(row), found)
+        kernel.launch(1, torch.tensor(ids, device=DEVICE), count, int(row), found)
         assert found.item() == np.searchsorted(ids, row)
 
 
 @triton.jit
 def find_weights(records: tl.tensor, weights: tl.tensor, rows: tl.tensor, found: tl.tensor, TILE: tl.constexpr) -> None:
     lane = tl.arange(0, TILE)
-    place = cuda.rows.find_operands(records, weights, tl.load(rows + lane), TILE).to(tl.int64) - records.to(tl.int64)
+    place = row_search.find_operands(records, weights, tl.load(rows + lane), TILE).to(tl.int64) - records.to(tl.int64)
     tl.store(found + lane[:, None], place)
 
 

@@ -24,7 +24,8 @@ from adagrad.arrays import row_length, tensor_format
 from adagrad.kernels.cuda.dense import RECORD, each
 from adagrad.kernels.cuda.launch import Kernel
 from adagrad.kernels.cuda.row_ids import check_ids, check_ids_of_all, sort_keys
-from adagrad.kernels.cuda.rows import SHORT, update_runs
+from adagrad.kernels.cuda.row_search import SHORT
+from adagrad.kernels.cuda.rows import update_runs
 from adagrad.kernels.cuda.rule import LANES, TRITON_DTYPE
 from adagrad.kernels.inspection.table import CODES_PER_DEVICE, code_of_formats, decode
 from adagrad.kernels.records import (
@@ -135,7 +136,7 @@ class Launch(NamedTuple):
     """The table of several weights, in device memory."""
     are_aligned: bool
     sums: Tensor
-    """(windows, n, columns): slots for the sums of chunks of long runs, see :mod:`adagrad.kernels.cuda.rows`."""
+    """(windows, n, columns): slots for the sums of chunks of long runs, see :mod:`adagrad.kernels.cuda.row_sums`."""
 
 
 def by_form(updates: RowUpdates, rule: Rule) -> dict[Form, list[int]]:
