@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -204,8 +205,8 @@ for row_wise, tables, found_inf in (False, 1, None), (False, 2, None), (True, 1,
 
 def test_what_arrives_at_the_driver(tmp_path: Path) -> None:
     """Kernels compiled for a GPU get the same arguments by Triton's launch and by ours."""
-    if shutil.which("gcc") is None:
-        pytest.skip(reason="no gcc, which Triton needs to launch")
+    if shutil.which("gcc") is None or not Path(sysconfig.get_path("include"), "Python.h").exists():
+        pytest.skip(reason="no gcc or no Python.h, which Triton needs to launch")
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     library, source = tmp_path / "libcuda.so.1", Path(__file__).parent / "cuda_driver.c"
     subprocess.run(["gcc", "-shared", "-fPIC", f"-I{include}", "-o", library, source], check=True)

@@ -151,8 +151,8 @@ def test_other_contents_are_refused() -> None:
         "two states share an array": {0: arrays[0], 1: (arrays[1], arrays[0])},
         "two arrays share their bytes": {0: arrays[0], 1: shared},
         "refused 'mxnet.optimizer.adam.Adam'": ({}, instance("mxnet.optimizer.adam.Adam", {})),
-        "refused 'pathlib.(_local.)?PosixPath'|refused 'pathlib": {0: Path("x")},
-        "refused 'numpy.ndarray'|refused 'numpy.*_reconstruct'": {0: np.ones(3)},
+        "refused 'pathlib": {0: Path("x")},
+        "refused 'numpy": {0: np.ones(3)},
     }.items():
         with pytest.raises(ValueError, match=reason):
             decode(pickle.dumps(content))
