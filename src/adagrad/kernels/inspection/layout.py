@@ -48,9 +48,11 @@ INLINE = 5
 # the first element; the number of elements.
 KIND, DEVICE, FORMAT, RANK, SIZES, STRIDES, UNIT, CONTIGUOUS, WRITEABLE, START, COUNT, INFO = range(12)
 
-# Byte offsets in PyListObject, PyObject and PyArrayObject on 64-bit CPython with reference counts; NumPy's flags.
-LIST_ITEMS, TYPE = 24, 8
-DATA, NDIM, DIMENSIONS, STEPS, DESCR, FLAGS = 16, 24, 32, 40, 56, 64
+# Byte offsets in PyObject, PyListObject and PyArrayObject on 64-bit CPython; NumPy's flags. The header of every object
+# ends with its type; it has 16 bytes, in a free-threaded interpreter 32.
+_HEADER = object.__basicsize__
+TYPE, LIST_ITEMS = _HEADER - 8, _HEADER + 8
+DATA, NDIM, DIMENSIONS, STEPS, DESCR, FLAGS = (_HEADER + offset for offset in (0, 8, 16, 24, 40, 48))
 FLAG_CONTIGUOUS, FLAG_ALIGNED, FLAG_WRITEABLE = 0x1, 0x100, 0x400
 
 
@@ -157,7 +159,8 @@ def describe_tensor(tensor: int, layout: Any, info: Any) -> bool:
 def describe(thing: int, layout_at: int, info_at: int) -> bool:
     """Fill INFO words at ``info_at``; False for anything that is not plain (then they are undefined).
 
-    ``thing`` is the address of a Python object, ``layout_at`` that of a layout. The GIL must be held.
+    ``thing`` is the address of a Python object, ``layout_at`` that of a layout. The GIL must be held; where there is
+    none, no other thread may change the shape or the memory of ``thing`` meanwhile.
     """
     layout, info = array_at(layout_at, WORDS, np.int64), array_at(info_at, INFO, np.int64)
     kind = read_word(thing, TYPE)

@@ -44,10 +44,8 @@ def _word(address: int, offset: int) -> Any:
 
 
 def has_known_objects() -> bool:
-    """Whether Python's own objects are laid out as expected: only on 64-bit CPython with a GIL."""
-    if platform.python_implementation() != "CPython" or sys.maxsize != 2**63 - 1:
-        return False
-    return "free-threading" not in sys.version
+    """Whether Python's own objects are laid out as expected: only on 64-bit CPython."""
+    return platform.python_implementation() == "CPython" and sys.maxsize == 2**63 - 1
 
 
 def find() -> np.ndarray | None:
