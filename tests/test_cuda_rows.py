@@ -314,9 +314,10 @@ for count, at_end, row_wise in itertools.product([(1,), (33,), (33, 40), (1, 40,
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled for the GPU here")
 def test_nothing_is_read_or_written_beside_the_operands() -> None:
     """On a device, memory that is not there ends the process, whether or not what is read from it counts."""
+    without = "-W", "ignore:Conversion of an array", "-W", "ignore:AnnAssign.__init__ missing"  # see pyproject.toml
     path = os.pathsep.join([processes.SOURCES, str(Path(__file__).parent)])
     code, interpret = (f"import ptx; ptx.install({PTX})\n{GUARDED}", None) if PTX else (GUARDED, "1")
-    processes.run(code, options=(), TRITON_INTERPRET=interpret, PYTHONPATH=path)
+    processes.run(code, options=("-W", "error", *without), TRITON_INTERPRET=interpret, PYTHONPATH=path)
 
 
 def test_the_order_of_summation_is_seen() -> None:

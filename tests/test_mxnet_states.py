@@ -152,7 +152,7 @@ def test_other_contents_are_refused() -> None:
         "two arrays share their bytes": {0: arrays[0], 1: shared},
         "refused 'mxnet.optimizer.adam.Adam'": ({}, instance("mxnet.optimizer.adam.Adam", {})),
         "refused 'pathlib": {0: Path("x")},
-        "refused 'numpy": {0: np.ones(3)},
+        "refused 'numpy.ndarray'|refused 'numpy.*(_reconstruct|_frombuffer)'": {0: np.ones(3)},
     }.items():
         with pytest.raises(ValueError, match=reason):
             decode(pickle.dumps(content))
