@@ -43,14 +43,10 @@ def _word(address: int, offset: int) -> Any:
     return read_word(address, offset)
 
 
-def has_known_objects() -> bool:
-    """Whether Python's own objects are laid out as expected: only on 64-bit CPython."""
-    return platform.python_implementation() == "CPython" and sys.maxsize == 2**63 - 1
-
-
 def find() -> np.ndarray | None:
     """A new layout that knows NumPy's arrays, or None if they are not laid out as expected."""
-    if not has_known_objects():
+    # Python's own objects, such as lists, are read, too: those of 64-bit CPython are known.
+    if platform.python_implementation() != "CPython" or sys.maxsize != 2**63 - 1:
         return None
     layout = np.zeros(WORDS, np.int64)
     layout[ARRAY], layout[MEMMAP], layout[NONE] = id(np.ndarray), id(np.memmap), id(None)
