@@ -71,6 +71,15 @@ def test_factor_stops() -> None:
     assert FactorScheduler(step=1, factor=0.5, stop_factor_lr=0.1, base_lr=0.01)(2) == 0.1
 
 
+def test_what_has_stopped_to_decay_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for schedule in (FactorScheduler(1, 0.5, 1e-3, 1.0), FactorScheduler(2, 1.0), FactorScheduler(1.5, 0.9, 0.0)):
+        lr = schedule(10**6)
+        with monkeypatch.context() as within:
+            within.setattr(FactorScheduler, "_by_blocks", lambda *_: pytest.fail("again"))
+            assert [schedule(n) for n in (10**6, 10**6 + 1, 10**6 + 50)] == [lr] * 3
+        assert schedule(1) == schedule.base_lr, "an earlier count"
+
+
 def test_multifactor() -> None:
     schedule = MultiFactorScheduler(step=[5, 8, 20], factor=0.3, base_lr=0.9)
     expected = {0: 0, 1: 0, 5: 0, 6: 1, 8: 1, 9: 2, 20: 2, 21: 3, 1000: 3}

@@ -148,6 +148,7 @@ class FactorScheduler(LRScheduler):
         while num_update > count + self.step:
             lower = max(lr * self.factor, self.stop_factor_lr)
             if lower == lr:
+                count = int(num_update) - self.step  # it stays at this rate: later calls need not come this way again
                 break
             count, lr = count + self.step, lower
         self._last = given, count, lr
