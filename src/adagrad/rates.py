@@ -18,6 +18,9 @@ Index = int | str
 ByIndex = Mapping[Any, Any]
 """What is given for each index. A type checker would refuse a ``dict[str, ...]`` for a ``Mapping[Index, ...]``."""
 
+NewCounts = tuple[Mapping[Index, int], int]
+"""New counts of some weights, and ``num_update``."""
+
 _KEYS = frozenset([int, str])
 
 
@@ -171,17 +174,17 @@ class Rates:
                 self._index_update_count[each] = count
                 self.num_update = max(self.num_update, count)
 
-    def _resolve(self, indices: Sequence[Index]) -> tuple[list[float], list[float], dict[Index, int]]:
-        """Return lr and wd of each index (or one for all) and its new count, in order, without changing anything."""
+    def _resolve(self, indices: Sequence[Index]) -> tuple[list[float], list[float], NewCounts]:
+        """Return lr and wd of each index (or one for all), in order, and the new counts, without changing anything."""
         fixed = self._resolved
         if fixed:  # called by a step within another one, perhaps with some indices of its own
             other = [index for index in indices if index not in fixed]
-            lrs, wds, new = self._resolve_now(other) if other else ([], [], {})
+            lrs, wds, new = self._resolve_now(other) if other else ([], [], ({}, self.num_update))
             rates = fixed | dict(zip(other, _pairs(lrs, wds, len(other)), strict=True))
             return [rates[index][0] for index in indices], [rates[index][1] for index in indices], new
         return self._resolve_now(indices)
 
-    def _resolve_now(self, indices: Sequence[Index]) -> tuple[list[float], list[float], dict[Index, int]]:
+    def _resolve_now(self, indices: Sequence[Index]) -> tuple[list[float], list[float], NewCounts]:
         counts, begin, reached = self._index_update_count, self.begin_num_update, self.num_update
         if not (type(begin) is type(reached) is int and begin >= 0 <= reached):
             begin = checks.integer("begin_num_update", begin, 0)
@@ -192,12 +195,11 @@ class Rates:
             return self._ask(indices)
         if self.lr_scheduler is None and not (self.param_dict or self.lr_mult or self.wd_mult):
             lr, wd = checks.non_negative("lr", self._lr_at(reached)), checks.non_negative("wd", self.wd)
-            return [lr], [wd], {index: counts.get(index, begin) + 1 for index in indices}
+            new = {index: counts.get(index, begin) + 1 for index in indices}
+            return [lr], [wd], (new, max(reached, *new.values()) if new else reached)
         if not self._has_our_schedule():
             return self._ask(indices)
-        new: dict[Index, int] = {}
-        lrs: list[float] = []
-        base = None
+        new, lrs, base = {}, [], None
         for index in indices:
             new[index] = counts.get(index, begin) + 1
             if base is None or new[index] > reached:
@@ -205,7 +207,7 @@ class Rates:
                 name = "lr" if self.lr_scheduler is None else f"lr_scheduler({reached})"
                 base = checks.non_negative(name, self._lr_at(reached))
             lrs.append(base * self._multiplier(index, "lr_mult", self.lr_mult))
-        return _checked("lr", indices, lrs), _checked("wd", indices, self._get_wds(indices)), new
+        return _checked("lr", indices, lrs), _checked("wd", indices, self._get_wds(indices)), (new, reached)
 
     def _known_rates(self, indices: Sequence[Index]) -> tuple[list[float], list[float]]:
         """Return lr and wd for checks in advance. Code of users may have state, so it is not asked here.
@@ -227,7 +229,7 @@ class Rates:
         """Whether the scheduler, if any, is one of :mod:`adagrad.lr_scheduler`: others may have state of their own."""
         return self.lr_scheduler is None or is_ours(self.lr_scheduler)
 
-    def _ask(self, indices: Sequence[Index]) -> tuple[list[float], list[float], dict[Index, int]]:
+    def _ask(self, indices: Sequence[Index]) -> tuple[list[float], list[float], NewCounts]:
         """Do :meth:`_resolve` through code of users: each index is counted before its rates, as in MXNet."""
         counts, before = self._index_update_count, self._counts_of(indices)
         lrs: list[float] = []
@@ -237,9 +239,7 @@ class Rates:
                 self._update_count(index)
                 lrs.append(checks.non_negative(f"lr of index {index!r}", self._get_lr(index)))
                 wds.append(checks.non_negative(f"wd of index {index!r}", self._get_wd(index)))
-            new = _Counts({index: counts[index] for index in indices if index in counts})
-            new.reached = self.num_update
-            return lrs, wds, new
+            return lrs, wds, ({index: counts[index] for index in indices if index in counts}, self.num_update)
         finally:
             self._restore(before)
 
@@ -255,18 +255,14 @@ class Rates:
             else:
                 self._index_update_count[index] = count
 
-    def _store_counts(self, new: Mapping[Index, int]) -> None:
+    def _store_counts(self, new: NewCounts) -> None:
         """Store the counts that :meth:`_resolve` returned."""
-        if isinstance(new, _Counts):
-            self._index_update_count.update(new)
-            self.num_update = new.reached
-        elif new:
-            self._index_update_count.update(new)
-            self.num_update = max(self.num_update, *new.values())
+        counts, self.num_update = new
+        self._index_update_count.update(counts)
 
     @contextmanager
     def _counted(
-        self, indices: Sequence[Index], lrs: Sequence[float], wds: Sequence[float], new: Mapping[Index, int]
+        self, indices: Sequence[Index], lrs: Sequence[float], wds: Sequence[float], new: NewCounts
     ) -> Iterator[None]:
         """Context in which the indices are counted and their lr and wd fixed, whatever a called ``step`` resolves.
 
@@ -282,12 +278,6 @@ class Rates:
             raise
         finally:
             self._resolved = {}
-
-
-class _Counts(dict[Index, int]):
-    """New counts and ``num_update`` as a subclass's ``_update_count`` left them: one need not follow from the other."""
-
-    reached = 0
 
 
 _overridable = operator.attrgetter("learning_rate", "_get_lr", "_get_lrs", "_get_wd", "_get_wds", "_update_count")
