@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -155,6 +156,18 @@ def test_a_step_set_on_the_object_gets_dense_gradients() -> None:
     optimizer.update(0, weight, np.ones(2, np.float32), optimizer.create_state(0, weight))
     assert seen == [[0]]
     assert (weight == 1).all()
+
+
+@pytest.mark.parametrize("klass", [AdaGrad, GroupAdaGrad])
+@pytest.mark.parametrize("name", ["step", "fused_step", "update", "update_multi_precision"])
+def test_methods_replaced_on_the_class_are_called(name: str, klass: type[AdaGrad]) -> None:
+    """As by a spy: with the weights of each step, as a subclass's are."""
+    with mock.patch.object(AdaGrad, name, autospec=True, side_effect=getattr(AdaGrad, name)) as spy:
+        updater = get_updater(klass(0.5, epsilon=0.0, aggregate_num=2))
+        weights = [np.ones(2, np.float32) for _ in range(3)]
+        updater([0, 1, 2], [np.full(2, 2, np.float32) for _ in range(3)], weights)
+    assert [call.args[1] for call in spy.call_args_list] == [[0, 1], [2]]
+    assert all((weight == 0.5).all() for weight in weights)
 
 
 @pytest.mark.parametrize("where", ["class", "object"])

@@ -222,13 +222,15 @@ class AdaGrad(Optimizer):
         return not (self._overrides("step") or self._overrides("fused_step") or self._overrides("update"))
 
     def _overrides(self, name: str) -> bool:
-        """Whether a subclass, or this object, has a method ``name`` of its own."""
-        return getattr(getattr(self, name), "__func__", None) is not getattr(AdaGrad, name)
+        """Whether a subclass, or this object, has a method ``name`` of its own, or the class's has been replaced."""
+        return getattr(getattr(self, name), "__func__", None) is not _OURS[name]
 
     def _may_take_all_at_once(self) -> bool:
         kind: Any = type(self)
         is_ours = kind.__module__ in (__name__, f"{__package__}.group_adagrad") and _names(kind).isdisjoint(vars(self))
-        return is_ours and self._has_our_schedule()
+        if not is_ours or self._overrides_rates() or any(map(self._overrides, _OURS)):
+            return False
+        return self._has_our_schedule()
 
     def _check_known(
         self,
@@ -300,6 +302,9 @@ class AdaGrad(Optimizer):
     def set_config(self, config: Mapping[str, Any]) -> None:
         # Checkpoints from before the dialects lack both options, which were off then.
         super().set_config({"epsilon_inside": False, "decoupled_decay": False} | dict(config))
+
+
+_OURS = {name: getattr(AdaGrad, name) for name in ("step", "fused_step", "update", "update_multi_precision")}
 
 
 @functools.cache
