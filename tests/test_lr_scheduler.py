@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,17 @@ def test_factor_stops() -> None:
     assert FactorScheduler(step=1, factor=1.0, base_lr=0.5)(10**15) == 0.5
     # As MXNet has it, the floor also lifts a rate that began below it.
     assert FactorScheduler(step=1, factor=0.5, stop_factor_lr=0.1, base_lr=0.01)(2) == 0.1
+
+
+@pytest.mark.parametrize(
+    "schedule", [FactorScheduler(2), MultiFactorScheduler([2]), PolyScheduler(5), CosineScheduler(5)], ids=repr
+)
+def test_what_is_no_count_of_updates(schedule: LRScheduler) -> None:
+    for number in (-1, -0.5, math.nan, np.int8(-1)):
+        with pytest.raises(ValueError, match=rf"num_update={re.escape(repr(number))}: must be (finite and )?>= 0"):
+            schedule(number)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="num_update='3': must be a number"):
+        schedule("3")  # type: ignore[arg-type]
 
 
 def test_what_has_stopped_to_decay_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:

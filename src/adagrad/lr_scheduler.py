@@ -62,7 +62,12 @@ class LRScheduler:
         super().__setattr__(name, float(value) if is_scalar else value)
 
     def __call__(self, num_update: int) -> float:
-        """Return the learning rate at update ``num_update``, the largest number of updates of any weight."""
+        """Return the learning rate at update ``num_update``, the largest number of updates of any weight.
+
+        TypeError or ValueError unless that is a number, finite and >= 0.
+        """
+        if type(num_update) is not int or num_update < 0:
+            checks.non_negative("num_update", num_update)
         if num_update < self.warmup_steps:
             return self.get_warmup_lr(num_update)
         return self.after_warmup(num_update)
