@@ -30,6 +30,18 @@ def test_importing_imports_no_framework_and_no_compiler() -> None:
     assert run(code).split() == ["[]", "[]", "[]"]
 
 
+@pytest.mark.parametrize("name", ["torch", "convert"])
+def test_modules_are_imported_at_first_use(name: str) -> None:
+    code = f"""
+        import sys
+        import adagrad
+        before = "torch" in sys.modules, "adagrad.{name}" in sys.modules, "{name}" in dir(adagrad)
+        print(before, adagrad.{name}.__name__)
+        """
+    pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[test]'")
+    assert run(code) == f"(False, False, True) adagrad.{name}"
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_while_another_thread_imports_torch_and_ml_dtypes(fused: bool) -> None:
     code = f"""

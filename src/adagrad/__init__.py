@@ -26,13 +26,13 @@ __version__ = "1.0.0"
 
 
 if TYPE_CHECKING:
-    from adagrad import convert as convert
+    from adagrad import convert as convert, torch as torch
 else:
 
     def __getattr__(name: str) -> Any:
-        if name == "convert":  # imported at first use: most programs need none of it
-            return importlib.import_module("adagrad.convert")
+        if name in ("convert", "torch"):  # imported at first use: most programs need none of it, or have no PyTorch
+            return importlib.import_module(f"adagrad.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), "convert"})
+        return sorted({*globals(), "convert", "torch"})
