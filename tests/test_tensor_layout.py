@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adagrad.kernels.inspection import layout, tensor_layout
+from processes import run
 from support import assert_same_bits, set_layout
 from torch_cases import Case
 from torch_versions import reads_sparse, since
@@ -36,6 +37,22 @@ def test_the_general_path_gives_the_same_bits(row_wise: bool, monkeypatch: pytes
     set_layout(monkeypatch, None)
     for a, b in zip(usual, train(), strict=True):
         assert_same_bits(a, b)
+
+
+def test_no_object_is_read_if_the_environment_says_so() -> None:
+    code = """
+        import numpy as np, torch
+        from adagrad import AdaGrad
+        from adagrad.kernels.inspection.layout import current_layout
+        from adagrad.torch import Adagrad
+        weight, p = np.ones(2, np.float32), torch.nn.Parameter(torch.ones(2))
+        AdaGrad(0.5, epsilon=0.0).update(0, weight, np.ones(2, np.float32), np.zeros(2, np.float32))
+        p.grad = torch.ones(2)
+        Adagrad([p], lr=0.5, eps=0.0).step()
+        print(weight.tolist(), p.tolist(), current_layout() is None)
+    """
+    for variable in (None, "1"):
+        assert run(code, ADAGRAD_NO_INSPECTION=variable) == f"[0.5, 0.5] [0.5, 0.5] {variable is not None}"
 
 
 @reads_sparse

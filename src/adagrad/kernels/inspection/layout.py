@@ -3,7 +3,8 @@
 Asking 300 arrays for dtype, shape, flags and address through Python costs several times what updating them costs. A
 *layout* records the byte offsets at which these objects store them. It is found at first use by comparison with public
 attributes, by ``ndarray_layout.py`` and ``tensor_layout.py``. If an interpreter or a library stores them differently,
-there is no layout, and the general path is taken, which is slower and no less exact.
+there is no layout, and the general path is taken, which is slower and no less exact. It is taken, too, where the
+environment has ``ADAGRAD_NO_INSPECTION``, so that a crash can be told from one of this reading.
 
 An array is *plain* if compiled code can read it this way: exactly an ndarray, memmap, Tensor, Parameter or of a class
 that was accepted, see :func:`accept`; of one of ELEMENT_FORMATS, native, aligned, on the CPU or a CUDA device; a tensor
@@ -13,6 +14,7 @@ has at most INLINE dimensions. All else, and every error, is left to the general
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from typing import Any
 
@@ -236,6 +238,8 @@ def _has_tensors(torch: Any) -> bool:
 
 @functools.cache
 def _layout(with_torch: bool, with_cuda: bool, with_bfloat16: bool) -> np.ndarray | None:
+    if os.environ.get("ADAGRAD_NO_INSPECTION"):
+        return None
     from adagrad.kernels.inspection import ndarray_layout
 
     layout = ndarray_layout.find()
