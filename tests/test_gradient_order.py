@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import support
-from adagrad import AdaGrad, RowSparse
+from adagrad import AdaGrad, RowSparse, kernels
 from adagrad.kernels import general_path, gradient_order
 from support import HYPERS, KINDS, LAYOUTS, Kind
 
@@ -105,6 +106,34 @@ def test_more_is_left_where_it_is(grads: int, monkeypatch: pytest.MonkeyPatch) -
     for o, expected in zip(given, want, strict=True):
         support.assert_same(o, expected)
     assert len(taken) == grads - 1
+
+
+@pytest.mark.parametrize("layout", ["every other", "backwards"])
+def test_nothing_of_the_size_of_a_weight_with_gaps_is_allocated(layout: str) -> None:
+    memory = np.ones((1000, 200), np.float32)
+    weight = memory[:, ::2] if layout == "every other" else memory[::-1]
+    grad, history = np.ones_like(weight, order="C"), np.zeros_like(weight, order="C")
+    optimizer = AdaGrad()
+    optimizer.update(0, weight, grad, history)
+    tracemalloc.start()
+    try:
+        optimizer.update(0, weight, grad, history)
+        assert tracemalloc.get_traced_memory()[1] < weight.nbytes / 2
+    finally:
+        tracemalloc.stop()
+
+
+def test_tensors_of_any_order_take_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[test]'")
+    given = [support.operands(np.random.default_rng(i), KINDS[0], SHAPE) for i in range(2)]
+    want = [support.expected(o, HYPERS["all"]) for o in given]
+    lists = [[torch.from_numpy(getattr(o, name)) for o in given] for name in ("weight", "grad", "history")]
+    lists[1] = [grad.T.contiguous().T for grad in lists[1]]
+    hyper = HYPERS["all"]
+    support.refuse_the_general_path(monkeypatch)
+    kernels.update(*lists, [hyper.lr], [hyper.wd], support.rule_of(hyper), fused=True)
+    for o, expected in zip(given, want, strict=True):
+        support.assert_same(o, expected)
 
 
 def test_what_the_checks_refuse_is_named_as_ever() -> None:

@@ -20,13 +20,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adagrad import AdaGrad, RowSparse, get_updater, torch_step
-from adagrad.kernels import device_lists, device_updates, fast_path, general_path
+from adagrad.kernels import device_lists, device_updates, fast_path, general_path, paths
 from adagrad.kernels.batch import Batch
 from adagrad.kernels.inspection import table
+from adagrad.kernels.names import of_parameter
 from adagrad.rule import Rule
 from adagrad.torch import Adagrad
 from cuda_operands import needs_gpu
-from support import assert_same_bits
+from support import assert_same_bits, refuse_the_general_path
 from torch_oracle import contents
 
 pytest.importorskip("triton")
@@ -115,7 +116,7 @@ def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     decode = table.decode
     monkeypatch.setattr(table, "decode", lambda code: (1, decode(code)[1]))
     monkeypatch.setattr(fast_path, "update_plain", lambda *lists: False)
-    monkeypatch.setattr(torch_step, "is_on_cuda", lambda tensor: True)
+    monkeypatch.setattr(paths, "is_on_cuda", lambda tensor: True)
     with np.errstate(all="ignore"):
         yield calls
 
@@ -129,10 +130,15 @@ def test_calls(name: str, as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPa
     assert_same_training(ours, train(parameters(), **OPTIONS[name]))
 
 
-def test_the_core_makes_the_same_calls(as_if_on_cuda: list[Any]) -> None:
-    """One lr and one wd where all weights share them; a list is one call."""
+@pytest.mark.parametrize("kind", ["RowSparse", "COO"])
+def test_the_core_makes_the_same_calls(kind: str, as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One lr and one wd where all weights share them; a list is one call, of tensors alone by compiled code."""
     weights, histories = [torch.ones(3) for _ in range(3)], [torch.zeros(3) for _ in range(3)]
-    grads = [torch.full((3,), 2.0), RowSparse(torch.tensor([2.0]), torch.tensor([1]), (3,)), torch.full((3,), 2.0)]
+    rows: Any = RowSparse(torch.tensor([2.0]), torch.tensor([1]), (3,))
+    if kind == "COO":
+        rows = torch.sparse_coo_tensor(rows.indices[None], rows.values, (3,), check_invariants=True)
+        refuse_the_general_path(monkeypatch)
+    grads = [torch.full((3,), 2.0), rows, torch.full((3,), 2.0)]
     AdaGrad(0.5, epsilon=0.0).update([0, 1, 2], weights, grads, histories)
     assert as_if_on_cuda == [(2, 1, {"grad_scale": None, "found_inf": None})]
     assert [w.tolist() for w in weights] == [[0.5] * 3, [1.0, 0.5, 1.0], [0.5] * 3]
@@ -569,7 +575,7 @@ def test_counts_on_the_device_advance_together(fused: bool | None) -> None:
     for p in params[::2]:
         optimizer.state[p]["step"] = optimizer.state[p]["step"].long()  # as loaded from a file that had them so
     states = [optimizer.state[p] for p in params]
-    part = torch_step.Part(optimizer.param_groups[0], states, 0, {}, differentiable=False)
+    part = torch_step.Part(optimizer.param_groups[0], states, 0, {}, of_parameter, differentiable=False)
     with Operators() as seen:
         part.advance(found_inf.reshape(()), [])
     assert max(seen.counts.values()) < 10

@@ -286,6 +286,20 @@ def test_memory_that_was_freed_is_refused(which: str, name: str) -> None:
     assert f"ValueError: {name}[0]: address 0: must have memory for its 1000 elements" in done.stderr
 
 
+def test_messages_name_parameters_that_have_names() -> None:
+    params = {name: nn.Parameter(torch.ones(2)) for name in ("a.weight", "a.bias", "b.weight")}
+    groups = [{"params": [*params.items()][:1]}, {"params": [*params.items()][1:], "lr": 0.5}]
+    optimizer = Adagrad(groups)
+    for p in params.values():
+        p.grad = torch.ones(2)
+    optimizer.state[params["b.weight"]]["sum"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"sum of parameter 'b.weight': shape \(3,\): must be \(2,\)"):
+        optimizer.step()
+    optimizer.param_groups[0]["param_names"].append("of none")
+    with pytest.raises(ValueError, match=r"sum of parameter\[2\]: shape"):
+        optimizer.step()
+
+
 def test_messages_count_the_parameters_of_all_groups() -> None:
     params = [nn.Parameter(torch.ones(4, 2)) for _ in range(6)]
     groups = [{"params": params[:2]}, {"params": params[2:4], "row_wise": True}, {"params": params[4:], "lr": 0.5}]

@@ -18,6 +18,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hoo
 
 from adagrad import checks, dialects
 from adagrad.dialects import default
+from adagrad.kernels.names import Names, of_parameter
 from adagrad.torch_compiler import apart_from_compiler
 from adagrad.torch_options import RULE, check_options
 from adagrad.torch_state import as_saved, fitted, new_state
@@ -238,10 +239,11 @@ class Adagrad(Optimizer):
         Raises
         ------
         TypeError, ValueError, IndexError
-            If a parameter cannot be updated; nothing is changed. The message gives its position among the parameters of
-            all groups. (If a tensor subclass itself raises, earlier parameters of such classes may have changed.) On
-            CUDA a row id outside its parameter makes the step a no-op, and a later step, or :func:`check_row_ids`,
-            raises; this step itself, after waiting, if it updates several devices or what the CUDA kernels do not take.
+            If a parameter cannot be updated; nothing is changed. The message gives its name, or its position among the
+            parameters of all groups. (If a tensor subclass itself raises, earlier parameters of such classes may have
+            changed.) On CUDA a row id outside its parameter makes the step a no-op, and a later step, or
+            :func:`check_row_ids`, raises; this step itself, after waiting, if it updates several devices or what the
+            CUDA kernels do not take.
         """
         loss = None
         if closure is not None:
@@ -258,7 +260,7 @@ class Adagrad(Optimizer):
     def _update(self) -> None:
         parts, first, differentiable = list[Part](), 0, self.defaults["differentiable"]
         for group, states in zip(self.param_groups, self._states(), strict=True):
-            parts.append(Part(group, states, first, self._left, differentiable=differentiable))
+            parts.append(Part(group, states, first, self._left, self._names_at, differentiable=differentiable))
             first += len(group["params"])
         if len(self._left) > first:  # those of parameters that were replaced
             kept = {id(p) for group in self.param_groups for p in group["params"]}
@@ -275,6 +277,12 @@ class Adagrad(Optimizer):
             update_differentiably(parts)
         else:
             update(parts, grad_scale, found_inf)
+
+    def _names_at(self, k: int) -> Names:
+        """What messages call the ``k``-th parameter, counted through the groups."""
+        count = sum(len(group["params"]) for group in self.param_groups)
+        called = [name for group in self.param_groups for name in group.get("param_names", ())]
+        return of_parameter(k, called[k] if len(called) == count else None)
 
     def _states(self) -> list[list[dict[str, Any]]]:
         """Return the states of each group's parameters."""

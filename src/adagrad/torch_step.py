@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -14,18 +14,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from adagrad import checks, rule as expression
-from adagrad.kernels import device_lists, fast_path, general_path
-from adagrad.kernels.batch import Batch, Prepared
-from adagrad.kernels.names import of_parameter
+from adagrad.kernels import fast_path, general_path, paths
+from adagrad.kernels.batch import Batch
+from adagrad.kernels.names import Names
 from adagrad.kernels.tensors import checks as tensor_checks
 from adagrad.kernels.tensors.versions import mark_changed
-from adagrad.kernels.tensors.views import real_views
 from adagrad.rule import Rule
 from adagrad.torch_options import one_real, rule_and_decays
 from adagrad.torch_state import WIDE, Counts, master
 
 _is_given = functools.partial(operator.is_not, None)
-is_on_cuda = operator.attrgetter("is_cuda")
 _grad_of, _sum_of, _step_of = operator.attrgetter("grad"), operator.itemgetter("sum"), operator.itemgetter("step")
 _ON_CPU = {torch.device("cpu")}
 
@@ -39,6 +37,7 @@ class Part(Batch):
         states: list[dict[str, Any]],
         first: int,
         left: dict[int, _Left | None],
+        names_at: Callable[[int], Names],
         *,
         differentiable: bool,
     ) -> None:
@@ -54,7 +53,7 @@ class Part(Batch):
             params, grads, states = ([some[i] for i in present] for some in (params, grads, states))
             positions = [first + i for i in present]
         rule, wd, lr_decay = rule_and_decays(group)
-        super().__init__(rule, params, grads, [], [], [], [wd], positions, of_parameter)
+        super().__init__(rule, params, grads, [], [], [], [wd], positions, names_at)
         try:
             self.histories, self.steps = list(map(_sum_of, states)), list(map(_step_of, states))
         except KeyError as missing:
@@ -199,7 +198,7 @@ def _batches(parts: list[Part]) -> list[Batch]:
 
 
 def _together(rule: Rule, parts: list[Part]) -> Batch:
-    batch, positions = Batch(rule, [], [], [], [], [], [], names_at=of_parameter), list[int]()
+    batch, positions = Batch(rule, [], [], [], [], [], [], names_at=parts[0].names_at), list[int]()
     has_masters = any(part.masters for part in parts)
     for part in parts:
         n = len(part.weights)
@@ -240,29 +239,20 @@ _WIDER = {
 def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     """Update the parameters by kernels, and their counts of steps.
 
-    Raises what :func:`fast_path.update_plain` and :func:`general_path.prepare` do, and for counts that cannot advance.
+    Raises what :func:`fast_path.update` and :func:`paths.prepare` do, and for counts that cannot advance.
     """
     batches: Sequence[Batch] = parts if len(parts) == 1 else _batches(parts)
-    on_cuda = [is_on_cuda(batch.weights[0]) if batch.weights else False for batch in batches]
+    steps = parts[0].steps if len(parts) == 1 else [step for part in parts for step in part.steps]
     threads = torch.get_num_threads()
     owed: list[Counts] = []  # counts still to be advanced: all, or none if they advanced with the weights
     skips: list[Tensor] = []
-    is_plain = not any(on_cuda) and grad_scale is None and found_inf is None
+    is_plain = grad_scale is None and found_inf is None and not any(paths.on_cuda(batches))
     try:
-        if not (is_plain and _update_and_count(batches, parts, threads)):
+        if not (is_plain and fast_path.update(batches, steps, threads)):
             counts = [part.counts for part in parts]
-            prepared = device_lists.prepare(batches, grad_scale, found_inf) if all(on_cuda) else None
-            if prepared is None:
-                are_widened = _widen_gradients(batches)
-                views = real_views(batches) if is_plain or all(on_cuda) else batches
-                is_new = are_widened or views is not batches
-                if is_new and all(on_cuda):
-                    prepared = device_lists.prepare(views, grad_scale, found_inf)
-                elif is_new and is_plain and _update_and_count(views, parts, threads):
-                    counts, prepared = [], Prepared([])
-            if prepared is None:
-                prepared = general_path.prepare(batches, threads=threads, grad_scale=grad_scale, found_inf=found_inf)
-            owed = counts
+            scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
+            prepared = paths.prepare(batches, steps, threads, widen=_widen_gradients, **scaling)
+            owed = [] if prepared is paths.DONE else counts
             skips = prepared.run()
     except Exception:
         raise
@@ -270,14 +260,6 @@ def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | Non
         _finish(parts, owed, found_inf, skips)
         raise
     _finish(parts, owed, found_inf, skips)
-
-
-def _update_and_count(batches: Sequence[Batch], parts: list[Part], threads: int) -> bool:
-    """Do both by one call of compiled code, if possible; False if nothing was changed."""
-    steps = parts[0].steps if len(parts) == 1 else [step for part in parts for step in part.steps]
-    if len(batches) > 1:
-        return fast_path.update_batches(batches, steps, threads)
-    return fast_path.update_plain(batches[0], steps, threads)
 
 
 def _finish(parts: list[Part], owed: list[Counts], found_inf: Tensor | None, skips: list[Tensor]) -> None:

@@ -1,6 +1,7 @@
 """Dispatch: validate a list of updates, choose the kernels and run them.
 
-:mod:`adagrad.kernels.fast_path` is for plain arrays on the CPU, :mod:`adagrad.kernels.general_path` for everything.
+:mod:`adagrad.kernels.fast_path` is for plain arrays on the CPU; :mod:`adagrad.kernels.paths` finds another way for the
+rest.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from adagrad.kernels import expressions
-from adagrad.kernels.batch import NUMPY_ARRAYS, Batch, Prepared, of_states
-from adagrad.kernels.gradient_order import in_weights_order
+from adagrad.kernels.batch import NUMPY_ARRAYS, of_states
 from adagrad.kernels.runtime import cache_folder
 from adagrad.kernels.runtime.interrupts import came_late, mark_late, uninterrupted
 from adagrad.kernels.validate import check_gradient, is_row_sparse
@@ -24,7 +24,7 @@ __all__ = ["came_late", "check", "check_gradient", "is_row_sparse", "update"]
 
 @functools.cache
 def _path(name: str) -> Any:
-    """The module ``fast_path`` or ``general_path``, imported at first use because importing Numba is slow."""
+    """The module ``fast_path``, ``paths`` or ``general_path``, imported at first use, because that of Numba is slow."""
     cache_folder.find()  # a warning names the caller, who is not seen from the import
     return uninterrupted(lambda: importlib.import_module(f"{__name__}.{name}"))
 
@@ -63,9 +63,9 @@ def update(
     """
     batch, is_done = of_states(weights, grads, states, lrs, wds, rule), False
     try:
-        is_done = fused and _update_plain(batch, threads)
+        is_done = fused and _path("fast_path").update_plain(batch, [], threads)
         if not is_done:
-            _prepare(batch, fused=fused, threads=threads).run()
+            (_path("paths").prepare([batch], [], threads) if fused else expressions.prepare(batch)).run()
             is_done = True
         if not NUMPY_ARRAYS.issuperset(map(type, weights)):
             _mark_changed(weights, states)
@@ -73,14 +73,6 @@ def update(
         if is_done:
             mark_late(interrupt)
         raise
-
-
-def _update_plain(batch: Batch, threads: int | None) -> bool:
-    update_plain = _path("fast_path").update_plain
-    if update_plain(batch, [], threads):
-        return True
-    reordered = in_weights_order(batch)
-    return reordered is not None and bool(update_plain(reordered, [], threads))
 
 
 def _mark_changed(weights: list[Array], states: list[Any]) -> None:
@@ -117,11 +109,7 @@ def check(
     check their row ids only with ``wait``, because that takes waiting for them.
     """
     batch = of_states(weights, grads, states, lrs, wds, rule, positions)
-    _prepare(batch, fused=fused, wait=wait, check_only=not wait)
-
-
-def _prepare(batch: Batch, *, fused: bool, **options: Any) -> Prepared:
-    if not fused:
-        return expressions.prepare(batch)
-    prepared: Prepared = _path("general_path").prepare([batch], **options)
-    return prepared
+    if fused:
+        _path("general_path").prepare([batch], wait=wait, check_only=not wait)
+    else:
+        expressions.prepare(batch)

@@ -12,11 +12,16 @@ from adagrad.kernels.mixed_lists import dense_part
 from adagrad.kernels.validate import is_row_sparse, seems_row_sparse
 
 
+def update(batches: Sequence[Batch], steps: list[Any], threads: int | None) -> bool:
+    """Do :func:`update_plain` or, for several batches, :func:`update_batches`."""
+    return update_plain(batches[0], steps, threads) if len(batches) == 1 else update_batches(batches, steps, threads)
+
+
 def update_plain(batch: Batch, steps: list[Any], threads: int | None) -> bool:
     """Check and update a batch, if all of it is plain and on the CPU.
 
     ``steps`` are the weights' update counts, tensors of one number, which are advanced by 1; or an empty list. False
-    if nothing has changed and the batch is left to :func:`adagrad.kernels.general_path.prepare`.
+    if nothing has changed and the batch is left to :func:`adagrad.kernels.paths.prepare`.
 
     Raises
     ------

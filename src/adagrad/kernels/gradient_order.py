@@ -1,25 +1,38 @@
-"""Gradients of NumPy in another order than their weights', as of a transposition, copied for the fast path."""
+"""Gradients in another order than their weights', as of a transposition, copied for the fast path."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from adagrad.kernels.batch import Batch
+from adagrad.rule import is_torch
 
 MOST_COPIED = 2**22
 """Elements of gradients that are copied in one call; with more, memory counts for more than time."""
 
 
-def in_weights_order(batch: Batch) -> Batch | None:
-    """The same updates with gradients in the order of their weights; None if all are, or if another check must decide.
+def in_weights_order(batches: Sequence[Batch]) -> Sequence[Batch]:
+    """The same updates with gradients in the order of their weights; ``batches`` if all are, or for another check.
 
     Copies would hide that a gradient shares memory with what is written. So all of that must be memory of arrays that
-    are known, and gradients of others.
+    are known, and gradients of others. Tensors are asked by :func:`adagrad.kernels.tensors.views.real_views`.
     """
+    if any(is_torch(batch.weights[0]) for batch in batches if batch.weights):
+        from adagrad.kernels.tensors.views import real_views
+
+        return real_views(batches)
+    ordered = [_copied(batch) or batch for batch in batches]
+    return ordered if any(map(operator.is_not, ordered, batches)) else batches
+
+
+def _copied(batch: Batch) -> Batch | None:
+    """A batch of NumPy's arrays with its gradients in order; None if there is nothing to copy, or it must not be."""
     pairs = enumerate(zip(batch.weights, batch.grads, strict=True))
     odd = [i for i, (weight, grad) in pairs if _is_odd(weight, grad)]
     if not odd or sum(batch.grads[i].size for i in odd) > MOST_COPIED:
@@ -28,13 +41,19 @@ def in_weights_order(batch: Batch) -> Batch | None:
     written = _owners([*batch.weights, *batch.histories, *(m for m in batch.masters if m is not None)])
     if None in read or None in written or not read.isdisjoint(written):
         return None
+    if any(has_gaps(w.shape, w.strides, w.itemsize) for w in (batch.weights[i] for i in odd)):
+        return None
     grads = [*batch.grads]
     for i in odd:
         grads[i] = np.empty_like(batch.weights[i], grads[i].dtype)
-        if not _same_order(batch.weights[i], grads[i]):  # the weight has gaps
-            return None
         grads[i][...] = batch.grads[i]
     return replace(batch, grads=grads)
+
+
+def has_gaps(shape: Sequence[int], strides: Sequence[int], unit: int) -> bool:
+    """Whether an array has gaps in its memory, or runs backwards in it: a new one cannot be laid out alike."""
+    span = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + unit
+    return span != math.prod(shape) * unit or any(s < 0 < n - 1 for n, s in zip(shape, strides, strict=True))
 
 
 def _is_odd(weight: Any, grad: Any) -> bool:

@@ -29,9 +29,9 @@ def in_lists(k: int) -> Names:
     return Names(f"weights[{k}]", f"grads[{k}]", f"history in {state}", f"master copy in {state}", state)
 
 
-def of_parameter(k: int) -> Names:
-    """Those of the ``k``-th parameter of :class:`adagrad.torch.Adagrad`, counted through its groups."""
-    name = f"parameter[{k}]"
+def of_parameter(k: int, called: str | None = None) -> Names:
+    """Those of the ``k``-th parameter of :class:`adagrad.torch.Adagrad`, counted through its groups, or of its name."""
+    name = f"parameter[{k}]" if called is None else f"parameter {called!r}"
     return Names(name, f"gradient of {name}", f"sum of {name}", f"master of {name}", f"state of {name}")
 
 

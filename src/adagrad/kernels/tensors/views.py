@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from adagrad.kernels.batch import Batch
-from adagrad.kernels.gradient_order import MOST_COPIED
+from adagrad.kernels.gradient_order import MOST_COPIED, has_gaps
 from adagrad.kernels.names import Names
 from adagrad.kernels.tensors.checks import PLAIN_TYPES, check_rows
 from adagrad.kernels.tensors.dtensor import has_whole_rows, is_dtensor, is_placed_as, local, moved
@@ -68,10 +68,11 @@ def ordinary(names: Names, weight: Tensor, grad: Tensor | RowSparse, history: Te
 
 
 def real_views(batches: Sequence[Batch]) -> Sequence[Batch]:
-    """The same updates of real numbers, with dense gradients in the order of their weights, without master copies.
+    """The same updates with complex tensors as pairs of real numbers, and dense gradients in their weights' order.
 
-    So the fast path takes complex numbers, as pairs, and gradients of another order, copied, as from a transposition.
-    Returns ``batches`` where there is neither, or something that the fast path does not take even so.
+    So the fast path takes complex numbers, and gradients in another order, which are copied, as of a transposition.
+    Returns ``batches`` where there is neither, or what the fast path does not take even so, such as master copies
+    beside them.
     """
     written = [t for batch in batches for t in (*batch.weights, *batch.histories)]
     everything = [*written, *(grad for batch in batches for grad in batch.grads)]
@@ -100,10 +101,9 @@ def real_views(batches: Sequence[Batch]) -> Sequence[Batch]:
             if copied > MOST_COPIED:
                 return batches
             if is_copied:
-                grads[i] = torch.empty_like(weight)
-                if grads[i].stride() != weight.stride():  # the weight has gaps
+                if has_gaps(weight.shape, weight.stride(), 1):
                     return batches
-                grads[i].copy_(grad)
+                grads[i] = torch.empty_like(weight).copy_(grad)
             if weight.is_complex():
                 weights[i], grads[i], histories[i] = map(torch.view_as_real, (weight, grads[i], history))
         positions, names_at = batch.positions, batch.names_at
