@@ -10,6 +10,7 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import zlib
@@ -23,8 +24,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
 
-from adagrad import AdaGrad, atomic_file, checkpoint
+from adagrad import AdaGrad, atomic_file, checkpoint, get_updater
 from adagrad.mxnet_states import is_mxnet_states
+from processes import posix
 
 DATA = Path(__file__).parent / "data" / "states"
 DTYPES = ["<f2", "<f4", "<f8", ">f2", ">f4", ">f8"]
@@ -336,6 +338,36 @@ def test_memory_stays_within_one_copy() -> None:
         assert tracemalloc.get_traced_memory()[1] < 2.1 * size  # the file and the arrays
     finally:
         tracemalloc.stop()
+
+
+def test_saving_takes_no_memory_and_loading_that_of_the_arrays(tmp_path: Path) -> None:
+    size, before, after = 9 * 2_000_000, get_updater(AdaGrad()), get_updater(AdaGrad())
+    before.states = {key: np.full(500_000, key, np.float32) for key in range(9)}
+    tracemalloc.start()
+    try:
+        before.save_states(tmp_path / "a")
+        assert tracemalloc.get_traced_memory()[1] < 0.2 * size
+        tracemalloc.reset_peak()
+        after.load_states(tmp_path / "a")
+        assert tracemalloc.get_traced_memory()[1] < 1.2 * size
+    finally:
+        tracemalloc.stop()
+    assert same(after.states, before.states)
+    assert (tmp_path / "a").read_bytes() == before.get_states()
+
+
+@posix
+@pytest.mark.parametrize("has_optimizer", [True, False])
+def test_loading_from_a_pipe(tmp_path: Path, has_optimizer: bool) -> None:
+    before, after = get_updater(AdaGrad(0.5)), get_updater(AdaGrad())
+    before.states = {"w": np.ones(3)}
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(before.get_states(has_optimizer),))
+    writer.start()
+    after.load_states(tmp_path / "pipe")
+    writer.join()
+    assert same(after.states, before.states)
+    assert after.optimizer.learning_rate == (0.5 if has_optimizer else 0.01)
 
 
 # ----------------------------------------------------------------------------------------------------------------- save

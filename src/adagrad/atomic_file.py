@@ -7,14 +7,23 @@ import errno
 import os
 import secrets
 import stat
+from collections.abc import Iterator
+from typing import IO
 
 
 def save(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write ``data`` to ``path`` such that a crash at any moment leaves either the old file or the new one, complete.
+    """Write ``data`` to ``path``, see :func:`replacing`."""
+    with replacing(path) as file:
+        file.write(data)
 
-    The data is written to a temporary file in the same folder, ``.adagrad-*.tmp``, synced to disk, and renamed. A
-    failure removes the temporary file; only a killed process or machine leaves it behind. The new file keeps the mode
-    of the old one. If ``path`` is a symbolic link, the file that it points to is replaced.
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open a file that replaces ``path`` such that a crash leaves either the old file or the new one, complete.
+
+    What is written goes to a temporary file in the same folder, ``.adagrad-*.tmp``, which is synced to disk and renamed
+    at the end. A failure removes it; only a killed process or machine leaves it behind. The new file keeps the mode of
+    the old one. If ``path`` is a symbolic link, the file that it points to is replaced.
     """
     target = os.path.realpath(os.fsdecode(path))
     mode: int | None = None
@@ -33,7 +42,7 @@ def save(path: str | os.PathLike[str], data: bytes) -> None:
         with open(descriptor, "wb") as file:
             if mode is not None and hasattr(os, "fchmod"):
                 os.fchmod(descriptor, bits)  # restores mode bits that the umask removed
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(descriptor)
         os.replace(temporary, target)

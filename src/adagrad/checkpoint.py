@@ -1,7 +1,7 @@
 """The library's own state files: safetensors with checksums that detect every altered byte. No pickle, ever.
 
-``encode`` and ``decode`` convert a dict of states to bytes and back. A state is an array, None, or a tuple or list of
-states.
+``write`` and ``read`` convert a dict of states to a file and back, ``encode`` and ``decode`` to bytes. A state is an
+array, None, or a tuple or list of states.
 
 The file is plain safetensors (8 bytes of header length, a JSON header, the arrays' little-endian bytes), so any
 safetensors reader can open it. Everything else is in its metadata, whose values are strings:
@@ -24,11 +24,12 @@ import io
 import json
 import math
 import numbers
+import os
 import re
 import struct
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,15 +47,22 @@ _DEPTH = 16  # most levels of nested states and hyper-parameters: more than any 
 _CRC = re.compile(rb'"([0-9a-f]{8})"\}\} *')  # how a header ends
 
 
-# --------------------------------------------------------------------------------------------------------------- encode
+# ---------------------------------------------------------------------------------------------------------------- write
 
 
 def encode(states: Mapping[int | str, Any], optimizer: Mapping[str, Any] | None) -> bytes:
-    """Return the file for ``states``, with the hyper-parameters and counts in ``optimizer`` unless that is None.
+    """Return what :func:`write` writes."""
+    file = io.BytesIO()
+    write(file, states, optimizer)
+    return file.getvalue()
+
+
+def write(file: IO[bytes], states: Mapping[int | str, Any], optimizer: Mapping[str, Any] | None) -> None:
+    """Write ``states``, with the hyper-parameters and counts in ``optimizer`` unless that is None, to an empty file.
 
     Arrays are NumPy arrays or torch tensors on any device: float16, bfloat16, float32 or float64, of any strides and
     byte order. ``optimizer`` contains None, bools, numbers, strings, and lists, tuples and dicts of them, with int or
-    str keys. TypeError for anything else. At most one array at a time is copied, besides the bytes returned.
+    str keys. TypeError for anything else. At most one array at a time is copied.
     """
     leaves: list[tuple[str, Any]] = []
     keyed = [(_key(key), state) for key, state in states.items()]
@@ -73,10 +81,9 @@ def encode(states: Mapping[int | str, Any], optimizer: Mapping[str, Any] | None)
         return _header(tensors, json.dumps(inner, separators=(",", ":")))
 
     # Checksums have a fixed width, so the header's length is known before them, and one pass over the arrays suffices.
-    # Allocating the whole buffer at once keeps it from growing, which would copy it.
+    # Its size at once keeps a file in memory from growing, which would copy it.
     checksums = ["0" * 8] * len(leaves)
     start = len(header(checksums))
-    file = io.BytesIO()
     file.seek(start + end - 1)
     file.write(b"\0")
     file.seek(start)
@@ -86,7 +93,6 @@ def encode(states: Mapping[int | str, Any], optimizer: Mapping[str, Any] | None)
         file.write(raw.data)
     file.seek(0)
     file.write(header(checksums))
-    return file.getvalue()
 
 
 def _key(key: Any) -> int | str:
@@ -151,23 +157,29 @@ def _pack(value: Any, depth: int = 0) -> Any:
     raise TypeError(f"optimizer: a value of type {type(value).__name__} cannot be saved")
 
 
-# --------------------------------------------------------------------------------------------------------------- decode
+# ----------------------------------------------------------------------------------------------------------------- read
 
 
 def decode(data: bytes) -> tuple[dict[int | str, State], dict[str, Any] | None]:
-    """Return the states and the optimizer's dict, or None, from which ``encode`` made ``data``.
+    """Return what :func:`read` reads."""
+    return read(io.BytesIO(data))
+
+
+def read(file: IO[bytes]) -> tuple[dict[int | str, State], dict[str, Any] | None]:
+    """Return the states and the optimizer's dict, or None, that :func:`write` wrote to a file.
 
     Arrays are new, writable, C-contiguous and in native byte order. bfloat16 arrays have ml_dtypes' dtype if that is
-    installed, else float32, with the same values. ValueError, with the reason, if the data is truncated, altered or
-    something else. No more is allocated than ``data`` is long enough to fill.
+    installed, else float32, with the same values. ValueError, with the reason, if the file is truncated, altered or
+    something else. No more is allocated than it is long enough to fill.
     """
-    view = memoryview(data).cast("B")
-    (length,) = struct.unpack("<Q", view[:8]) if len(view) >= 8 else (0,)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    (length,) = struct.unpack("<Q", file.read(8)) if size >= 8 else (0,)
     if length < 2:
         raise _refusal("it does not start as a safetensors file")
-    if length > len(view) - 8:
-        raise _refusal(f"truncated, or not a safetensors file: {length} bytes of header, {len(view) - 8} bytes left")
-    head, body = bytes(view[: 8 + length]), view[8 + length :]
+    if length > size - 8:
+        raise _refusal(f"truncated, or not a safetensors file: {length} bytes of header, {size - 8} bytes left")
+    head, size = struct.pack("<Q", length) + file.read(length), size - 8 - length
     tensors = _json(head[8:], dict, "the header")
     metadata = tensors.pop("__metadata__", None)
     if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
@@ -189,10 +201,10 @@ def decode(data: bytes) -> tuple[dict[int | str, State], dict[str, Any] | None]:
     arrays: list[State] = []
     at = 0
     for name, checksum in pairs:
-        array, at = _array(name, tensors[name], body, at, checksum)
+        array, at = _array(name, tensors[name], file, size, at, checksum)
         arrays.append(array)
-    if at != len(body):
-        raise _refusal(f"{len(body) - at} bytes too many after the last tensor")
+    if at != size:
+        raise _refusal(f"{size - at} bytes too many after the last tensor")
 
     states: dict[int | str, State] = {}
     unused = dict(enumerate(arrays))
@@ -238,25 +250,27 @@ def _pair(value: Any, first: type | tuple[type, ...], what: str) -> tuple[Any, A
     return pair[0], pair[1]
 
 
-def _array(name: str, entry: Any, body: memoryview, begin: int, checksum: Any) -> tuple[NDArray[Any], int]:
-    """Return the tensor ``name``, whose bytes must start at ``begin``, and where they end."""
+def _array(name: str, entry: Any, file: IO[bytes], size: int, begin: int, checksum: Any) -> tuple[NDArray[Any], int]:
+    """Read the tensor ``name``, whose bytes must start at ``begin`` of ``size``; return it and where they end."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or entry["dtype"] not in _MEMORY:
         raise _refusal(f"tensor {name}: its dtype is not one of {', '.join(_MEMORY)}")
     memory = np.dtype(_MEMORY[entry["dtype"]])
     shape = _list(entry.get("shape"), f"tensor {name}: its shape")
-    if len(shape) > 64 or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+    if len(shape) > 64 or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
         raise _refusal(f"tensor {name}: its shape is not a list of valid sizes")
     end = begin + math.prod(shape) * memory.itemsize
     if entry.get("data_offsets") != [begin, end]:
         raise _refusal(f"tensor {name}: its place in the file does not agree with its shape")
-    if end > len(body):
-        raise _refusal(f"truncated: tensor {name} ends at byte {end} of the data, and there are {len(body)}")
-    if _checksum(entry, body[begin:end]) != checksum:
-        raise _refusal(f"tensor {name} is damaged: its CRC-32 differs")
+    if end > size:
+        raise _refusal(f"truncated: tensor {name} ends at byte {end} of the data, and there are {size}")
     try:
-        array: NDArray[Any] = np.ndarray(shape, memory, body[begin:end]).astype(memory.newbyteorder("="))
+        array: NDArray[Any] = np.empty(shape, memory)
     except ValueError as error:  # more dimensions than NumPy supports, or sizes too large next to a zero
         raise _refusal(f"tensor {name}: {error}") from error
+    raw = array.reshape(-1).view(np.uint8)
+    if file.readinto(raw.data) != len(raw) or _checksum(entry, raw) != checksum:  # type: ignore[attr-defined]
+        raise _refusal(f"tensor {name} is damaged: its CRC-32 differs")
+    array = array.astype(memory.newbyteorder("="), copy=False)
     return (_bfloat16(array) if entry["dtype"] == "BF16" else array), end
 
 
