@@ -21,7 +21,8 @@ PUBLIC = ("adagrad.adagrad", "adagrad.group_adagrad", "adagrad.row_sparse", "ada
           "adagrad.convert.torch")  # fmt: skip
 """Modules that people are to learn from by example."""
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 
 
 def load(name: str) -> Any:
@@ -52,6 +53,19 @@ def test_the_readme_does_what_it_says(tmp_path: Path, monkeypatch: pytest.Monkey
     names = {"model": torch.nn.Embedding(3, 2, sparse=True)}
     exec(torch_code, names)
     assert isinstance(names["optimizer"], torch.optim.Optimizer)
+
+
+def test_the_page_for_pytorch_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "pytorch.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    seen = []
+    for code in blocks:
+        exec(code, names)
+        seen.append({tuple(state["sum"].shape) for state in names["optimizer"].state.values()})
+    assert {(1000, 16), (5000, 16)} <= seen[0]
+    assert {(1000, 1), (5000, 1), (1, 32)} <= seen[1], "row-wise, but for the head"
+    assert all("master" in state for state in names["optimizer"].state.values())
 
 
 @pytest.mark.parametrize("name", [name for name in adagrad.__all__ if name != "lr_scheduler"])
