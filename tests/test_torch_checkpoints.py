@@ -502,7 +502,7 @@ def test_what_is_remembered_of_parameters_that_were_replaced() -> None:
         del optimizer.state[group["params"][0]]
         group["params"][0] = new
         optimizer.step()
-    assert len(optimizer._left) <= 2
+    assert len(optimizer._snapshots) <= 2
 
 
 def test_a_master_copy_follows_a_parameter_that_nobody_watches() -> None:

@@ -43,10 +43,10 @@ def test_the_compiler_traces_nothing_of_an_update(monkeypatch: pytest.MonkeyPatc
     seen = []
 
     def spy(*arguments: Any) -> None:
-        seen.append((torch.compiler.is_dynamo_compiling(), torch_compiler._compiler()))
+        seen.append((torch.compiler.is_dynamo_compiling(), torch_compiler._compiler_callback()))
         update(*arguments)
 
-    update, nothing = front_end.update, torch_compiler._compiler()
+    update, nothing = front_end.update, torch_compiler._compiler_callback()
     monkeypatch.setattr(front_end, "update", spy)
     p = parameter((3,))
     optimizer = Adagrad([p], lr=0.1)
@@ -71,7 +71,7 @@ def test_asking_for_the_compiler_takes_no_reference_away() -> None:
     """PyTorch 2.6 and 2.7 do that: they are not asked."""
     before = sys.getrefcount(None)
     for _ in range(10_000):
-        torch_compiler._compiler()
+        torch_compiler._compiler_callback()
     assert abs(sys.getrefcount(None) - before) < 1000
 
 
@@ -79,4 +79,4 @@ def test_asking_for_the_compiler_takes_no_reference_away() -> None:
 def test_whom_to_ask_for_the_compiler(version: str, is_asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", version)
     monkeypatch.setattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: "asked", raising=False)
-    assert torch_compiler.what_tells_the_compiler()() == ("asked" if is_asked else False)
+    assert torch_compiler.find_compiler_callback()() == ("asked" if is_asked else False)

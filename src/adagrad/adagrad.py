@@ -73,9 +73,9 @@ class AdaGrad(Optimizer):
     dialect : str, default "mxnet"
         The framework to follow, one of :data:`~adagrad.dialects.DIALECTS`. Its defaults apply to every argument not
         passed.
-    epsilon_inside : bool, default False
+    epsilon_inside : bool, default that of the dialect
         Divide by :math:`\sqrt{h + \epsilon}` instead.
-    decoupled_decay : bool, default False
+    decoupled_decay : bool, default that of the dialect
         Apply weight decay separately from the gradient, so that it does not enter the history:
         ``w -= lr * (g / divisor + wd * w)``.
     **kwargs

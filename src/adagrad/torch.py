@@ -22,7 +22,7 @@ from adagrad.kernels.names import Names, of_parameter
 from adagrad.torch_compiler import apart_from_compiler
 from adagrad.torch_options import RULE, check_options
 from adagrad.torch_state import as_saved, fitted, new_state
-from adagrad.torch_step import Part, update, update_differentiably
+from adagrad.torch_step import Part, Snapshot, update, update_differentiably
 
 __all__ = ["Adagrad", "check_row_ids"]
 
@@ -94,9 +94,9 @@ class Adagrad(Optimizer):
     dialect : str, default "torch"
         The framework to follow, one of :data:`~adagrad.dialects.DIALECTS`. Its defaults apply to every argument not
         passed.
-    epsilon_inside : bool, default False
+    epsilon_inside : bool, default that of the dialect
         Divide by :math:`\sqrt{h + \mathtt{eps}}` instead.
-    decoupled_decay : bool, default False
+    decoupled_decay : bool, default that of the dialect
         Apply weight decay separately from the gradient, so that it does not enter the history:
         ``w -= lr * (g / divisor + weight_decay * w)``.
 
@@ -169,7 +169,7 @@ class Adagrad(Optimizer):
             "decoupled_decay": decoupled_decay,
         }
         check_options(defaults)
-        self._left: dict[int, Any] = {}  # see torch_step.Part
+        self._snapshots: dict[int, Snapshot | None] = {}
         super().__init__(params, defaults)
 
     @property
@@ -260,12 +260,12 @@ class Adagrad(Optimizer):
     def _update(self) -> None:
         parts, first, differentiable = list[Part](), 0, self.defaults["differentiable"]
         for group, states in zip(self.param_groups, self._states(), strict=True):
-            parts.append(Part(group, states, first, self._left, self._names_at, differentiable=differentiable))
+            parts.append(Part(group, states, first, self._snapshots, self._names_at, differentiable=differentiable))
             first += len(group["params"])
-        if len(self._left) > first:  # those of parameters that were replaced
+        if len(self._snapshots) > first:  # those of parameters that were replaced
             kept = {id(p) for group in self.param_groups for p in group["params"]}
-            for other in self._left.keys() - kept:
-                del self._left[other]
+            for other in self._snapshots.keys() - kept:
+                del self._snapshots[other]
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None:  # GradScaler sets the number 0 if no parameter here has a gradient
             found_inf = torch.as_tensor(found_inf).reshape(())
@@ -350,4 +350,4 @@ class Adagrad(Optimizer):
                 if loaded:
                     state["state"][p] = fitted(f"state of parameter {k} of group {i}", p, loaded, group)
         super().__setstate__(state)
-        self._left = {}
+        self._snapshots = {}

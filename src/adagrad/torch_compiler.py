@@ -16,12 +16,12 @@ def apart_from_compiler(func: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(func)
     def call(self: Any) -> Any:
-        return (kept_out if is_dynamo_compiling() or _compiler() is not None else func)(self)
+        return (kept_out if is_dynamo_compiling() or _compiler_callback() is not None else func)(self)
 
     return call
 
 
-def what_tells_the_compiler() -> Callable[[], Any]:
+def find_compiler_callback() -> Callable[[], Any]:
     """Return a function that returns the compiler's callback of the current thread, or None.
 
     If PyTorch does not provide it, a callback is assumed. PyTorch 2.6 and 2.7 must not be asked: each call drops a
@@ -33,4 +33,4 @@ def what_tells_the_compiler() -> Callable[[], Any]:
     return ask or (lambda: False)
 
 
-_compiler = what_tells_the_compiler()
+_compiler_callback = find_compiler_callback()

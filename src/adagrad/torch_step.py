@@ -36,14 +36,14 @@ class Part(Batch):
         group: dict[str, Any],
         states: list[dict[str, Any]],
         first: int,
-        left: dict[int, _Left | None],
+        snapshots: dict[int, Snapshot | None],
         names_at: Callable[[int], Names],
         *,
         differentiable: bool,
     ) -> None:
         """``first`` is the number of parameters in earlier groups; messages count the parameters of all.
 
-        ``left`` tells how the last step left the parameters with master copies, by id.
+        ``snapshots`` are those of the parameters with master copies, by id, as the last step left them.
         """
         params: list[Any] = list(group["params"])
         grads: list[Any] = list(map(_grad_of, params))
@@ -59,15 +59,15 @@ class Part(Batch):
         except KeyError as missing:
             i = next(i for i, state in enumerate(states) if missing.args[0] not in state)
             raise ValueError(f"{self.names(i).state}: no {missing}: must have step and sum") from None
-        self._are_as_left: list[bool] = []
+        self._are_unchanged: list[bool] = []
         multi_precision = group["multi_precision"]
         if multi_precision is not False and checks.boolean("multi_precision", multi_precision):
-            self._are_as_left = [_is_as_left(p, left.get(id(p))) for p in params]
+            self._are_unchanged = [_is_unchanged(p, snapshots.get(id(p))) for p in params]
             self.masters = [
-                copy if is_as_left and isinstance(copy := state.get("master"), Tensor) else master(p, state)
-                for p, state, is_as_left in zip(params, states, self._are_as_left, strict=True)
+                copy if is_unchanged and isinstance(copy := state.get("master"), Tensor) else master(p, state)
+                for p, state, is_unchanged in zip(params, states, self._are_unchanged, strict=True)
             ]
-        self.states, self._left = states, left
+        self.states, self._snapshots = states, snapshots
         lr = group["lr"]
         is_usual = type(lr) is float and math.isfinite(lr) and lr_decay == 0
         self.lrs = [lr] if is_usual else self._lrs(lr, lr_decay, keep_tensor=differentiable)
@@ -119,14 +119,14 @@ class Part(Batch):
 
     def keep_masters(self) -> None:
         """Store the updated master copies in the state."""
-        left = self._left
-        each = zip(self.weights, self.states, self.masters, self._are_as_left, strict=True)
-        for p, state, copy, is_as_left in each:
+        snapshots = self._snapshots
+        each = zip(self.weights, self.states, self.masters, self._are_unchanged, strict=True)
+        for p, state, copy, is_unchanged in each:
             if copy is not None:
                 state["master"] = copy
                 # The step has changed the values of the parameter alone: the memory is the same.
-                before = left.get(id(p)) if is_as_left else None
-                left[id(p)] = _as_left(p) if before is None else (p._version, before[1], before[2])
+                before = snapshots.get(id(p)) if is_unchanged else None
+                snapshots[id(p)] = _snapshot(p) if before is None else (p._version, before[1], before[2])
 
 
 def _went(device: torch.device, found_inf: Tensor | None, skips: list[Tensor]) -> Any:
@@ -162,7 +162,7 @@ def _decayed(lr: Any, decay: float, counts: list[Any]) -> list[Any]:
     return list(torch._foreach_div([starts[divisor.device] for divisor in divisors], divisors))
 
 
-_Left: TypeAlias = "tuple[int, int, Any]"
+Snapshot: TypeAlias = "tuple[int, int, Any]"
 """A parameter as a step left it: how often it had been changed in place, the address of its memory and a weak reference
 to that, because an address may be reused. None instead of the reference if it has no memory of its own."""
 
@@ -170,14 +170,14 @@ to that, because an address may be reused. None instead of the reference if it h
 _expired = torch.UntypedStorage._expired
 
 
-def _is_as_left(p: Tensor, left: _Left | None) -> bool:
-    """Whether nothing has changed a parameter since a step left it; False if that is not known."""
-    if left is None or p._version != left[0]:
+def _is_unchanged(p: Tensor, snapshot: Snapshot | None) -> bool:
+    """Whether nothing has changed a parameter since; False if that is not known."""
+    if snapshot is None or p._version != snapshot[0]:
         return False
-    return left[2] is None or (p.data_ptr() == left[1] and not _expired(left[2].cdata))
+    return snapshot[2] is None or (p.data_ptr() == snapshot[1] and not _expired(snapshot[2].cdata))
 
 
-def _as_left(p: Tensor) -> _Left | None:
+def _snapshot(p: Tensor) -> Snapshot | None:
     """Remember a parameter after a step; None if PyTorch does not count its changes."""
     if p.is_inference():
         return None
@@ -277,7 +277,7 @@ def update_differentiably(parts: list[Part]) -> None:
     writes = []
     counts = [part.counts for part in parts]
     _widen_gradients(parts)
-    general_path.check(_batches(parts))
+    general_path.check_without_row_ids(_batches(parts))
     for part in parts:
         for i, (p, grad, history) in enumerate(zip(part.weights, part.grads, part.histories, strict=True)):
             copy = part.masters[i] if part.masters else None

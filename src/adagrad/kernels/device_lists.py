@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from adagrad.kernels import device_updates
 from adagrad.kernels.batch import Batch, Prepared
 from adagrad.kernels.device_updates import cuda, has_kernels
 from adagrad.kernels.inspection import table
@@ -46,7 +45,7 @@ def prepare(batches: Sequence[Batch], grad_scale: Any, found_inf: Any) -> Prepar
             return None
     device = batches[0].weights[0].device
     cuda().raise_reported(device)
-    return Prepared([device_updates.job(groups, device, grad_scale, found_inf)], batches)
+    return Prepared([cuda().job(groups, device, grad_scale=grad_scale, found_inf=found_inf)], batches)
 
 
 class _Part(NamedTuple):

@@ -39,12 +39,6 @@ def fits_cuda(u: Update) -> bool:
     return all(o is None or o.array.is_contiguous() for o in operands) and has_kernels()
 
 
-def job(groups: list[Any], device: Any, grad_scale: Any, found_inf: Any) -> Any:
-    """Return what :func:`adagrad.kernels.cuda.job` returns; both numbers may be on another device, or None."""
-    scale, found = (t if t is None else t.to(device, non_blocking=True) for t in (grad_scale, found_inf))
-    return cuda().job(groups, device, grad_scale=scale, found_inf=found)
-
-
 class DeviceUpdates:
     """The updates on one CUDA device: by rule, the dense and the row-sparse ones."""
 
@@ -88,4 +82,4 @@ class DeviceUpdates:
             kernels.Group(rule, kernels.dense.concatenate(dense), kernels.row_launches.concatenate(rows))
             for rule, (dense, rows) in self._groups.items()
         ]
-        return job(groups, self.device, grad_scale, found_inf)
+        return kernels.job(groups, self.device, grad_scale=grad_scale, found_inf=found_inf)

@@ -89,7 +89,7 @@ def prepare(
     return Prepared([*plan.wrapped, *on_devices, *plan.jobs, *plan.dense], [each.batch for each in checked])
 
 
-def check(batches: Sequence[Batch]) -> None:
+def check_without_row_ids(batches: Sequence[Batch]) -> None:
     """Raise what :func:`prepare` would, except for row ids and learning rates; nothing is compiled or planned."""
     _refuse_shared([_CheckedBatch(batch) for batch in batches])
 

@@ -23,13 +23,9 @@ from adagrad.kernels.inspection.table import CODES_PER_DEVICE, build_table, deco
 from adagrad.kernels.runtime.memory import array_at
 from adagrad.kernels.runtime.numba_jit import jit, run, worker_count
 
-LAUNCHES, WEIGHTS, ELEMENTS, THRESHOLD, WRITTEN = range(5)
-ABOUT = 5
-"""Words before those of the launches."""
-
-WORKER, ARGUMENTS, LAUNCH_ELEMENTS = range(3)
-LAUNCH = 3
-"""Words per launch."""
+LAUNCHES, WEIGHTS, ELEMENTS, THRESHOLD, WRITTEN, ABOUT = range(6)
+WORKER, ARGUMENTS, LAUNCH_ELEMENTS, LAUNCH = range(4)
+"""The positions of these words, and the number of them: ABOUT before the launches, LAUNCH for each."""
 
 
 class DensePart(NamedTuple):

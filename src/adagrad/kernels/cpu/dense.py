@@ -204,15 +204,15 @@ def kernel(weight: str, grad: str, history: str, master: str | None, row_wise: b
 
 
 @functools.cache
-def row_part_kernel(weight: str, grad: str, history: str, master: str | None, descending: bool) -> int:
+def row_part_kernel(weight: str, grad: str, history: str, master: str | None, writes_weights: bool) -> int:
     """The address of the worker for a part of one row.
 
     At the address ``HISTORY`` lie LANES lanes, the row's history value and room for the new one. A first pass adds the
-    part's squared gradients to the lanes, the first one to lane 0; a second one, ``descending``, takes their mean over
-    the ``ROW_LENGTH`` elements of the row for the new value, and updates the weights.
+    part's squared gradients to the lanes, the first one to lane 0; a second one, which ``writes_weights``, takes their
+    mean over the ``ROW_LENGTH`` elements of the row for the new value, and updates the weights.
     """
     tw, tg, th, tm = TOKENS[weight], TOKENS[grad], TOKENS[history], None if master is None else TOKENS[master]
-    second = descending or None  # as above
+    second = writes_weights or None  # as above
 
     def row_part(arguments: Any, k: Any, workers: Any) -> None:
         table, rates, scalars, _ = _given(arguments)
@@ -282,6 +282,6 @@ def _run(worker_at: int, block: Any, notes: Any, workers: int) -> None:
     give_back(notes)
 
 
-def launch_row_part(table: Any, rates: Any, scalars: Any, formats: Any, descending: bool) -> None:
+def launch_row_part(table: Any, rates: Any, scalars: Any, formats: Any, writes_weights: bool) -> None:
     """One pass over a part of one row, see :func:`row_part_kernel`; ``table`` and ``rates`` have one row."""
-    run(row_part_kernel(*formats, descending), arguments(table, rates, scalars, 0), 1)
+    run(row_part_kernel(*formats, writes_weights), arguments(table, rates, scalars, 0), 1)

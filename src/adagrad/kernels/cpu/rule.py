@@ -61,7 +61,8 @@ def has_rare_terms(fixed: Any) -> Any:
 @jit(helper=True)
 def has_decay(fixed: Any) -> Any:
     """Whether there is coupled weight decay."""
-    return fixed[5] != 0
+    _, _, _, _, _, wd, _ = fixed
+    return wd != 0
 
 
 @jit(helper=True)

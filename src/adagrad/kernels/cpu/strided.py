@@ -43,23 +43,25 @@ def _long_row(
     """Row-wise, one row longer than a buffer: a pass over its pieces for the history, another for the weight."""
     shared = np.zeros(LANES + 2, history.dtype.newbyteorder("="))
     lanes, shared[LANES] = shared[:LANES], history.reshape(1)[0]
-    for size in _pass(row, grad, shared, master, formats, rates, rule, descending=False):
+    for size in _pass(row, grad, shared, master, formats, rates, rule, writes_weights=False):
         lanes[:] = np.roll(lanes, -size)  # the next piece begins in lane 0, wherever in the row it lies
     lanes[:] = np.roll(lanes, row.size)
-    for _ in _pass(row, grad, shared, master, formats, rates, rule, descending=True):
+    for _ in _pass(row, grad, shared, master, formats, rates, rule, writes_weights=True):
         pass
     history[...] = shared[LANES + 1]
 
 
 def _pass(
     row: Any, grad: Any, shared: np.ndarray, master: Any | None, formats: Any, rates: np.ndarray, rule: Rule,
-    *, descending: bool,
+    *, writes_weights: bool,
 ) -> Iterator[int]:  # fmt: skip
     """One pass over the pieces of a row, in order; yields the size of each when it is done."""
-    operands, written = [row, grad] + ([] if master is None else [master]), [descending, False, descending]
+    operands, written = [row, grad] + ([] if master is None else [master]), [writes_weights, False, writes_weights]
     for w, g, *m in _pieces(operands, written, order="C"):
         addresses = [array.ctypes.data for array in (w, g, shared, *m)] + ([] if m else [0])
-        cpu_dense.launch_row_part(np.array([[*addresses, w.size, row.size]]), rates, rule.scalars, formats, descending)
+        cpu_dense.launch_row_part(
+            np.array([[*addresses, w.size, row.size]]), rates, rule.scalars, formats, writes_weights
+        )
         yield w.size
 
 

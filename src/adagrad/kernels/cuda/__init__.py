@@ -56,9 +56,9 @@ def job(
     device : torch.device
         Where all tensors are; no weight, history or master copy shares memory with anything else in the call.
     grad_scale : Tensor, optional
-        One number on the device; each gradient (for rows: each sum of a row's occurrences) is divided by it first.
+        One number, on any device; each gradient (for rows: each sum of a row's occurrences) is divided by it first.
     found_inf : Tensor, optional
-        One number on the device; if it is not 0, the call changes nothing.
+        One number, on any device; if it is not 0, the call changes nothing.
 
     Returns
     -------
@@ -73,6 +73,7 @@ def job(
     Exception
         Whatever compiling a kernel, or a lack of memory, may raise.
     """
+    grad_scale, found_inf = (t if t is None else t.to(device, non_blocking=True) for t in (grad_scale, found_inf))
     with _on(device):
         tables, skip = tables_of(device), None
         launches: list[Callable[..., list[Callable[[], object]]]] = []
