@@ -98,7 +98,7 @@ def test_a_long_list_of_small_gradients_is_not_small() -> None:
     for entries, is_large in ((1, False), (30, True), (1, False)):
         given = [rows(rng, FLOAT32, (9, 16), some(rng, entries, 9)) for _ in range(200)]
         assert update_plain(given, [HYPERS["plain"]])
-        notes = outcomes.remembered(row_lists._addresses, False, threading.get_ident(), 4 * 200).notes
+        notes = outcomes.remembered(row_lists._workers, False, threading.get_ident(), 4 * 200).notes
         assert notes[threads.WORK] == (200 * 30 * (16 + cpu_rows.ROW_COST) if is_large else 0)
 
 

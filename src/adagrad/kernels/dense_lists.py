@@ -6,6 +6,7 @@ It inspects, checks and updates the list and advances its step counts, or leaves
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
@@ -98,21 +99,23 @@ def update(batch: Batch, steps: list[Any], threads: int | None) -> bool:
     n, layout = len(weights), current_layout()
     if layout is None:
         return False
-    known, notes, read_notes, guess = remembered(_addresses, rule.row_wise, get_ident(), 4 * n if masters else 3 * n)
+    spans = 4 * n if masters else 3 * n
+    known, compile_worker, notes, read_notes, guess = remembered(_workers, rule.row_wise, get_ident(), spans)
     given = (
         id(weights), id(batch.grads), id(batch.histories), id(masters) if masters else 0, id(steps) if steps else 0, n,
         # Numba takes longer to tell the type of a bool.
         layout, 1 if rule.row_wise else 0, rate_table(batch.lrs, batch.wds, rule), rule.scalars, known, notes, guess,
-        cpu_dense.PARALLEL_MIN,
+        cpu_dense.PARALLEL_MIN, 0,
     )  # fmt: skip
-
-    def compile_worker(code: int) -> None:
-        known[code] = kernel(*decode(code)[1], rule.row_wise)
-
     return attempt(_update, given, read_notes, threads, compile_worker)[0] == DONE
 
 
 @functools.cache
-def _addresses(row_wise: bool) -> np.ndarray:
-    """The addresses of the compiled workers, by code (0: none yet)."""
-    return np.zeros(CODES_PER_DEVICE, np.int64)
+def _workers(row_wise: bool) -> tuple[np.ndarray, Callable[[int], None]]:
+    """The addresses of the compiled workers, by code (0: none yet), and what compiles one."""
+    known = np.zeros(CODES_PER_DEVICE, np.int64)
+
+    def compile_worker(code: int) -> None:
+        known[code] = kernel(*decode(code)[1], row_wise)
+
+    return known, compile_worker

@@ -36,6 +36,8 @@ class Remembered(NamedTuple):
 
     known: np.ndarray
     """The addresses of the compiled workers, which all threads share."""
+    compile_worker: Callable[[int], None]
+    """Compiles the worker of a number, and puts its address there."""
     notes: np.ndarray
     """See :data:`adagrad.kernels.runtime.threads.NOTES` and LISTS_DONE."""
     read_notes: memoryview
@@ -44,30 +46,35 @@ class Remembered(NamedTuple):
     """The order of its spans, for :func:`adagrad.kernels.inspection.spans.disjoint`."""
 
 
+Workers = Callable[[bool], tuple[np.ndarray, Callable[[int], None]]]
+"""Returns ``known`` and ``compile_worker`` of lists, by whether their histories are row-wise."""
+
+
 @functools.lru_cache(maxsize=256)
-def remembered(addresses: Callable[[bool], np.ndarray], row_wise: bool, thread: int, spans: int) -> Remembered:
-    """Return what is remembered of lists with so many spans of memory; ``addresses(row_wise)`` are their workers'.
+def remembered(workers: Workers, row_wise: bool, thread: int, spans: int) -> Remembered:
+    """Return what is remembered of lists with so many spans of memory.
 
     All of it is in one place, because a step that finds the caches cold pays for each that it looks at.
     """
     notes = np.append(new_notes(0), 0)
-    return Remembered(addresses(row_wise), notes, notes.data, np.arange(spans))
+    return Remembered(*workers(row_wise), notes, notes.data, np.arange(spans))
 
 
 def attempt(function: Callable[..., Any], given: tuple[Any, ...], notes: memoryview, threads: int | None,
             compile_worker: Callable[[int], None]) -> tuple[int, int, int, int]:  # fmt: skip
-    """Call ``function(*given, workers)``, compiling workers and adding threads as it asks; returns its final outcome.
+    """Call ``function(*given)``, compiling workers and adding threads as it asks; returns its final outcome.
 
-    ``notes`` are :attr:`Remembered.read_notes`, which the function writes. ``workers`` is 0 for a trial on the calling
-    thread, made if one was enough for the last list. An interrupt that comes after the list is done is marked as late.
+    ``notes`` are :attr:`Remembered.read_notes`, which the function writes. The last of ``given`` is the number of
+    threads: 0 for a trial on the calling thread, made if one was enough for the last list; else it is replaced. An
+    interrupt that comes after the list is done is marked as late.
     """
     is_trial, done_before = not notes[WORK], notes[LISTS_DONE]
     try:
         while True:
             if is_trial:
-                found = function(*given, 0)
+                found = function(*given)
             else:
-                found = on_threads(function, given, notes, threads)
+                found = on_threads(function, given[:-1], notes, threads)
             if found[0] >= 0:
                 compile_worker(found[0])
             elif found[0] == NOT_SMALL:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
@@ -164,18 +165,12 @@ def update(batch: Batch, steps: list[Any], threads: int | None, dense: DensePart
     masters_id, steps_id = id(masters) if masters else 0, id(steps) if steps else 0
     lists = id(weights), id(values), id(batch.histories), masters_id, steps_id, id(indices)
     spans = (5 if masters else 4) * n + dense.span_count
-    known, notes, read_notes, guess = remembered(_addresses, rule.row_wise, get_ident(), spans)
+    known, compile_worker, notes, read_notes, guess = remembered(_workers, rule.row_wise, get_ident(), spans)
     given = (
         # Numba takes longer to tell the type of a bool.
         *lists, n, layout, 1 if rule.row_wise else 0, rate_table(batch.lrs, batch.wds, rule), rule.scalars, known,
-        notes, guess, dense.words, cpu_rows.PARALLEL_MIN,
+        notes, guess, dense.words, cpu_rows.PARALLEL_MIN, 0,
     )  # fmt: skip
-
-    def compile_worker(number: int) -> None:
-        code, needs_int64 = divmod(number, 2)
-        form, needs_int64 = decode(code)[1], bool(needs_int64)
-        known[number] = checking(needs_int64), grouping(needs_int64, form[2]), kernel(needs_int64, *form, rule.row_wise)
-
     done, i, number, row = attempt(_update, given, read_notes, threads, compile_worker)
     if done == OUT_OF_RANGE:
         refuse_row(batch.names(i), number, row, weights[i].shape[0])
@@ -185,6 +180,16 @@ def update(batch: Batch, steps: list[Any], threads: int | None, dense: DensePart
 
 
 @functools.cache
-def _addresses(row_wise: bool) -> np.ndarray:
-    """The addresses of the compiled workers (0: none yet), by 2 * code, + 1 for a weight that needs 64-bit row ids."""
-    return np.zeros((2 * CODES_PER_DEVICE, 3), np.int64)
+def _workers(row_wise: bool) -> tuple[np.ndarray, Callable[[int], None]]:
+    """The addresses of the compiled workers (0: none yet), and what compiles those of a number.
+
+    It is 2 * code, + 1 for a weight that needs 64-bit row ids.
+    """
+    known = np.zeros((2 * CODES_PER_DEVICE, 3), np.int64)
+
+    def compile_worker(number: int) -> None:
+        code, needs_int64 = divmod(number, 2)
+        form, needs_int64 = decode(code)[1], bool(needs_int64)
+        known[number] = checking(needs_int64), grouping(needs_int64, form[2]), kernel(needs_int64, *form, row_wise)
+
+    return known, compile_worker
