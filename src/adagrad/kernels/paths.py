@@ -22,8 +22,9 @@ def prepare(
     grad_scale: Any = None,
     found_inf: Any = None,
 ) -> Prepared:
-    """Check the updates that :func:`adagrad.kernels.fast_path.update` has left, and carry them out if that takes them
-    with their gradients in another order.
+    """Check updates that :func:`adagrad.kernels.fast_path.update` did not take.
+
+    What it takes with gradients in another order, or widened, is carried out.
 
     ``widen`` changes the dtypes of gradients, in place of those in the batches, and returns whether it did. Other
     parameters and errors as of :func:`adagrad.kernels.fast_path.update` and :func:`general_path.prepare`.
