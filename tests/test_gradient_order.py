@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import adagrad
 import support
 from adagrad import AdaGrad, RowSparse, kernels
 from adagrad.kernels import general_path, gradient_order
@@ -89,6 +91,25 @@ def test_two_views_of_a_buffer_share_it(owner: str) -> None:
     with pytest.raises(ValueError, match="shares memory"):
         AdaGrad(0.5).update(0, weight, grad.T, np.zeros((4, 4), np.float32))
     assert not memory.any()
+
+
+@pytest.mark.parametrize("front_end", ["AdaGrad", "adagrad.torch"])
+@pytest.mark.parametrize("which", ["weight", "history"])
+def test_tensors_that_are_parts_of_a_buffer_share_it(which: str, front_end: str) -> None:
+    """Neither has the start of its memory in common with the other."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install '.[test]'")
+    memory = np.ones(24, np.float32)
+    written, grad = torch.from_numpy(memory[:12].reshape(3, 4)), torch.from_numpy(memory[6:18].reshape(4, 3)).T
+    other = torch.ones(3, 4)
+    weight, history = (written, other) if which == "weight" else (other, written)
+    step: Callable[[], None] = functools.partial(AdaGrad(0.5).update, 0, weight, grad, history)
+    if front_end == "adagrad.torch":
+        p = torch.nn.Parameter(weight)
+        optimizer = adagrad.torch.Adagrad([p], lr=0.5)
+        p.grad, optimizer.state[p]["sum"], step = grad, history, optimizer.step
+    with pytest.raises(ValueError, match="shares memory"):
+        step()
+    assert (memory == 1).all()
 
 
 @pytest.mark.parametrize("grads", [1, 2])

@@ -51,9 +51,8 @@ def _copied(batch: Batch) -> Batch | None:
 
 
 def has_gaps(shape: Sequence[int], strides: Sequence[int], unit: int) -> bool:
-    """Whether an array has gaps in its memory, or runs backwards in it: a new one cannot be laid out alike."""
-    span = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + unit
-    return span != math.prod(shape) * unit or any(s < 0 < n - 1 for n, s in zip(shape, strides, strict=True))
+    """Whether the elements of an array, which is not empty, are not all the memory from its first to its last."""
+    return sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + unit != math.prod(shape) * unit
 
 
 def _is_odd(weight: Any, grad: Any) -> bool:

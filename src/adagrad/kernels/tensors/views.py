@@ -7,6 +7,8 @@ memory with what was given, except for gradients.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -71,8 +73,7 @@ def real_views(batches: Sequence[Batch]) -> Sequence[Batch]:
     """The same updates with complex tensors as pairs of real numbers, and dense gradients in their weights' order.
 
     So the fast path takes complex numbers, and gradients in another order, which are copied, as of a transposition.
-    Returns ``batches`` where there is neither, or what the fast path does not take even so, such as master copies
-    beside them.
+    Returns ``batches`` if there is neither, or if the fast path would not take the result, as with master copies.
     """
     written = [t for batch in batches for t in (*batch.weights, *batch.histories)]
     everything = [*written, *(grad for batch in batches for grad in batch.grads)]
@@ -83,7 +84,8 @@ def real_views(batches: Sequence[Batch]) -> Sequence[Batch]:
         return batches
     if any(t.layout != torch.strided for t in written):
         return batches
-    storages = {t.untyped_storage().data_ptr() for t in written}
+    memory = sorted(map(_memory, written))
+    begins, ends = [begin for begin, _ in memory], [*itertools.accumulate((end for _, end in memory), max)]
     views, copied = [], 0
     for batch, which in zip(batches, odd, strict=True):
         weights, grads, histories = [*batch.weights], [*batch.grads], [*batch.histories]
@@ -91,7 +93,9 @@ def real_views(batches: Sequence[Batch]) -> Sequence[Batch]:
             weight, grad, history = weights[i], grads[i], histories[i]
             is_copied = grad.stride() != weight.stride() or grad.is_conj() or grad.is_neg()
             copied += grad.numel() if is_copied else 0
-            may_share = grad.untyped_storage().data_ptr() in storages  # which the checks decide, and may refuse
+            begin, end = _memory(grad)
+            earlier = bisect.bisect_left(begins, end)
+            may_share = earlier > 0 and ends[earlier - 1] > begin  # which the checks decide, and may refuse
             if (grad.shape, grad.device) != (weight.shape, weight.device) or may_share:
                 return batches
             if not weight.dtype == grad.dtype == history.dtype:
@@ -109,6 +113,12 @@ def real_views(batches: Sequence[Batch]) -> Sequence[Batch]:
         positions, names_at = batch.positions, batch.names_at
         views.append(Batch(batch.rule, weights, grads, histories, [], batch.lrs, batch.wds, positions, names_at))
     return views
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """Where the memory begins and ends of which a tensor is a view. Two of NumPy's arrays may be parts of one."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
 
 
 def _is_odd(weight: Tensor, grad: Tensor) -> bool:
