@@ -31,6 +31,18 @@ def trained(optimizer: AdaGrad, steps: int = 4, index: int | str = 0) -> np.ndar
     return weight
 
 
+def test_the_largest_count_is_kept() -> None:
+    optimizer = AdaGrad()
+    trained(optimizer, steps=5)
+    trained(optimizer, steps=1, index="other")
+    assert optimizer.num_update == 5
+    _, _, new = optimizer._resolve([0])
+    optimizer.num_update = 9  # as if another thread had counted meanwhile
+    optimizer._store_counts(new)
+    assert optimizer.num_update == 9
+    assert optimizer._index_update_count == {0: 6, "other": 1}
+
+
 class Bad:
     """What a param_dict should not hold."""
 

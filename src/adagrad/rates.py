@@ -18,8 +18,8 @@ Index = int | str
 ByIndex = Mapping[Any, Any]
 """What is given for each index. A type checker would refuse a ``dict[str, ...]`` for a ``Mapping[Index, ...]``."""
 
-NewCounts = tuple[Mapping[Index, int], int]
-"""New counts of some weights, and ``num_update``."""
+NewCounts = tuple[Mapping[Index, int], int | None]
+"""New counts of some weights, and ``num_update`` where a subclass has set it: else it follows from them."""
 
 _KEYS = frozenset([int, str])
 
@@ -179,7 +179,7 @@ class Rates:
         fixed = self._resolved
         if fixed:  # called by a step within another one, perhaps with some indices of its own
             other = [index for index in indices if index not in fixed]
-            lrs, wds, new = self._resolve_now(other) if other else ([], [], ({}, self.num_update))
+            lrs, wds, new = self._resolve_now(other) if other else ([], [], ({}, None))
             rates = fixed | dict(zip(other, _pairs(lrs, wds, len(other)), strict=True))
             return [rates[index][0] for index in indices], [rates[index][1] for index in indices], new
         return self._resolve_now(indices)
@@ -195,8 +195,7 @@ class Rates:
             return self._ask(indices)
         if self.lr_scheduler is None and not (self.param_dict or self.lr_mult or self.wd_mult):
             lr, wd = checks.non_negative("lr", self._lr_at(reached)), checks.non_negative("wd", self.wd)
-            new = {index: counts.get(index, begin) + 1 for index in indices}
-            return [lr], [wd], (new, max(reached, *new.values()) if new else reached)
+            return [lr], [wd], ({index: counts.get(index, begin) + 1 for index in indices}, None)
         if not self._has_our_schedule():
             return self._ask(indices)
         new, lrs, base = {}, [], None
@@ -207,7 +206,7 @@ class Rates:
                 name = "lr" if self.lr_scheduler is None else f"lr_scheduler({reached})"
                 base = checks.non_negative(name, self._lr_at(reached))
             lrs.append(base * self._multiplier(index, "lr_mult", self.lr_mult))
-        return _checked("lr", indices, lrs), _checked("wd", indices, self._get_wds(indices)), (new, reached)
+        return _checked("lr", indices, lrs), _checked("wd", indices, self._get_wds(indices)), (new, None)
 
     def _known_rates(self, indices: Sequence[Index]) -> tuple[list[float], list[float]]:
         """Return lr and wd for checks in advance. Code of users may have state, so it is not asked here.
@@ -257,8 +256,12 @@ class Rates:
 
     def _store_counts(self, new: NewCounts) -> None:
         """Store the counts that :meth:`_resolve` returned."""
-        counts, self.num_update = new
+        counts, reached = new
         self._index_update_count.update(counts)
+        if reached is not None:
+            self.num_update = reached
+        elif counts:  # of another thread, it may have grown since
+            self.num_update = max(self.num_update, *counts.values())
 
     @contextmanager
     def _counted(
