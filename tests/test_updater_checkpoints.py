@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from adagrad import AdaGrad, GroupAdaGrad, get_updater
+from adagrad import AdaGrad, GroupAdaGrad, Updater, get_updater
 from adagrad.lr_scheduler import CosineScheduler, FactorScheduler, MultiFactorScheduler, PolyScheduler
 from support import BFLOAT16, assert_same_bits, normal
 from training import INDICES, assert_same_states, make_weights, optimizer, run
@@ -122,6 +122,23 @@ def test_files(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"No such folder.*nowhere'$"):
         get_updater(AdaGrad()).save_states(tmp_path / "nowhere" / "states")
+
+
+def test_files_of_a_subclass_contain_what_it_makes_of_the_states(tmp_path: Path) -> None:
+    class Reversed(Updater[AdaGrad]):
+        def get_states(self, dump_optimizer: bool = False) -> bytes:
+            return super().get_states(dump_optimizer)[::-1]
+
+        def set_states(self, states: bytes, *, resize_rows: bool = False) -> None:
+            super().set_states(memoryview(states)[::-1], resize_rows=resize_rows)  # type: ignore[arg-type]
+
+    updater, again = Reversed(AdaGrad(0.5)), Reversed(AdaGrad())
+    updater.states = {0: np.arange(5.0)}
+    updater.save_states(tmp_path / "states", dump_optimizer=True)
+    assert (tmp_path / "states").read_bytes() == updater.get_states(dump_optimizer=True)
+    again.load_states(tmp_path / "states")
+    assert_same_bits(again.states[0], updater.states[0])
+    assert again.optimizer.learning_rate == 0.5
 
 
 def test_loaded_states_move_to_tensors() -> None:

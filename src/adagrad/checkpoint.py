@@ -1,7 +1,7 @@
 """The library's own state files: safetensors with checksums that detect every altered byte. No pickle, ever.
 
-``write`` and ``read`` convert a dict of states to a file and back, ``encode`` and ``decode`` to bytes. A state is an
-array, None, or a tuple or list of states.
+``write`` and ``read`` convert a dict of states to a file and back, ``encode`` to bytes. A state is an array, None, or a
+tuple or list of states.
 
 The file is plain safetensors (8 bytes of header length, a JSON header, the arrays' little-endian bytes), so any
 safetensors reader can open it. Everything else is in its metadata, whose values are strings:
@@ -158,11 +158,6 @@ def _pack(value: Any, depth: int = 0) -> Any:
 
 
 # ----------------------------------------------------------------------------------------------------------------- read
-
-
-def decode(data: bytes) -> tuple[dict[int | str, State], dict[str, Any] | None]:
-    """Return what :func:`read` reads."""
-    return read(io.BytesIO(data))
 
 
 def read(file: IO[bytes]) -> tuple[dict[int | str, State], dict[str, Any] | None]:

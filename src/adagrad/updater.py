@@ -163,7 +163,7 @@ class Updater(Generic[OptimizerT]):
         """
         if not isinstance(states, (bytes, bytearray, memoryview)):
             raise TypeError(f"states={checks.describe(states)}: must be bytes, not {type(states).__name__}")
-        self._load(io.BytesIO(states), resize_rows=resize_rows)
+        self._load(io.BytesIO(bytes(states)), resize_rows=resize_rows)
 
     def _load(self, file: IO[bytes], *, resize_rows: bool) -> None:
         from adagrad import checkpoint, mxnet_states
@@ -191,20 +191,29 @@ class Updater(Generic[OptimizerT]):
         self._loaded = {index: (state, resize_rows) for index, state in loaded.items()}
 
     def save_states(self, path: str | os.PathLike[str], dump_optimizer: bool = False) -> None:
-        """Write :meth:`get_states` to a file, through a temporary file that is renamed when complete.
+        """Write what :meth:`get_states` returns to a file, through a temporary file that is renamed when complete.
 
-        Arrays are written from where they are, and loaded into place: neither takes more memory than the states.
+        At most one array at a time is copied, if it is not contiguous, not little-endian or on a device.
         """
         from adagrad import atomic_file, checkpoint
 
+        if type(self).get_states is not Updater.get_states:
+            atomic_file.save(path, self.get_states(dump_optimizer))
+            return
         with atomic_file.replacing(path) as file:
             checkpoint.write(file, self.states, self.optimizer.config() if dump_optimizer else None)
 
     def load_states(self, path: str | os.PathLike[str], *, resize_rows: bool = False) -> None:
-        """Call :meth:`set_states` with the content of a file; errors name the file."""
+        """Do what :meth:`set_states` does with the content of a file; errors name the file.
+
+        The arrays are new, beside those of the states that they replace. Only pipes and MXNet's files are read whole.
+        """
         with open(path, "rb") as file:
             try:
-                self._load(file if file.seekable() else io.BytesIO(file.read()), resize_rows=resize_rows)
+                if type(self).set_states is not Updater.set_states:
+                    self.set_states(file.read(), resize_rows=resize_rows)
+                else:
+                    self._load(file if file.seekable() else io.BytesIO(file.read()), resize_rows=resize_rows)
             except ValueError as error:
                 raise ValueError(f"{os.fspath(path)}: {error}") from error
 
