@@ -187,6 +187,18 @@ def test_lr_of_another_dtype_is_refused() -> None:
         run(Rule(), [make((3,), "float32", lr=torch.tensor(1, device=DEVICE))])
 
 
+def test_what_grad_scaler_gives_moves_to_the_device() -> None:
+    moved: list[Any] = []
+
+    class Elsewhere:
+        def to(self, *where: Any, **how: Any) -> Any:
+            moved.append((*where, how))
+            return torch.ones((), device=DEVICE)
+
+    cuda.job([], HERE, grad_scale=Elsewhere(), found_inf=Elsewhere())  # type: ignore[arg-type]
+    assert moved == [(HERE, {"non_blocking": True})] * 2
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_grad_scale_divides_first(dtype: str) -> None:
     check_update([make((300,), dtype)], Rule(rescale_grad=0.7, clip_gradient=0.1), scale=3.0)

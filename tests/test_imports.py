@@ -42,6 +42,20 @@ def test_modules_are_imported_at_first_use(name: str) -> None:
     assert run(code) == f"(False, False, True) adagrad.{name}"
 
 
+def test_the_module_for_pytorch_is_none_without_it() -> None:
+    code = """
+        import sys, inspect
+        sys.modules["torch"] = None
+        import adagrad
+        assert not hasattr(adagrad, "torch") and len(inspect.getmembers(adagrad)) > 10
+        try:
+            adagrad.torch
+        except AttributeError as error:
+            print(error)
+    """
+    assert run(code) == "adagrad.torch: PyTorch is not installed: pip install 'adagrad[torch]'"
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_while_another_thread_imports_torch_and_ml_dtypes(fused: bool) -> None:
     code = f"""

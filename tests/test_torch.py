@@ -172,6 +172,18 @@ def test_gradients_of_another_dtype(
 
 
 @has_grad_dtype
+@pytest.mark.parametrize(("found_inf", "expected"), [(0.0, 4.0), (1.0, 0.0)])
+def test_a_gradient_of_another_dtype_is_scaled(found_inf: float, expected: float) -> None:
+    p = parameter((3,), torch.float64)
+    optimizer = Adagrad([p], fused=True)
+    p.grad_dtype, p.grad = torch.float32, torch.full((3,), 4.0)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(found_inf)  # type: ignore[attr-defined]
+    optimizer.step()
+    assert (optimizer.state[p]["sum"] == expected).all()
+    assert optimizer.state[p]["step"] == (expected > 0)
+
+
+@has_grad_dtype
 def test_a_gradient_of_another_dtype_and_order_is_not_rounded() -> None:
     p, q = (parameter((4, 3), torch.bfloat16) for _ in range(2))
     grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).t()

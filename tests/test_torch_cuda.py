@@ -130,9 +130,16 @@ def test_calls(name: str, as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPa
     assert_same_training(ours, train(parameters(), **OPTIONS[name]))
 
 
-@pytest.mark.parametrize("kind", ["RowSparse", "COO"])
+@pytest.mark.parametrize("kind", ["RowSparse", "COO", "in another order"])
 def test_the_core_makes_the_same_calls(kind: str, as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """One lr and one wd where all weights share them; a list is one call, of tensors alone by compiled code."""
+    if kind == "in another order":
+        refuse_the_general_path(monkeypatch)
+        weight = torch.ones(2, 3)
+        AdaGrad(0.5, epsilon=0.0).update(0, weight, torch.full((3, 2), 2.0).T, torch.zeros(2, 3))
+        assert as_if_on_cuda == [(1, 0, {"grad_scale": None, "found_inf": None})]
+        assert (weight == 0.5).all()
+        return
     weights, histories = [torch.ones(3) for _ in range(3)], [torch.zeros(3) for _ in range(3)]
     rows: Any = RowSparse(torch.tensor([2.0]), torch.tensor([1]), (3,))
     if kind == "COO":

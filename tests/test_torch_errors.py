@@ -295,7 +295,11 @@ def test_messages_name_parameters_that_have_names() -> None:
     optimizer.state[params["b.weight"]]["sum"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"sum of parameter 'b.weight': shape \(3,\): must be \(2,\)"):
         optimizer.step()
-    optimizer.param_groups[0]["param_names"].append("of none")
+    first, second = optimizer.param_groups
+    first["params"].append(second["params"].pop(0))  # without its name
+    with pytest.raises(ValueError, match=r"sum of parameter\[2\]: shape"):
+        optimizer.step()
+    first["param_names"] = second["param_names"] = None
     with pytest.raises(ValueError, match=r"sum of parameter\[2\]: shape"):
         optimizer.step()
 

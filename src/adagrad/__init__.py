@@ -31,7 +31,12 @@ else:
 
     def __getattr__(name: str) -> Any:
         if name in ("convert", "torch"):  # imported at first use: most programs need none of it, or have no PyTorch
-            return importlib.import_module(f"adagrad.{name}")
+            try:
+                return importlib.import_module(f"adagrad.{name}")
+            except ModuleNotFoundError as error:
+                if error.name != "torch":
+                    raise
+                raise AttributeError("adagrad.torch: PyTorch is not installed: pip install 'adagrad[torch]'") from error
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:

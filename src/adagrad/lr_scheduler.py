@@ -66,7 +66,7 @@ class LRScheduler:
 
         TypeError or ValueError unless that is a number, finite and >= 0.
         """
-        if type(num_update) is not int or num_update < 0:
+        if type(num_update) is not int or not 0 <= num_update < 2**63:
             checks.non_negative("num_update", num_update)
         if num_update < self.warmup_steps:
             return self.get_warmup_lr(num_update)

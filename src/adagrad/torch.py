@@ -280,9 +280,10 @@ class Adagrad(Optimizer):
 
     def _names_at(self, k: int) -> Names:
         """What messages call the ``k``-th parameter, counted through the groups."""
-        count = sum(len(group["params"]) for group in self.param_groups)
-        called = [name for group in self.param_groups for name in group.get("param_names", ())]
-        return of_parameter(k, called[k] if len(called) == count else None)
+        called = [group.get("param_names") or () for group in self.param_groups]
+        if any(len(names) != len(group["params"]) for names, group in zip(called, self.param_groups, strict=True)):
+            return of_parameter(k)
+        return of_parameter(k, [*itertools.chain(*called)][k])
 
     def _states(self) -> list[list[dict[str, Any]]]:
         """Return the states of each group's parameters."""

@@ -30,7 +30,7 @@ def in_lists(k: int) -> Names:
 
 
 def of_parameter(k: int, called: str | None = None) -> Names:
-    """Those of the ``k``-th parameter of :class:`adagrad.torch.Adagrad`, counted through its groups, or of its name."""
+    """Those of a parameter of :class:`adagrad.torch.Adagrad`, by its name or else its position ``k`` in all groups."""
     name = f"parameter[{k}]" if called is None else f"parameter {called!r}"
     return Names(name, f"gradient of {name}", f"sum of {name}", f"master of {name}", f"state of {name}")
 

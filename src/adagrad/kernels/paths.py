@@ -1,13 +1,16 @@
-"""The ways of a call to the kernels, after the fast path has left it: which is tried when."""
+"""The paths that are tried, in this order, for a call that the fast path did not take."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from adagrad.kernels import fast_path, general_path
 from adagrad.kernels.batch import Batch, Prepared
 from adagrad.kernels.gradient_order import in_weights_order
+from adagrad.kernels.runtime.interrupts import uninterrupted
 
 DONE = Prepared([])
 """What :func:`prepare` returns if it has carried out the call, step counts included."""
@@ -22,9 +25,9 @@ def prepare(
     grad_scale: Any = None,
     found_inf: Any = None,
 ) -> Prepared:
-    """Check updates that :func:`adagrad.kernels.fast_path.update` did not take.
+    """Check updates that :func:`adagrad.kernels.fast_path.update` did not take, or carry them out and return DONE.
 
-    What it takes with gradients in another order, or widened, is carried out.
+    The latter if it takes them with gradients in another order, or widened.
 
     ``widen`` changes the dtypes of gradients, in place of those in the batches, and returns whether it did. Other
     parameters and errors as of :func:`adagrad.kernels.fast_path.update` and :func:`general_path.prepare`.
@@ -56,6 +59,11 @@ def is_on_cuda(weight: Any) -> bool:
 
 
 def _prepare_lists(batches: Sequence[Batch], grad_scale: Any, found_inf: Any) -> Prepared | None:
-    from adagrad.kernels import device_lists  # which imports torch
+    prepared: Prepared | None = _device_lists().prepare(batches, grad_scale, found_inf)
+    return prepared
 
-    return device_lists.prepare(batches, grad_scale, found_inf)
+
+@functools.cache
+def _device_lists() -> Any:
+    """The module, which imports torch; an interrupt within its import would break Numba."""
+    return uninterrupted(lambda: importlib.import_module("adagrad.kernels.device_lists"))

@@ -3,8 +3,8 @@
 Asking 300 arrays for dtype, shape, flags and address through Python costs several times what updating them costs. A
 *layout* records the byte offsets at which these objects store them. It is found at first use by comparison with public
 attributes, by ``ndarray_layout.py`` and ``tensor_layout.py``. If an interpreter or a library stores them differently,
-there is no layout, and the general path is taken, which is slower and no less exact. It is taken, too, where the
-environment has ``ADAGRAD_NO_INSPECTION``, so that a crash can be told from one of this reading.
+there is no layout, and the general path is taken, which is slower and no less exact. It is taken, too, if
+``ADAGRAD_NO_INSPECTION`` is set in the environment, to find out whether a crash comes from this reading.
 
 An array is *plain* if compiled code can read it this way: exactly an ndarray, memmap, Tensor, Parameter or of a class
 that was accepted, see :func:`accept`; of one of ELEMENT_FORMATS, native, aligned, on the CPU or a CUDA device; a tensor
