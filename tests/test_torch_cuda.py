@@ -130,11 +130,31 @@ def test_calls(name: str, as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPa
     assert_same_training(ours, train(parameters(), **OPTIONS[name]))
 
 
+@pytest.mark.parametrize("grad", ["shape", "values", "row id"])
+def test_row_sparse_gradients_of_the_core_that_do_not_fit(grad: str, as_if_on_cuda: list[Any]) -> None:
+    """The general path says why; nothing has changed."""
+    values, ids, shape = torch.ones(2, 4), torch.tensor([1, 2]), (3, 4)
+    rows, message = {
+        "shape": (RowSparse(values, ids, (5, 4)), r"grads\[1\]: shape \(5, 4\): must be \(3, 4\)"),
+        "values": (RowSparse(values.double(), ids, shape), r"values of grads\[1\]: dtype float64: must be float32"),
+        "row id": (RowSparse(values, ids + 1, shape), r"indices: row 3: must be in \[0, 3\)"),
+    }[grad]
+    weights, histories = [torch.ones(3, 4) for _ in range(2)], [torch.zeros(3, 4) for _ in range(2)]
+    optimizer = AdaGrad(0.5)
+    if grad == "row id":  # reported by a later call
+        optimizer.update([0, 1], weights, [torch.ones(3, 4), rows], histories)
+        rows = RowSparse(values, ids, shape)
+    with pytest.raises((ValueError, TypeError, IndexError), match=message):
+        optimizer.update([0, 1], weights, [torch.ones(3, 4), rows], histories)
+    assert all((w == 1).all() for w in weights)
+    assert not any(h.any() for h in histories)
+
+
 @pytest.mark.parametrize("kind", ["RowSparse", "COO", "in another order"])
 def test_the_core_makes_the_same_calls(kind: str, as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One lr and one wd where all weights share them; a list is one call, of tensors alone by compiled code."""
+    """One lr and one wd where all weights share them; a list is one call, checked by compiled code."""
+    refuse_the_general_path(monkeypatch)
     if kind == "in another order":
-        refuse_the_general_path(monkeypatch)
         weight = torch.ones(2, 3)
         AdaGrad(0.5, epsilon=0.0).update(0, weight, torch.full((3, 2), 2.0).T, torch.zeros(2, 3))
         assert as_if_on_cuda == [(1, 0, {"grad_scale": None, "found_inf": None})]
@@ -144,7 +164,6 @@ def test_the_core_makes_the_same_calls(kind: str, as_if_on_cuda: list[Any], monk
     rows: Any = RowSparse(torch.tensor([2.0]), torch.tensor([1]), (3,))
     if kind == "COO":
         rows = torch.sparse_coo_tensor(rows.indices[None], rows.values, (3,), check_invariants=True)
-        refuse_the_general_path(monkeypatch)
     grads = [torch.full((3,), 2.0), rows, torch.full((3,), 2.0)]
     AdaGrad(0.5, epsilon=0.0).update([0, 1, 2], weights, grads, histories)
     assert as_if_on_cuda == [(2, 1, {"grad_scale": None, "found_inf": None})]
@@ -167,6 +186,7 @@ def test_a_bad_row_id_on_one_device_stops_the_call_on_all(
         add_table(*given)
         number = 0
 
+    monkeypatch.setattr(device_lists, "prepare", lambda *_: None)  # which takes what is on one device
     monkeypatch.setattr(general_path._CheckedBatch, "_add_table", adds_table)
     monkeypatch.setattr(general_path._Plan, "updates_on", lambda plan, _: updates_on(plan, torch.device("cpu", number)))
     weights, histories = [torch.ones(3, 2), torch.ones(4, 2)], [torch.zeros(3, 2), torch.zeros(4, 2)]

@@ -18,11 +18,12 @@ from adagrad.kernels.batch import Batch, Prepared
 from adagrad.kernels.device_updates import cuda, has_kernels
 from adagrad.kernels.inspection import table
 from adagrad.kernels.inspection.layout import HOLDER, RANK_AT, TENSOR, TYPE, current_layout, list_item, read_word
-from adagrad.kernels.inspection.rows import describe_all, put_row_spans
+from adagrad.kernels.inspection.rows import describe_all, put_row_spans, values_and_indices
 from adagrad.kernels.inspection.spans import are_disjoint, concatenate, disjoint, guess_of
 from adagrad.kernels.records import COLUMNS, FACTS
 from adagrad.kernels.runtime.numba_jit import jit
 from adagrad.kernels.validate import is_row_sparse
+from adagrad.row_sparse import RowSparse
 
 
 def prepare(batches: Sequence[Batch], grad_scale: Any, found_inf: Any) -> Prepared | None:
@@ -68,9 +69,9 @@ def _inspect(batch: Batch) -> tuple[_Part | None, _Part | None] | None:
         dense = _inspect_dense(batch)
         if dense is not None or len(grads) < 3:
             return None if dense is None else (dense, None)
-    if set(map(type, grads)) != {Tensor}:
+    if not {Tensor, RowSparse}.issuperset(map(type, grads)):
         return None
-    some_dense, some_sparse = batch.by_kind([grad.is_sparse for grad in grads])
+    some_dense, some_sparse = batch.by_kind([type(grad) is RowSparse or grad.is_sparse for grad in grads])
     rows = None if some_sparse is None else _inspect_rows(some_sparse)
     if rows is None or some_dense is None:
         return None if rows is None else (None, rows)
@@ -127,11 +128,16 @@ def _device_of(code: int) -> int:
 @jit(holds_gil=True)
 def _check_rows(weights: int, grads: int, values: int, indices: int, histories: int, masters: int, layout: Any,
                 row_wise: int, facts: Any, codes: Any, spans: Any, guess: Any) -> int:  # fmt: skip
-    """As :func:`_check_dense`, for row-sparse updates; see :func:`adagrad.kernels.inspection.rows.describe_rows`."""
+    """As :func:`_check_dense`, for row-sparse updates; see :func:`adagrad.kernels.inspection.rows.describe_rows`.
+
+    ``grads`` is 0 if their shapes are known to be the weights'.
+    """
     n = len(codes)
     describe_all(weights, values, histories, masters, indices, layout, row_wise != 0, facts, codes)
     for i in range(n):
-        if codes[i] < 0 or codes[i] != codes[0] or not _same_shape(list_item(weights, i), list_item(grads, i), layout):
+        if codes[i] < 0 or codes[i] != codes[0]:
+            return -1
+        if grads and not _same_shape(list_item(weights, i), list_item(grads, i), layout):
             return -1
     for i in range(n):
         put_row_spans(facts[i], i, n, masters != 0, 0, spans)
@@ -158,12 +164,16 @@ def _inspect_rows(batch: Batch) -> _Part | None:
     n, masters, layout = len(batch.weights), batch.masters, current_layout()
     if layout is None:
         return None
-    values, indices = list(map(_values_of, batch.grads)), list(map(_indices_of, batch.grads))
+    grads = 0 if RowSparse in set(map(type, batch.grads)) else id(batch.grads)
+    if grads:
+        values, indices = list(map(_values_of, batch.grads)), list(map(_indices_of, batch.grads))
+    else:
+        values, indices = map(list, zip(*map(values_and_indices, batch.weights, batch.grads), strict=True))
     guess = guess_of(5 * n if masters else 4 * n)
     facts, codes, spans = np.zeros((n, FACTS), np.int64), np.empty(n, np.int64), np.empty((2, len(guess)), np.int64)
     common = _check_rows(
-        id(batch.weights), id(batch.grads), id(values), id(indices), id(batch.histories),
-        id(masters) if masters else 0, layout, 1 if batch.rule.row_wise else 0, facts, codes, spans, guess,
+        id(batch.weights), grads, id(values), id(indices), id(batch.histories), id(masters) if masters else 0,
+        layout, 1 if batch.rule.row_wise else 0, facts, codes, spans, guess,
     )  # fmt: skip
     device = _device_of(common)
     if not device:

@@ -168,7 +168,7 @@ class Rows(NamedTuple):
 NOTHING = Rows(np.zeros((0, FACTS), np.int64), [], [], [])
 
 
-def _values_and_indices(weight: Any, grad: Any) -> tuple[Any, Any]:
+def values_and_indices(weight: Any, grad: Any) -> tuple[Any, Any]:
     """Those of a RowSparse or a sparse COO tensor of the weight's shape; None for another shape, also of the indices.
 
     :func:`describe_rows` refuses other than one sparse dimension: values then lack the weight's number of dimensions.
@@ -188,7 +188,7 @@ def inspect_rows(
     if not n:
         return NOTHING
     facts, codes = np.zeros((n, FACTS), np.int64), np.empty(n, np.int64)
-    values, indices = map(list, zip(*map(_values_and_indices, weights, grads), strict=True))
+    values, indices = map(list, zip(*map(values_and_indices, weights, grads), strict=True))
     if layout is None or not fit(weights, values, histories, masters):
         codes[:] = -1
     else:
