@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import operator
 import sys
@@ -12,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import _profiler_enabled, profiler  # type: ignore[attr-defined]
-from torch.compiler import is_dynamo_compiling
-from torch.optim.optimizer import Optimizer, ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.optimizer import Optimizer, ParamsT
 
 from adagrad import checks, dialects
 from adagrad.dialects import default
 from adagrad.kernels.names import Names, of_parameter
 from adagrad.torch_compiler import apart_from_compiler
+from adagrad.torch_hooks import wrapped_where_needed
 from adagrad.torch_options import RULE, check_options
 from adagrad.torch_state import as_saved, fitted, new_state
 from adagrad.torch_step import Part, Snapshot, update, update_differentiably
@@ -177,10 +175,6 @@ class Adagrad(Optimizer):
         """Whether `step` uses the attributes grad_scale and found_inf; read by GradScaler and by trainers."""
         return bool(self.defaults["fused"])
 
-    def _has_step_hooks(self) -> bool:
-        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-        return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with its own options, and create their state."""
         if isinstance(param_group, dict):
@@ -207,26 +201,8 @@ class Adagrad(Optimizer):
 
     # --------------------------------------------------------------------------------------------------------- the step
 
-    @staticmethod
-    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap `step` in hooks and a profiler record, as PyTorch does once per class.
-
-        Here the wrapper is used only with hooks, a profiler or a closure, which may add a hook. PyTorch always makes
-        the record, which takes longer than the whole update of a small parameter; an observer without the profiler,
-        such as an ``ExecutionTraceObserver`` alone, finds no record here.
-        """
-        observed = Optimizer.profile_hook_step(func)
-
-        @functools.wraps(func)
-        def step(self: Adagrad, *args: Any, **kwargs: Any) -> Any:
-            if is_dynamo_compiling() or args or kwargs or self._has_step_hooks():
-                return observed(self, *args, **kwargs)
-            # A profiler of this thread, or any profiler that was started.
-            if _profiler_enabled() or profiler._is_profiler_enabled:
-                return observed(self)
-            return func(self)
-
-        return step
+    profile_hook_step = staticmethod(wrapped_where_needed)
+    """PyTorch applies it to `step`, once per class."""
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
