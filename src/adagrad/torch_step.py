@@ -242,16 +242,17 @@ def update(parts: list[Part], grad_scale: Tensor | None, found_inf: Tensor | Non
     Raises what :func:`fast_path.update` and :func:`paths.prepare` do, and for counts that cannot advance.
     """
     batches: Sequence[Batch] = parts if len(parts) == 1 else _batches(parts)
-    steps = parts[0].steps if len(parts) == 1 else [step for part in parts for step in part.steps]
     threads = torch.get_num_threads()
     owed: list[Counts] = []  # counts still to be advanced: all, or none if they advanced with the weights
     skips: list[Tensor] = []
-    is_plain = grad_scale is None and found_inf is None and not any(paths.on_cuda(batches))
+    steps: list[Tensor] = []  # those that the fast path advances
+    is_plain = paths.seem_plain(batches, grad_scale, found_inf)
+    if is_plain:
+        steps = parts[0].steps if len(parts) == 1 else [step for part in parts for step in part.steps]
     try:
         if not (is_plain and fast_path.update(batches, steps, threads)):
             counts = [part.counts for part in parts]
-            scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
-            prepared = paths.prepare(batches, steps, threads, widen=_widen_gradients, **scaling)
+            prepared = paths.prepare(batches, steps, threads, grad_scale, found_inf, widen=_widen_gradients)
             owed = [] if prepared is paths.DONE else counts
             skips = prepared.run()
     except Exception:

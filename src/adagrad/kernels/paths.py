@@ -20,10 +20,10 @@ def prepare(
     batches: Sequence[Batch],
     steps: list[Any],
     threads: int | None,
-    *,
-    widen: Callable[[Sequence[Batch]], bool] | None = None,
     grad_scale: Any = None,
     found_inf: Any = None,
+    *,
+    widen: Callable[[Sequence[Batch]], bool] | None = None,
 ) -> Prepared:
     """Check updates that :func:`adagrad.kernels.fast_path.update` did not take, or carry them out and return DONE.
 
@@ -32,35 +32,31 @@ def prepare(
     ``widen`` changes the dtypes of gradients, in place of those in the batches, and returns whether it did. Other
     parameters and errors as of :func:`adagrad.kernels.fast_path.update` and :func:`general_path.prepare`.
     """
-    are_on_cuda = on_cuda(batches)
-    prepared = _prepare_lists(batches, grad_scale, found_inf) if all(are_on_cuda) else None
-    if prepared is not None:
-        return prepared
-    is_plain = not any(are_on_cuda) and grad_scale is None and found_inf is None
-    are_widened = widen is not None and widen(batches)
-    ordered = in_weights_order(batches) if is_plain or all(are_on_cuda) else batches
-    if are_widened or ordered is not batches:
-        if all(are_on_cuda):
-            prepared = _prepare_lists(ordered, grad_scale, found_inf)
-        elif is_plain and fast_path.update(ordered, steps, threads):
+    is_plain, is_on_device = seem_plain(batches, grad_scale, found_inf), all(map(is_on_cuda, batches))
+    prepared: Prepared | None = None
+    if is_on_device:
+        prepared = _device_lists().prepare(batches, grad_scale, found_inf)
+    if prepared is None:
+        are_widened = widen is not None and widen(batches)
+        ordered = in_weights_order(batches) if is_plain or is_on_device else batches
+        is_new = are_widened or ordered is not batches
+        if is_new and is_on_device:
+            prepared = _device_lists().prepare(ordered, grad_scale, found_inf)
+        elif is_new and is_plain and fast_path.update(ordered, steps, threads):
             prepared = DONE
-        if prepared is not None:
-            return prepared
-    return general_path.prepare(batches, threads=threads, grad_scale=grad_scale, found_inf=found_inf)
-
-
-def on_cuda(batches: Sequence[Batch]) -> list[bool]:
-    """Whether the first weight of each batch is on a CUDA device."""
-    return [is_on_cuda(batch.weights[0]) if batch.weights else False for batch in batches]
-
-
-def is_on_cuda(weight: Any) -> bool:
-    return bool(getattr(weight, "is_cuda", False))
-
-
-def _prepare_lists(batches: Sequence[Batch], grad_scale: Any, found_inf: Any) -> Prepared | None:
-    prepared: Prepared | None = _device_lists().prepare(batches, grad_scale, found_inf)
+    if prepared is None:
+        prepared = general_path.prepare(batches, threads=threads, grad_scale=grad_scale, found_inf=found_inf)
     return prepared
+
+
+def seem_plain(batches: Sequence[Batch], grad_scale: Any, found_inf: Any) -> bool:
+    """Whether the fast path may take the updates: none is on a CUDA device, and no gradient is to be scaled."""
+    return grad_scale is None and found_inf is None and not any(map(is_on_cuda, batches))
+
+
+def is_on_cuda(batch: Batch) -> bool:
+    """Whether the first weight is on a CUDA device."""
+    return bool(batch.weights) and getattr(batch.weights[0], "is_cuda", False)
 
 
 @functools.cache
