@@ -169,12 +169,13 @@ def read(file: IO[bytes]) -> tuple[dict[int | str, State], dict[str, Any] | None
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    (length,) = struct.unpack("<Q", file.read(8)) if size >= 8 else (0,)
+    start = file.read(8)
+    (length,) = struct.unpack("<Q", start) if len(start) == 8 else (0,)
     if length < 2:
         raise _refusal("it does not start as a safetensors file")
     if length > size - 8:
         raise _refusal(f"truncated, or not a safetensors file: {length} bytes of header, {size - 8} bytes left")
-    head, size = struct.pack("<Q", length) + file.read(length), size - 8 - length
+    head, size = start + file.read(length), size - 8 - length
     tensors = _json(head[8:], dict, "the header")
     metadata = tensors.pop("__metadata__", None)
     if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
