@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -84,8 +84,7 @@ def real_views(batches: Sequence[Batch]) -> Sequence[Batch]:
         return batches
     if any(t.layout != torch.strided for t in written):
         return batches
-    memory = sorted(map(_memory, written))
-    begins, ends = [begin for begin, _ in memory], [*itertools.accumulate((end for _, end in memory), max)]
+    may_share = _sharing(written)
     views, copied = [], 0
     for batch, which in zip(batches, odd, strict=True):
         weights, grads, histories = [*batch.weights], [*batch.grads], [*batch.histories]
@@ -93,10 +92,9 @@ def real_views(batches: Sequence[Batch]) -> Sequence[Batch]:
             weight, grad, history = weights[i], grads[i], histories[i]
             is_copied = grad.stride() != weight.stride() or grad.is_conj() or grad.is_neg()
             copied += grad.numel() if is_copied else 0
-            begin, end = _memory(grad)
-            earlier = bisect.bisect_left(begins, end)
-            may_share = earlier > 0 and ends[earlier - 1] > begin  # which the checks decide, and may refuse
-            if (grad.shape, grad.device) != (weight.shape, weight.device) or may_share:
+            if (grad.shape, grad.device) != (weight.shape, weight.device):
+                return batches
+            if may_share(grad):  # which the checks decide, and may refuse
                 return batches
             if not weight.dtype == grad.dtype == history.dtype:
                 return batches
@@ -115,8 +113,24 @@ def real_views(batches: Sequence[Batch]) -> Sequence[Batch]:
     return views
 
 
+def _sharing(written: list[Tensor]) -> Callable[[Tensor], bool]:
+    """Return what tells whether a tensor's storage shares memory with one of those that are written to.
+
+    Storages may overlap: PyTorch makes one for each part of a NumPy array that a tensor is made from.
+    """
+    memory = sorted(map(_memory, written))
+    begins, ends = [begin for begin, _ in memory], [*itertools.accumulate((end for _, end in memory), max)]
+
+    def shares(tensor: Tensor) -> bool:
+        begin, end = _memory(tensor)
+        earlier = bisect.bisect_left(begins, end)
+        return earlier > 0 and ends[earlier - 1] > begin
+
+    return shares
+
+
 def _memory(tensor: Tensor) -> tuple[int, int]:
-    """Where the memory begins and ends of which a tensor is a view. Two of NumPy's arrays may be parts of one."""
+    """The addresses of the first byte of a tensor's storage, and of the byte after the last."""
     storage = tensor.untyped_storage()
     return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
 
