@@ -185,7 +185,7 @@ def draw(
     """Draw the loss curve and a map (PCA) of frequent words, coloured like the nearest of the shown words."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(17, 10), width_ratios=[1, 3.6], layout="constrained", dpi=110)
     figure.suptitle("Word vectors by GloVe and AdaGrad", fontsize=18)
-    left.plot(range(1, len(losses) + 1), losses, linewidth=2)
+    left.plot(range(1, len(losses) + 1), losses, linewidth=2, marker="o" if len(losses) == 1 else None)
     left.set_title("Loss", fontsize=14)
     left.set(xlabel="epoch", ylabel="mean weighted squared error / 2", ylim=(0, None))
     left.grid(alpha=0.3)

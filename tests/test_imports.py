@@ -43,6 +43,15 @@ def test_modules_are_imported_at_first_use(name: str) -> None:
     assert run(code) == f"(False, False, True) adagrad.{name}"
 
 
+@pytest.mark.parametrize(
+    "name", ["AdaGrad", "GroupAdaGrad", "Optimizer", "Updater", "create", "get_updater", "register"]
+)
+def test_the_optimizer_module_has_the_names_of_mxnets(name: str) -> None:
+    assert run(f"from adagrad import optimizer as opt; import adagrad; print(opt.{name} is adagrad.{name})") == "True"
+    assert run(f"import adagrad; from adagrad.optimizer import {name}; print({name} is adagrad.{name})") == "True"
+    assert not hasattr(adagrad.optimizer, "SGD")
+
+
 def test_the_module_for_pytorch_is_none_without_it() -> None:
     code = """
         import sys, inspect

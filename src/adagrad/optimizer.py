@@ -1,4 +1,7 @@
-"""The optimizer base class: hyper-parameters, update steps, checkpoints and the registry."""
+"""The optimizer base class: hyper-parameters, update steps, checkpoints and the registry.
+
+``from adagrad import optimizer`` may take the place of ``from mxnet import optimizer``: the other names are found, too.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import copyreg
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
 
 import numpy as np
 
@@ -336,3 +339,17 @@ def _aggregate_num(value: Any) -> float:
 
 register = Optimizer.register
 create = Optimizer.create_optimizer
+
+
+if TYPE_CHECKING:
+    from adagrad.adagrad import AdaGrad as AdaGrad
+    from adagrad.group_adagrad import GroupAdaGrad as GroupAdaGrad
+    from adagrad.updater import Updater as Updater, get_updater as get_updater
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in ("AdaGrad", "GroupAdaGrad", "Updater", "get_updater"):  # their modules import this one
+            import adagrad
+
+            return getattr(adagrad, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
