@@ -357,6 +357,7 @@ cases = [
     (48, double, double, double, False, False), (48, half, single, single, False, False),
     (48, half, half, single, False, True), (48, half, half, single, True, True),
     (1, single, single, single, False, False),  # the length is a constant in what is compiled
+    (100, single, single, single, False, False),  # a multiple of 4 elements, 16 bytes, but not of 16
 ]
 for length, dtype, kind, wide, row_wise, has_master in cases if int(sys.argv[2]) else cases[::5]:
     weight, history = torch.zeros(9, length, dtype=dtype), torch.zeros(9, 1 if row_wise else length, dtype=wide)

@@ -90,10 +90,15 @@ def update_block(weight: tl.tensor, grad: tl.tensor, history: tl.tensor, master:
                  mask: tl.tensor, grad_scale: tl.tensor, rescale: tl.tensor, clip: tl.tensor, wd: tl.tensor,
                  lr: tl.tensor, decoupled_wd: tl.tensor, eps_inside: tl.tensor, eps_outside: tl.tensor,
                  WEIGHT: tl.constexpr, COMPUTE: tl.constexpr, HAS_MASTER: tl.constexpr) -> None:  # fmt: skip
-    """Update the elements at ``offsets`` of the four pointers."""
+    """Update the elements at ``offsets`` of the four pointers.
+
+    Elements that are not there are read as 1: the root and the quotient of 0 are special cases, each of which would
+    hold up the whole warp.
+    """
+    OTHER: tl.constexpr = None if mask is None else 1.0
     w = read_weight(weight, master, offsets, mask, COMPUTE, HAS_MASTER)
-    g = widen(tl.load(grad + offsets, mask=mask), COMPUTE)
-    h = tl.load(history + offsets, mask=mask)
+    g = widen(tl.load(grad + offsets, mask=mask, other=OTHER), COMPUTE)
+    h = tl.load(history + offsets, mask=mask, other=OTHER)
     g = effective_gradient(g, w, grad_scale, rescale, clip, wd)
     h = h + g * g
     w = new_weight(w, g, h, lr, decoupled_wd, eps_inside, eps_outside)
@@ -156,7 +161,7 @@ def update_rows(addresses: tl.tensor, firsts: tl.tensor, records: tl.tensor, ten
     present = row < tl.load(record + 4) - start
     column = tl.arange(0, COLUMNS)[None, :]
 
-    h = tl.load(history + row, mask=present, other=0.0)
+    h = tl.load(history + row, mask=present, other=1.0)  # 1, as in update_block
     lanes = tl.zeros([ROWS, LANES], COMPUTE)
     if not ONE_PASS:
         for left in range(0, length, COLUMNS):
@@ -172,7 +177,7 @@ def update_rows(addresses: tl.tensor, firsts: tl.tensor, records: tl.tensor, ten
         at = row * length + left + column
         mask = present & (left + column < length)
         w = read_weight(weight, master, at, mask, COMPUTE, HAS_MASTER)
-        g = widen(tl.load(grad + at, mask=mask), COMPUTE)
+        g = widen(tl.load(grad + at, mask=mask, other=1.0), COMPUTE)
         g = effective_gradient(g, w, grad_scale, rescale, clip, wd)
         if ONE_PASS:
             lanes = add_to_lanes(lanes, tl.where(mask, g * g, 0.0), ROWS, COLUMNS)

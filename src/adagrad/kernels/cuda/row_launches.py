@@ -14,6 +14,7 @@ Kernels read what they must know of each weight from a table of 64-bit words in 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -257,6 +258,7 @@ def _kernels(form: Form, are_aligned: bool) -> Kernels:
         "WEIGHT": TRITON_DTYPE[weight], "GRAD": TRITON_DTYPE[values], "COMPUTE": TRITON_DTYPE[history],
         "HAS_MASTER": master is not None, "ALIGNED": are_aligned, "ROW_WISE": form.row_wise,
         "ONE_PASS": form.row_wise and form.length <= columns, "CHUNK_COLUMNS": of_chunk,
+        "FACTOR": math.gcd(form.length, 16),
     }  # fmt: skip
     tile = min(ELEMENTS // columns, 64)
     return Kernels(

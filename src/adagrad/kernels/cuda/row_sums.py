@@ -108,7 +108,7 @@ def add_sums(sums: tl.tensor, chunks: tl.tensor, column: tl.tensor, length: tl.t
     """The sum (1, COLUMNS) of a long run's ``chunks``, in order. The first of them is in the slot after ``sums``."""
     column = column[None, :]
     at = column // CHUNK_COLUMNS * slots.to(tl.int64) * CHUNK_COLUMNS + column % CHUNK_COLUMNS
-    total = tl.load(sums + CHUNK_COLUMNS + at, mask=column < length)
+    total = tl.load(sums + CHUNK_COLUMNS + at, mask=column < length, other=1.0)
     STEP: tl.constexpr = STRIDE * CHUNK_COLUMNS
     n = chunks - 1
     while n > 0:
@@ -136,7 +136,7 @@ def add_occurrences(values: tl.tensor, order: tl.tensor, ids: tl.tensor, count: 
     """
     inside_row = (column < length)[None, :]
     mask = head[:, None] & inside_row
-    total = widen(tl.load(values + place[:, None] * length + column[None, :], mask=mask), COMPUTE)
+    total = widen(tl.load(values + place[:, None] * length + column[None, :], mask=mask, other=1.0), COMPUTE)
     going = head & (next_row == row)
     # Both are numbers: Triton 3.2 to 3.7 cannot compile a loop whose condition is a tensor that it carries, nor 3.2 and
     # 3.3 one that carries the positions.

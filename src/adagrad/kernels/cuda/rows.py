@@ -49,15 +49,20 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
                 slots: tl.tensor, grad_scale: tl.tensor, skip: tl.tensor, found_inf: tl.tensor, WEIGHT: tl.constexpr,
                 GRAD: tl.constexpr, COMPUTE: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr,
                 ROW_WISE: tl.constexpr, ONE_PASS: tl.constexpr, LONG: tl.constexpr, TILE: tl.constexpr,
-                COLUMNS: tl.constexpr, CHUNK_COLUMNS: tl.constexpr) -> None:  # fmt: skip
+                COLUMNS: tl.constexpr, CHUNK_COLUMNS: tl.constexpr, FACTOR: tl.constexpr) -> None:  # fmt: skip
     """Sum the values of the runs that begin in a tile of positions and update their rows.
 
     It takes short runs among TILE positions, or adds the sums of chunks of the LONG run that begins among SHORT ones.
     A program takes COLUMNS columns, or all of them if the history has one value a row: then, unless the row fits
     COLUMNS (ONE_PASS), a first pass is for the mean of squares. Operands and the index of their settings are arguments,
     or for several weights in ``records``. Of the launch for short runs, the programs after those of the tiles fill the
-    ``slots`` with the sums of chunks, CHUNK_COLUMNS columns each.
+    ``slots`` with the sums of chunks, CHUNK_COLUMNS columns each. The length is a multiple of FACTOR.
+
+    Elements that are not there are read as 1: the root and the quotient of 0 are special cases, each of which would
+    hold up the whole warp.
     """
+    # Changes nothing, but tells the compiler of FACTOR, so that it makes accesses as wide as the alignment allows.
+    length = length // FACTOR * FACTOR
     if not LONG:
         of_chunks = tl.program_id(0) - ((count - 1) // TILE + 1) * windows  # count + TILE could overflow 32 bits
         if of_chunks >= 0:
@@ -95,7 +100,7 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
         sums += 2 * (first // SHORT) * CHUNK_COLUMNS
 
     if ROW_WISE:
-        h = tl.load(history + row[:, None], mask=head[:, None], other=0.0)
+        h = tl.load(history + row[:, None], mask=head[:, None], other=1.0)
         lanes = tl.zeros([TILE, LANES], COMPUTE)
     if ROW_WISE and not ONE_PASS:
         for k in range((length - 1) // COLUMNS + 1):  # length + COLUMNS could overflow 32 bits
@@ -114,7 +119,7 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
         mask = head[:, None] & (column < length)[None, :]
         w = read_weight(weight, master, at, mask, COMPUTE, HAS_MASTER)
         if not ROW_WISE:
-            h = tl.load(history + at, mask=mask)
+            h = tl.load(history + at, mask=mask, other=1.0)
         g = add_up(values, sums, chunks, order, ids, count, position, row, head, place, next_row, column, length,
                    slots, COMPUTE, LONG, CHUNK_COLUMNS)  # fmt: skip
         g = effective_gradient(g, w, grad_scale, rescale, clip, wd)
