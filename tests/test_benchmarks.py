@@ -165,8 +165,10 @@ class Event:
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's compiler, which is imported to be reset
-def test_the_gpu_benchmark_runs(modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but the device: on CPU tensors, with a peer that fails."""
+def test_the_gpu_benchmark_runs(
+    modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All but the device: on CPU tensors, with a peer and a case that fail."""
     pytest.importorskip("triton")
     torch = pytest.importorskip("torch")
     cases, _, _ = modules
@@ -185,9 +187,17 @@ def test_the_gpu_benchmark_runs(modules: Any, tmp_path: Path, monkeypatch: pytes
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch, "compile", compiled)
-    tables = [replace(case, each=tuple(small(each, cases) for each in case.each[:3]))
-              if isinstance(case, gpu.Tables) else small(case, cases) for case in gpu.CASES]  # fmt: skip
-    monkeypatch.setattr(gpu, "CASES", tables)
+
+    def smaller(case: Any) -> Any:
+        if isinstance(case, gpu.Fresh):
+            return gpu.Fresh(smaller(case.case))
+        if isinstance(case, gpu.Tables):
+            return replace(case, each=tuple(small(each, cases) for each in case.each[:3]))
+        return small(case, cases)
+
+    tables = [smaller(case) for case in gpu.CASES]
+    fails = gpu.Tables("a case that fails", ())
+    monkeypatch.setattr(gpu, "CASES", [fails, *tables])
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick", "--out", str(tmp_path)])
     gpu.main()
     with (tmp_path / "gpu.csv").open() as file:
@@ -195,11 +205,25 @@ def test_the_gpu_benchmark_runs(modules: Any, tmp_path: Path, monkeypatch: pytes
     for case in tables:
         peers = {row["peer"] for row in rows if row["case"] == case.name}
         expected = {"torch foreach", "torch loop", "torch fused"}
-        if not isinstance(case, cases.Dense):
+        if not isinstance(case.case if isinstance(case, gpu.Fresh) else case, cases.Dense):
             expected = {"adagrad.torch row-wise", "torch sparse"}
         assert peers == {"adagrad.torch", "limit"} | expected, case.name
         assert f"| {case.name} |" in (tmp_path / "gpu.md").read_text()
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
+    assert fails.name not in {row["case"] for row in rows}
+    assert f"{fails.name} is left out: ValueError" in capsys.readouterr().out
+    monkeypatch.setattr(gpu, "CASES", [fails])
+    with pytest.raises(SystemExit):
+        gpu.main()
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--only", "nothing of the kind"])
     with pytest.raises(SystemExit):
         gpu.main()
+
+
+def test_the_limit_is_that_of_the_faster_way(modules: Any) -> None:
+    _, _, report = modules
+    times = {"limit": 8.0, "limit graph": 3.0, "adagrad.torch": 12.0, "adagrad.torch graph": 4.0}
+    about = {"case": "x", "machine": "m", "date": "d", "versions": "v", "threads": 1}
+    rows = [{"peer": name, "p50_us": time} | about for name, time in times.items()]
+    line = report.table(rows, set(), own="adagrad.torch").splitlines()[4]
+    assert line == "| x | 3.0 µs | 12.0 µs | 0.75 | 4.0 µs | 3.0 µs (0.2x) |"
