@@ -275,12 +275,6 @@ def test_to_optax_refuses_a_schedule_that_only_one_side_has() -> None:
 
 
 def test_every_count_must_be_the_schedules() -> None:
-    class ScaleByRssState(NamedTuple):
-        sum_of_squares: Any
-
-    class ScaleByScheduleState(NamedTuple):
-        count: Any
-
     optimizer = AdaGrad(None, dialect="optax", lr_scheduler=lambda t: 0.1)
     optimizer._update_count(0)
     state = (ScaleByRssState([np.ones(1, np.float32), np.ones(1, np.float32)]), ScaleByScheduleState(1))
@@ -291,12 +285,6 @@ def test_every_count_must_be_the_schedules() -> None:
 
 
 def test_counts_of_schedules_of_optax() -> None:
-    class ScaleByRssState(NamedTuple):
-        sum_of_squares: Any
-
-    class ScaleByScheduleState(NamedTuple):
-        count: Any
-
     weights = [np.ones(1, np.float32) for _ in range(2)]
     optimizer = AdaGrad(None, dialect="optax", lr_scheduler=lambda t: 0.1, begin_num_update=1)
     for counts in ((1, 2), (2, 1)):
