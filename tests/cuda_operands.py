@@ -21,6 +21,7 @@ ON_THE_GPU = [pytest.mark.gpu] if GPU else []
 """Marks of a module whose tests run on a device where there is one, else in Triton's interpreter."""
 
 needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device")
+needs_no_gpu = pytest.mark.skipif(GPU, reason="the kernels are compiled for the GPU here")
 needs_speed = pytest.mark.skipif(not GPU and not PTX, reason="too slow for Triton's interpreter, see ptx.py")
 if PTX:
     os.environ.pop("TRITON_INTERPRET", None)
@@ -110,3 +111,18 @@ def make(shape: tuple[int, ...], dtype: str, seed: int = 0, *, master: bool = Fa
     grad = tensor(rng.normal(size=shape) * 10.0 ** rng.integers(-6, 3, shape), grad_dtype or dtype)
     history = tensor(rng.random((shape[0], *[1] * (len(shape) - 1)) if row_wise else shape), wide.name)
     return DenseUpdate(weight, grad, history, copy, lr, wd)
+
+
+def make_rows(ids: Any, shape: tuple[int, ...], dtype: str = "float32", seed: int = 0, *, index_dtype: str = "int64",
+              **options: Any) -> RowUpdate:  # fmt: skip
+    """An update of a weight of ``shape`` at ``ids``; options as for ``make``."""
+    weight, _, history, master, lr, wd = make(shape, dtype, seed, **options)
+    values = make((len(ids), *shape[1:]), dtype, seed + 1, grad_dtype=options.get("grad_dtype")).grad
+    indices = torch.tensor(np.array(ids, index_dtype), device=DEVICE)
+    return RowUpdate(weight, indices, values, history, master, lr, wd)
+
+
+def zipf(count: int, rows: int, seed: int = 0) -> np.ndarray:
+    """Row ids with runs of one occurrence, of some and, if they are many, of several chunks."""
+    rng = np.random.default_rng(seed)
+    return rng.permutation(rows)[np.minimum(rng.zipf(1.3, count) - 1, rows - 1)]

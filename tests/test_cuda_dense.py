@@ -29,6 +29,7 @@ from cuda_operands import (
     expected,
     make,
     needs_gpu,
+    needs_no_gpu,
     rounded,
     run,
 )
@@ -476,7 +477,7 @@ def test_a_table_that_is_used_is_not_pushed_out() -> None:
         assert tables.settings([0.1], [0.0], Rule()) is first
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled for the GPU here")
+@needs_no_gpu
 def test_each_group_has_its_own_rule() -> None:
     rules, weights, groups = [Rule(epsilon=1.0), Rule(epsilon=3.0)], [torch.zeros(3) for _ in range(2)], []
     for rule, w in zip(rules, weights, strict=True):

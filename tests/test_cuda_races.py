@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuda_operands import GPU, RowUpdate, make, run
+from cuda_operands import GPU, RowUpdate, make, make_rows, run, zipf
 from races import watch
 
 torch = pytest.importorskip("torch")
@@ -69,16 +69,8 @@ def test_what_is_found(kernel: Any, found: list[str], monkeypatch: pytest.Monkey
     assert seen == [(kernel.fn.__name__, found)]
 
 
-def rows(ids: Any, columns: int, dtype: str = "float32", **options: Any) -> RowUpdate:
-    weight, _, history, master, lr, wd = make((60, columns), dtype, **options)
-    values = make((len(ids), columns), dtype).grad
-    return RowUpdate(weight, torch.tensor(np.array(ids)), values, history, master, lr, wd)
-
-
-def frequent_and_rare(count: int = 400) -> np.ndarray:
-    """Row ids with runs of one occurrence, of some and of several chunks."""
-    rng = np.random.default_rng(0)
-    return rng.permutation(60)[np.minimum(rng.zipf(1.3, count) - 1, 59)]
+def rows(columns: int, count: int = 400, **options: Any) -> RowUpdate:
+    return make_rows(zipf(count, 60), (60, columns), **options)
 
 
 LOW: dict[str, Any] = {"dtype": "bfloat16", "master": True}
@@ -86,15 +78,13 @@ CALLS: dict[str, Callable[[], Any]] = {
     "dense": lambda: run(Rule(), [make((n,), "float32") for n in (1, 7, 1023, 3000)]),
     "dense, low precision": lambda: run(Rule(), [make((n,), "bfloat16", master=True) for n in (5, 1500)]),
     "dense, row-wise": lambda: run(Rule(row_wise=True), [make((9, n), "float32", row_wise=True) for n in (1, 20, 700)]),
-    "rows": lambda: run(Rule(), [], [rows(frequent_and_rare(), 20)]),
-    "rows, many columns": lambda: run(Rule(), [], [rows(frequent_and_rare(150), 130)]),
-    "rows, low precision": lambda: run(Rule(), [], [rows(frequent_and_rare(), 6, **LOW)]),
-    "rows, row-wise": lambda: run(Rule(row_wise=True), [], [rows(frequent_and_rare(), 20, row_wise=True)]),
-    "rows, row-wise, many columns": lambda: run(
-        Rule(row_wise=True), [], [rows(frequent_and_rare(150), 130, row_wise=True)]
-    ),
-    "several tables": lambda: run(Rule(), [], [rows(frequent_and_rare(n), 4) for n in (300, 1, 40)]),
-    "an id that is out of range": lambda: run(Rule(), [make((3,), "float32")], [rows([1, 2, 60, 1], 4)]),
+    "rows": lambda: run(Rule(), [], [rows(20)]),
+    "rows, many columns": lambda: run(Rule(), [], [rows(130, 150)]),
+    "rows, low precision": lambda: run(Rule(), [], [rows(6, **LOW)]),
+    "rows, row-wise": lambda: run(Rule(row_wise=True), [], [rows(20, row_wise=True)]),
+    "rows, row-wise, many columns": lambda: run(Rule(row_wise=True), [], [rows(130, 150, row_wise=True)]),
+    "several tables": lambda: run(Rule(), [], [rows(4, n) for n in (300, 1, 40)]),
+    "an id that is out of range": lambda: run(Rule(), [make((3,), "float32")], [make_rows([1, 2, 60, 1], (60, 4))]),
 }
 
 

@@ -27,10 +27,13 @@ from cuda_operands import (
     assert_same,
     expected,
     make,
+    make_rows,
     needs_gpu,
+    needs_no_gpu,
     needs_speed,
     rounded,
     run,
+    zipf,
 )
 
 torch = pytest.importorskip("torch")
@@ -68,15 +71,6 @@ def sorts_as_on_a_device() -> None:
     """With the blocks that the library uses."""
 
 
-def make_rows(ids: Any, shape: tuple[int, ...], dtype: str = "float32", seed: int = 0, *, index_dtype: str = "int64",
-              **options: Any) -> RowUpdate:  # fmt: skip
-    """An update of a weight of ``shape`` at ``ids``; options as for ``make``."""
-    weight, _, history, master, lr, wd = make(shape, dtype, seed, **options)
-    values = make((len(ids), *shape[1:]), dtype, seed + 1, grad_dtype=options.get("grad_dtype")).grad
-    indices = torch.tensor(np.array(ids, index_dtype), device=DEVICE)
-    return RowUpdate(weight, indices, values, history, master, lr, wd)
-
-
 def check_rows(updates: list[RowUpdate], rule: Rule, scale: float | None = None, **options: Any) -> None:
     """Run ``updates`` in one call and compare every bit with the rule."""
     want = []
@@ -98,11 +92,6 @@ def check_rows(updates: list[RowUpdate], rule: Rule, scale: float | None = None,
         assert_same(as_numpy(u.values, dtype), values)
         if u.master is not None:
             assert_same(as_numpy(u.master, dtype), new)
-
-
-def zipf(count: int, rows: int, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return rng.permutation(rows)[np.minimum(rng.zipf(1.3, count) - 1, rows - 1)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -311,7 +300,7 @@ for count, at_end, row_wise in itertools.product([(1,), (33,), (33, 40), (1, 40,
 
 
 @processes.posix
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled for the GPU here")
+@needs_no_gpu
 def test_nothing_is_read_or_written_beside_the_operands() -> None:
     """On a device, memory that is not there ends the process, whether or not what is read from it counts."""
     without = "-W", "ignore:Conversion of an array", "-W", "ignore:AnnAssign.__init__ missing"  # see pyproject.toml
@@ -691,7 +680,7 @@ def test_a_report_of_which_one_word_has_arrived_waits_for_the_other() -> None:
         cuda._raise_reported(report, arrived=True)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled for the GPU here")
+@needs_no_gpu
 def test_several_tables_of_one_form_beside_dense_updates() -> None:
     rule, lrs = Rule(epsilon=0.0), [0.25, 0.5, 1.0, 2.0]
     weights = [torch.zeros(3, 2) for _ in lrs]
