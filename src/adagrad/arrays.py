@@ -153,25 +153,23 @@ def refuse_overlap(o: Operand, strides: Sequence[int]) -> NoReturn:
 
 def refuse_shared_memory(written: list[Operand], read: list[Operand]) -> None:
     """Raise ValueError if an array that the call writes to shares a byte with any other array of the call."""
-    spans = [(*bounds(o.memory), True, o) for o in written if o.memory is not None]
-    spans += [(*bounds(o.memory), False, o) for o in read if o.memory is not None]
+    given = [(o.name, o.memory, True) for o in written] + [(o.name, o.memory, False) for o in read]
+    spans = [(*bounds(memory), writes, name, memory) for name, memory, writes in given if memory is not None]
     spans = sorted((s for s in spans if s[0] < s[1]), key=lambda span: span[:2])
-    open_spans: list[tuple[int, int, bool, Operand]] = []
+    open_spans: list[tuple[int, int, bool, str, np.ndarray]] = []
     for span in spans:
         open_spans = [other for other in open_spans if other[1] > span[0]]
         for other in open_spans:
-            if (span[2] or other[2]) and _share_a_byte(span[3], other[3]):
-                first, second = sorted((other[3].name, span[3].name), reverse=True)
+            if (span[2] or other[2]) and _share_a_byte(span[4], other[4]):
+                first, second = sorted((other[3], span[3]), reverse=True)
                 raise ValueError(f"{first}: shares memory with {second}: must not, since the call writes there")
         open_spans.append(span)
 
 
-def _share_a_byte(first: Operand, second: Operand) -> bool:
-    if first.memory is None or second.memory is None:
-        return False
-    if first.memory.flags.c_contiguous and second.memory.flags.c_contiguous:
+def _share_a_byte(first: np.ndarray, second: np.ndarray) -> bool:
+    if first.flags.c_contiguous and second.flags.c_contiguous:
         return True  # their bounds overlap and have no gaps
     try:
-        return bool(np.shares_memory(first.memory, second.memory, max_work=MAX_WORK))
+        return bool(np.shares_memory(first, second, max_work=MAX_WORK))
     except RuntimeError:  # numpy's TooHardError
         return True  # undecided within max_work: refused rather than risked
