@@ -176,7 +176,7 @@ def read(file: IO[bytes]) -> tuple[dict[int | str, State], dict[str, Any] | None
     if length > size - 8:
         raise _refusal(f"truncated, or not a safetensors file: {length} bytes of header, {size - 8} bytes left")
     head, size = start + file.read(length), size - 8 - length
-    tensors = _json(head[8:], dict, "the header")
+    tensors = _object(head[8:], "the header")
     metadata = tensors.pop("__metadata__", None)
     if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
         raise _refusal("safetensors, but not written by this library")
@@ -189,7 +189,7 @@ def read(file: IO[bytes]) -> tuple[dict[int | str, State], dict[str, Any] | None
     if end is None or int(end[1], 16) != zlib.crc32(head[: end.start(1)]):
         raise _refusal("the header is damaged: its CRC-32 differs")
 
-    inner = _json(metadata.get("header"), dict, "the inner header")
+    inner = _object(metadata.get("header"), "the inner header")
     listed = _list(inner.get("tensors"), "the list of tensors")
     pairs = [_pair(pair, str, "a tensor") for pair in listed]
     if len(dict(pairs)) != len(pairs) or tensors.keys() != dict(pairs).keys():
@@ -221,13 +221,13 @@ def _refusal(reason: str) -> ValueError:
     return ValueError(f"not a state file that can be read: {reason}")
 
 
-def _json(text: Any, kind: type, what: str) -> Any:
+def _object(text: Any, what: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
         raise _refusal(f"{what} is not JSON") from error
-    if type(value) is not kind:
-        raise _refusal(f"{what} is not a JSON {kind.__name__}")
+    if not isinstance(value, dict):
+        raise _refusal(f"{what} is not a JSON dict")
     return value
 
 
