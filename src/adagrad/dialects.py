@@ -77,35 +77,27 @@ def _is_default(value: object) -> bool:
     return any(value is each for each in _defaults)
 
 
-# fmt: off
-_MXNET2 = Dialect("MXNet 2.0.0b1", learning_rate=0.01, epsilon=1e-6, initial_accumulator_value=0.0,
-                  has_row_wise=True)
-_MXNET1 = Dialect("MXNet 1.9.1", learning_rate=None, epsilon=1e-7, initial_accumulator_value=0.0,
-                  epsilon_inside=True, decoupled_decay=True, row_wise_epsilon=1e-5, has_row_wise=True)
-_TORCH = Dialect("PyTorch 2.13", learning_rate=0.01, epsilon=1e-10, initial_accumulator_value=0.0)
-_OPTAX = Dialect("optax 0.2.8", learning_rate=None, epsilon=1e-7, initial_accumulator_value=0.1, epsilon_inside=True)
-_KERAS = Dialect("Keras 3.15", learning_rate=0.001, epsilon=1e-7, initial_accumulator_value=0.1,
-                 epsilon_inside=True, decoupled_decay=True)
 _TENSORFLOW = Dialect("TensorFlow 2.21, ResourceApplyAdagradV2 and tf.keras.optimizers.legacy",
-                      learning_rate=0.001, epsilon=1e-7, initial_accumulator_value=0.1)
-_FBGEMM = Dialect("FBGEMM 1.8, EXACT_ADAGRAD and EXACT_ROWWISE_ADAGRAD",
-                  learning_rate=0.01, epsilon=1e-8, initial_accumulator_value=0.0, has_row_wise=True)
-_MLX = Dialect("MLX 0.32", learning_rate=None, epsilon=1e-8, initial_accumulator_value=0.0)
-# fmt: on
+                      learning_rate=0.001, epsilon=1e-7, initial_accumulator_value=0.1)  # fmt: skip
 
-DIALECTS: Mapping[str, Dialect] = MappingProxyType(
-    {
-        "mxnet": _MXNET2,
-        "mxnet1": _MXNET1,
-        "torch": _TORCH,
-        "optax": _OPTAX,
-        "keras": _KERAS,
-        "tensorflow": _TENSORFLOW,
-        "tf": _TENSORFLOW,
-        "fbgemm": _FBGEMM,
-        "mlx": _MLX,
-    }
-)
+# fmt: off
+DIALECTS: Mapping[str, Dialect] = MappingProxyType({
+    "mxnet": Dialect("MXNet 2.0.0b1", learning_rate=0.01, epsilon=1e-6, initial_accumulator_value=0.0,
+                     has_row_wise=True),
+    "mxnet1": Dialect("MXNet 1.9.1", learning_rate=None, epsilon=1e-7, initial_accumulator_value=0.0,
+                      epsilon_inside=True, decoupled_decay=True, row_wise_epsilon=1e-5, has_row_wise=True),
+    "torch": Dialect("PyTorch 2.13", learning_rate=0.01, epsilon=1e-10, initial_accumulator_value=0.0),
+    "optax": Dialect("optax 0.2.8", learning_rate=None, epsilon=1e-7, initial_accumulator_value=0.1,
+                     epsilon_inside=True),
+    "keras": Dialect("Keras 3.15", learning_rate=0.001, epsilon=1e-7, initial_accumulator_value=0.1,
+                     epsilon_inside=True, decoupled_decay=True),
+    "tensorflow": _TENSORFLOW,
+    "tf": _TENSORFLOW,
+    "fbgemm": Dialect("FBGEMM 1.8, EXACT_ADAGRAD and EXACT_ROWWISE_ADAGRAD",
+                      learning_rate=0.01, epsilon=1e-8, initial_accumulator_value=0.0, has_row_wise=True),
+    "mlx": Dialect("MLX 0.32", learning_rate=None, epsilon=1e-8, initial_accumulator_value=0.0),
+})
+# fmt: on
 """The dialects by name; :class:`~adagrad.AdaGrad` uses ``"mxnet"`` by default."""
 
 
