@@ -49,14 +49,14 @@ from adagrad.kernels.runtime.threads import WORK, claim, give_back
 from adagrad.row_sparse import RowSparse
 
 CHECK, GROUP, UPDATE = range(3)
-"""The workers of an update, see :func:`_addresses`."""
+"""The workers of an update, see :func:`_workers`."""
 
 
 @jit(holds_gil=True)
 def _update(weights: int, values: int, histories: int, masters: int, steps: int, indices: int, n: int, layout: Any,
             row_wise: int, rates: Any, scalars: Any, known: Any, notes: Any, guess: Any, dense: Any, parallel_min: int,
             workers: int) -> Any:  # fmt: skip
-    """The outcome, see :mod:`adagrad.kernels.outcomes`; a number >= 0 is that of the workers in :func:`_addresses`.
+    """The outcome, see :mod:`adagrad.kernels.outcomes`; a number >= 0 is that of the workers in :func:`_workers`.
 
     Lists are given by ``id``, ``masters`` and ``steps`` as 0 for none. ``dense`` is the dense part of a mixed list, see
     :mod:`adagrad.kernels.mixed_lists`.
