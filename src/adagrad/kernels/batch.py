@@ -67,12 +67,8 @@ class Batch:
 
     def some_rates(self, which: Sequence[int]) -> tuple[list[Any], list[float]]:
         """``lrs`` and ``wds`` of the weights ``which``; a single entry for all stays single."""
-        return some(self.lrs, which), some(self.wds, which)
-
-
-def some(values: list[Any], which: Sequence[int]) -> list[Any]:
-    """The entries of the weights ``which``; an empty list, or one entry for all, is returned as it is."""
-    return [values[i] for i in which] if len(values) > 1 else values
+        lrs = [self.lrs[i] for i in which] if len(self.lrs) > 1 else self.lrs
+        return lrs, [self.wds[i] for i in which] if len(self.wds) > 1 else self.wds
 
 
 NUMPY_ARRAYS = {np.ndarray, np.memmap}
