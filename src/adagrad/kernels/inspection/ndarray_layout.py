@@ -30,12 +30,9 @@ from adagrad.kernels.inspection.layout import (
     list_item,
     read_word,
 )
-from adagrad.kernels.runtime.numba_jit import jit
+from adagrad.kernels.runtime.numba_jit import entry, jit
 
-
-@jit()
-def _item(list_id: int, i: int) -> Any:
-    return list_item(list_id, i)
+_item = entry(list_item)
 
 
 @jit()
