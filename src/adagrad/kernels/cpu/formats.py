@@ -78,14 +78,9 @@ def set_alias_scope(module: Any, access: Any, role: str) -> None:
 # ------------------------------------------------------------------------------------------- elements, read and written
 
 
-def is_low(dtype: Any) -> bool:
-    """Whether elements of a token's dtype are widened to float32 when read."""
-    return dtype in (types.uint16, types.int16)
-
-
 def computing(dtype: Any) -> Any:
     """The type of numbers read from elements of a token's dtype."""
-    return types.float32 if is_low(dtype) else dtype
+    return types.float32 if dtype in (types.uint16, types.int16) else dtype
 
 
 def widen(context: Any, builder: Any, dtype: Any, bits: Any) -> Any:
