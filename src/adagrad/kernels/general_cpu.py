@@ -15,7 +15,6 @@ from adagrad.kernels.cpu.row_groups import MAX_OCCURRENCES, checked_rows
 from adagrad.kernels.cpu.rule import rate_table
 from adagrad.kernels.expressions import by_expression
 from adagrad.kernels.inspection.table import Formats
-from adagrad.kernels.names import Names
 from adagrad.kernels.records import ARE_LONG, BASE, CHECKED_IDS, ENTRIES, FACTS, HEIGHT, IDS, LENGTH, STRIDE
 from adagrad.kernels.validate import Update, host_indices
 from adagrad.rule import Rule, is_torch
@@ -44,31 +43,31 @@ def by_table(
     return run
 
 
-def one_job(names: Names, u: Update, lr: Any, wd: float, rule: Rule, threads: int | None) -> Job | None:
+def one_job(u: Update, lr: Any, wd: float, rule: Rule, threads: int | None) -> Job | None:
     """The job that carries out an update, None if there is nothing to do; IndexError for a row id out of range."""
     if u.indices is not None:
-        return _rows(names, u, lr, wd, rule, threads)
+        return _rows(u, lr, wd, rule, threads)
     if not math.prod(u.weight.shape):
         return None
     return lambda: strided.update(_memories(u), formats(u), rate_table([lr], [wd], rule), rule, threads)
 
 
-def _checked_rows(names: Names, u: Update) -> tuple[np.ndarray, np.ndarray]:
+def _checked_rows(u: Update) -> tuple[np.ndarray, np.ndarray]:
     """The facts of a row-sparse update, still without its operands' addresses, and a checked copy of its row ids."""
     indices = host_indices(u.indices)
     indices = np.require(np.ascontiguousarray(indices, indices.dtype.newbyteorder("=")), requirements="A")
     facts = np.zeros(FACTS, np.int64)
     facts[ENTRIES], facts[LENGTH], facts[HEIGHT] = len(indices), row_length(u.weight.shape), u.weight.shape[0]
     facts[ARE_LONG], facts[BASE + IDS] = indices.itemsize == 8, indices.ctypes.data
-    return facts, checked_rows(names, facts)
+    return facts, checked_rows(u.names, facts)
 
 
-def _rows(names: Names, u: Update, lr: float, wd: float, rule: Rule, threads: int | None) -> Job | None:
-    facts, ids = _checked_rows(names, u)
+def _rows(u: Update, lr: float, wd: float, rule: Rule, threads: int | None) -> Job | None:
+    facts, ids = _checked_rows(u)
     if not len(ids) or not facts[LENGTH]:
         return None
     if len(ids) > MAX_OCCURRENCES:
-        return by_expression(names, u, lr, wd, rule)
+        return by_expression(u.names, u, lr, wd, rule)
 
     def run() -> None:
         weight, grad, history, master = _memories(u)
@@ -86,7 +85,7 @@ def _rows(names: Names, u: Update, lr: float, wd: float, rule: Rule, threads: in
         for k, m in enumerate(memories):
             facts[BASE + k], facts[STRIDE + k] = (0, 0) if m is None else (m.ctypes.data, m.strides[0])
         rates = rate_table([lr], [wd], rule)[0]
-        cpu_rows.launch(names, facts, rows, formats(u), rule.row_wise, rates, rule.scalars, threads)
+        cpu_rows.launch(u.names, facts, rows, formats(u), rule.row_wise, rates, rule.scalars, threads)
         if is_gathered:
             for memory, buffer in zip(written, (weight, history, master), strict=True):
                 if memory is not None:

@@ -218,14 +218,14 @@ class _CheckedBatch:
     def _add_others(self, plan: _Plan, scaled: Rule, threads: int | None) -> None:
         dense: dict[table.Formats, list[int]] = {}
         for i, u in self.others.items():
-            names, rates = self.batch.names(i), self.batch.rates(i)
+            rates = self.batch.rates(i)
             if fits_cuda(u):
                 plan.updates_on(u.weight.array.device).add(u, *rates, self.batch.rule)
             elif u.weight.device != "cpu":
-                plan.jobs.append(by_expression(names, u, *rates, scaled))
+                plan.jobs.append(by_expression(u.names, u, *rates, scaled))
             elif u.indices is None and general_cpu.fits_table(u):
                 dense.setdefault(general_cpu.formats(u), []).append(i)
-            elif (job := general_cpu.one_job(names, u, *rates, scaled, threads)) is not None:
+            elif (job := general_cpu.one_job(u, *rates, scaled, threads)) is not None:
                 plan.jobs.append(job)
         for which in dense.values():
             updates = [self.others[i] for i in which]
