@@ -14,7 +14,7 @@ from adagrad.kernels.runtime.interrupts import mark_late
 from adagrad.rule import Array, Rule
 
 Job = Callable[[], Any]
-"""Carries out a part of a call. It may return a number on a CUDA device, see :func:`general_path.prepare`."""
+"""Carries out a part of a call; may return what :func:`adagrad.kernels.general_path.prepare` says of CUDA devices."""
 
 
 @dataclass(slots=True)

@@ -70,7 +70,7 @@ def sum_chunk(program: tl.tensor, ids: tl.tensor, order: tl.tensor, values: tl.t
               ) -> None:  # fmt: skip
     """Put COLUMNS columns of the sum of a chunk, added one occurrence after the other, into its slot.
 
-    ``program`` counts the programs that do so. Operands are as for :func:`update_runs`.
+    ``program`` counts the programs that do so. Operands are as for :func:`adagrad.kernels.cuda.rows.update_runs`.
     """
     windows = (length - 1) // COLUMNS + 1
     slot = (program // windows).to(tl.int64)

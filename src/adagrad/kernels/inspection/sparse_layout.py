@@ -52,7 +52,10 @@ def sparse_body(thing: int, layout: Any) -> int:
 
 @jit(helper=True, inline=False)
 def describe_part(body: int, at: int, layout_at: int, info_at: int) -> bool:
-    """:func:`describe` for the part of a sparse tensor, see :func:`sparse_body`, at VALUES_AT or INDICES_AT."""
+    """As :func:`adagrad.kernels.inspection.layout.describe`, for a part of the sparse tensor at ``body``.
+
+    ``at`` is VALUES_AT or INDICES_AT, see :func:`sparse_body`.
+    """
     layout = array_at(layout_at, WORDS, np.int64)
     return describe_tensor(body + layout[at], layout, array_at(info_at, INFO, np.int64))
 
