@@ -115,15 +115,10 @@ def mean_square(grad: Array) -> Array:
     for start in range(0, length, LANES):
         part = square[:, start : start + LANES]
         lanes[:, : part.shape[1]] = lanes[:, : part.shape[1]] + part
-    return mean_of_lanes(lanes, length).reshape(history_shape(grad.shape, row_wise=True))
-
-
-def mean_of_lanes(lanes: Array, length: int) -> Array:
-    """Return the mean of rows of ``length`` elements, shape ``(n, 1)``, from their partial sums ``lanes``."""
     while lanes.shape[1] > 1:
         half = lanes.shape[1] // 2
         lanes = lanes[:, :half] + lanes[:, half:]
-    return lanes / _scalar(max(length, 1), lanes)
+    return (lanes / _scalar(max(length, 1), lanes)).reshape(history_shape(grad.shape, row_wise=True))
 
 
 def history_shape(shape: tuple[int, ...], *, row_wise: bool) -> tuple[int, ...]:
