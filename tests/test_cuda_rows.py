@@ -489,7 +489,7 @@ def test_what_is_promised_of_addresses(moved: str | None, columns: int, dtype: s
     rule = Rule(row_wise=row_wise)
     found = cuda.row_launches.concatenate([cuda.row_launches.of_tensors(*u, rule) for u in updates])
     ((form, which),) = cuda.row_launches.by_form(found, rule).items()
-    assert cuda.row_launches.plan(found.facts, np.array(which), form).are_aligned == promised
+    assert cuda.row_launches.plan(found.facts, np.array(which), form.row_wise).are_aligned == promised
 
 
 def test_of_several_bad_ids_one_is_reported(launched: list[str]) -> None:

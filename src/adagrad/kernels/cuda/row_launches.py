@@ -165,7 +165,7 @@ def sort_ids(updates: RowUpdates, form: Form, which: Sequence[int], index: int, 
     else:
         facts = facts if len(which) == len(facts) else facts[which]
         key = facts.tobytes(), which, index, form.row_wise
-        records, found = table(key, lambda: plan(facts, np.array(which) + index, form))
+        records, found = table(key, lambda: plan(facts, np.array(which) + index, form.row_wise))
         count, rows, are_aligned = found.entries, found.rows, found.are_aligned
     # 32-bit keys sort in two thirds of the time.
     keys = torch.empty(count, dtype=torch.int32 if rows < 2**31 else torch.int64, device=skip.device)
@@ -211,8 +211,8 @@ class Plan(NamedTuple):
     """Whether all rows begin at multiples of 16 bytes."""
 
 
-def plan(facts: np.ndarray, settings: np.ndarray, form: Form) -> Plan:
-    """The plan for updates of one form, which depends on ``form.row_wise`` and on what is given besides."""
+def plan(facts: np.ndarray, settings: np.ndarray, row_wise: bool) -> Plan:
+    """The plan for updates of one form."""
     n, counts, heights = len(facts), facts[:, ENTRIES], facts[:, HEIGHT]
     first_rows, first_entries, blocks = np.cumsum(heights) - heights, np.cumsum(counts) - counts, -(-counts // BLOCK)
     ids, operands = np.zeros((2, n, RECORD.value), np.int64)
@@ -222,7 +222,7 @@ def plan(facts: np.ndarray, settings: np.ndarray, form: Form) -> Plan:
     before = np.column_stack([first_rows, first_entries, first_rows, first_rows])
     operands[:, :4], operands[:, 4] = addresses - before * steps, settings
     # A history with one value a row is read one element at a time, so its alignment does not matter.
-    whole = [0, 1, 3] if form.row_wise else [0, 1, 2, 3]
+    whole = [0, 1, 3] if row_wise else [0, 1, 2, 3]
     are_aligned = not ((addresses | steps)[:, whole] % 16).any()
     words = np.concatenate([np.cumsum(blocks) - blocks, ids.ravel(), first_rows, operands.ravel()])
     return Plan(words, int(blocks.sum()), int(counts.sum()), int(heights.sum()), are_aligned)
