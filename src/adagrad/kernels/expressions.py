@@ -25,13 +25,13 @@ def prepare(batch: Batch) -> Prepared:
     """
     found = [validate(batch.names(i), *batch.arrays(i), batch.rule) for i in range(len(batch.weights))]
     refuse_shared([each for each in found if isinstance(each, Update)])
-    return Prepared([by_expression(batch.names(i), each, *batch.rates(i), batch.rule) for i, each in enumerate(found)])
+    return Prepared([by_expression(each, *batch.rates(i), batch.rule) for i, each in enumerate(found)])
 
 
-def by_expression(names: Names, update: Update | Wrapped, lr: Any, wd: float, rule: Rule) -> Job:
+def by_expression(update: Update | Wrapped, lr: Any, wd: float, rule: Rule) -> Job:
     """The job that carries out an update; IndexError for a row id out of range, whose check waits for a device."""
     if isinstance(update, Wrapped):
-        weight, grad, history, master = update
+        weight, grad, history, master, _ = update
         indices, values = (grad.indices, grad.values) if isinstance(grad, RowSparse) else (None, grad)
         weight, values, history, master = (t if t is None else t.detach() for t in (weight, values, history, master))
     else:
@@ -39,7 +39,7 @@ def by_expression(names: Names, update: Update | Wrapped, lr: Any, wd: float, ru
         master, indices = None if update.master is None else update.master.array, update.indices
     if indices is None:
         return functools.partial(expression.step, weight, values, history, master, lr, wd, rule)
-    _check_rows(names, indices, len(weight))
+    _check_rows(update.names, indices, len(weight))
     return functools.partial(expression.step_rows, weight, indices, values, history, master, lr, wd, rule)
 
 

@@ -67,7 +67,7 @@ def _rows(u: Update, lr: float, wd: float, rule: Rule, threads: int | None) -> J
     if not len(ids) or not facts[LENGTH]:
         return None
     if len(ids) > MAX_OCCURRENCES:
-        return by_expression(u.names, u, lr, wd, rule)
+        return by_expression(u, lr, wd, rule)
 
     def run() -> None:
         weight, grad, history, master = _memories(u)

@@ -194,7 +194,7 @@ class _CheckedBatch:
         self._add_rows(plan, scaled, threads)
         self._add_others(plan, scaled, threads)
         for i, given in self.wrapped.items():
-            plan.wrapped.append(by_expression(self.batch.names(i), given, *self.batch.rates(i), scaled))
+            plan.wrapped.append(by_expression(given, *self.batch.rates(i), scaled))
 
     def _add_table(self, plan: _Plan, scaled: Rule, threads: int | None) -> None:
         for code, which in self.groups:
@@ -222,7 +222,7 @@ class _CheckedBatch:
             if fits_cuda(u):
                 plan.updates_on(u.weight.array.device).add(u, *rates, self.batch.rule)
             elif u.weight.device != "cpu":
-                plan.jobs.append(by_expression(u.names, u, *rates, scaled))
+                plan.jobs.append(by_expression(u, *rates, scaled))
             elif u.indices is None and general_cpu.fits_table(u):
                 dense.setdefault(general_cpu.formats(u), []).append(i)
             elif (job := general_cpu.one_job(u, *rates, scaled, threads)) is not None:

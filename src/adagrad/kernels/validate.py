@@ -32,6 +32,7 @@ class Wrapped(NamedTuple):
     """A tensor or a RowSparse."""
     history: Array
     master: Array | None
+    names: Names
 
 
 def validate(names: Names, weight: Array, grad: Any, history: Any, master: Any, rule: Rule) -> Update | Wrapped:
@@ -45,10 +46,10 @@ def validate(names: Names, weight: Array, grad: Any, history: Any, master: Any, 
     if is_torch(weight):
         from adagrad.kernels.tensors import checks as tensor_checks, views as tensor_views
 
-        given = Wrapped(*tensor_views.ordinary(names, weight, grad, history, master, row_wise=rule.row_wise))
+        given = tensor_views.ordinary(names, weight, grad, history, master, row_wise=rule.row_wise)
         if not tensor_checks.are_memory(given):
             _check_update(names, *given, rule, are_wrapped=True)
-            return given
+            return Wrapped(*given, names)
         weight, grad, history, master = given
     return _check_update(names, weight, grad, history, master, rule, are_wrapped=False)
 
