@@ -32,6 +32,7 @@ pytest.importorskip("triton")
 from adagrad import rule as expression  # noqa: E402
 from adagrad.kernels import cuda  # noqa: E402
 from adagrad.rule import Rule  # noqa: E402
+from support import history_shape  # noqa: E402
 
 if PTX:
     import ptx
@@ -109,7 +110,7 @@ def make(shape: tuple[int, ...], dtype: str, seed: int = 0, *, master: bool = Fa
     copy = tensor(rng.normal(size=shape), "float32") if master else None
     weight = tensor(rng.normal(size=shape), dtype) if copy is None else copy.to(getattr(torch, dtype))
     grad = tensor(rng.normal(size=shape) * 10.0 ** rng.integers(-6, 3, shape), grad_dtype or dtype)
-    history = tensor(rng.random((shape[0], *[1] * (len(shape) - 1)) if row_wise else shape), wide.name)
+    history = tensor(rng.random(history_shape(shape, row_wise)), wide.name)
     return DenseUpdate(weight, grad, history, copy, lr, wd)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import oracle
-from support import assert_same_bits, to_numpy
+from support import assert_same_bits, history_shape, to_numpy
 
 LOW = (torch.float16, torch.bfloat16)
 
@@ -61,7 +61,7 @@ class Expected:
         self.options = options
         self.weight = to_numpy(p).copy()
         wide = np.float64 if p.dtype == torch.float64 else np.float32
-        shape = (len(p), *(1 for _ in p.shape[1:])) if options.get("row_wise") else tuple(p.shape)
+        shape = history_shape(tuple(p.shape), options.get("row_wise", False))
         self.history = np.full(shape, options.get("initial_accumulator_value", 0.0), wide)
         self.master = None
         if options.get("multi_precision") and p.dtype in LOW:
