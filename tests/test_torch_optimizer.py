@@ -187,7 +187,7 @@ def test_a_profiler_sees_the_step(in_a_thread: bool) -> None:
     p.grad = torch.ones(3)
     optimizer.step()
     config = torch.profiler._ExperimentalConfig(profile_all_threads=in_a_thread)
-    with torch.profiler.profile(experimental_config=config) as profiler:
+    with torch.profiler.profile(experimental_config=config, acc_events=True) as profiler:
         if in_a_thread:
             thread = threading.Thread(target=optimizer.step)
             thread.start()
