@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from adagrad import AdaGrad, GroupAdaGrad, RowSparse
+from adagrad.kernels.cpu import dense as cpu_dense, rows as cpu_rows, strided
 from bad_updates import SHAPE, Call, Case, check_refused
-from support import BFLOAT16
+from support import BFLOAT16, assert_same_bits
 
 
 class ArrayLike:
@@ -413,3 +414,57 @@ def test_the_cause_is_short() -> None:
     with pytest.raises(TypeError) as caught:
         optimizer.update([0], np.ones((9, 9)), [np.ones(2)], [np.ones(2)])
     assert "\n" not in str(caught.value)
+
+
+def second(kind: str) -> tuple[Any, Any, Any]:
+    """A weight in float64 that the general path takes, its gradient and its history."""
+    shape = (3, strided.TILE + 1) if kind == "long rows" else (3, 4)
+    if kind in ("dense", "rows"):
+        weight, grad, history = (np.ones(shape) for _ in range(3))
+        weight = weight.view(np.recarray) if kind == "dense" else weight  # any class but ndarray
+    else:
+        weight, grad, history = (np.ones((3, 2 * shape[1]))[:, ::2] for _ in range(3))
+    if kind in ("rows", "strided rows"):
+        grad = RowSparse(np.ones((2, 4)), np.array([1, 1]), shape)
+    return weight, grad, np.ones((3, 1)) if kind == "long rows" else history
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "name"),
+    [
+        ("dense", cpu_dense, "kernel"),
+        ("strided", cpu_dense, "kernel"),
+        ("long rows", cpu_dense, "row_part_kernel"),
+        ("rows", cpu_rows, "kernel"),
+        ("rows", cpu_rows, "grouping"),
+        ("strided rows", cpu_rows, "kernel"),
+        ("strided rows", cpu_rows, "grouping"),
+    ],
+)
+def test_a_kernel_that_cannot_be_compiled_changes_nothing(
+    kind: str, module: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels are compiled at first use, for seconds, perhaps in the middle of training: all before the first runs."""
+    optimizer = (GroupAdaGrad if kind == "long rows" else AdaGrad)(0.1)
+    first = [np.ones((3, 8), np.float32)[:, ::2] for _ in range(3)]
+    if kind == "long rows":
+        first[2] = np.ones((3, 1), np.float32)
+    weights, grads, histories = zip(first, second(kind), strict=True)
+    compiled = getattr(module, name)
+
+    def fails_for_float64(*formats: Any) -> int:
+        if "float64" in formats:
+            raise ZeroDivisionError("no compiler")
+        return int(compiled(*formats))
+
+    before = [np.array(array) for array in (*weights, *histories)]
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, fails_for_float64)
+        with pytest.raises(ZeroDivisionError):
+            optimizer.update([0, 1], list(weights), list(grads), list(histories))
+    for was, now in zip(before, (*weights, *histories), strict=True):
+        assert_same_bits(was, np.array(now))
+    assert optimizer._index_update_count == {}
+    optimizer.update([0, 1], list(weights), list(grads), list(histories))
+    assert optimizer._index_update_count == {0: 1, 1: 1}
+    assert not any(np.array_equal(was, now) for was, now in zip(before, (*weights, *histories), strict=True))

@@ -35,6 +35,7 @@ def by_table(
     """The job that carries out dense updates of the same formats, in one launch."""
     table = np.array([cpu_dense.table_row(rule, *_memories(u)) for u in updates])
     total = sum(math.prod(u.weight.shape) for u in updates)
+    cpu_dense.kernel(*formats(updates[0]), rule.row_wise)  # compiled now, before anything changes
 
     def run() -> None:
         rates = rate_table(lrs, wds, rule)
@@ -49,6 +50,7 @@ def one_job(u: Update, lr: Any, wd: float, rule: Rule, threads: int | None) -> J
         return _rows(u, lr, wd, rule, threads)
     if not math.prod(u.weight.shape):
         return None
+    strided.compile_workers(u.weight.shape, formats(u), rule)
     return lambda: strided.update(_memories(u), formats(u), rate_table([lr], [wd], rule), rule, threads)
 
 
@@ -68,6 +70,7 @@ def _rows(u: Update, lr: float, wd: float, rule: Rule, threads: int | None) -> J
         return None
     if len(ids) > MAX_OCCURRENCES:
         return by_expression(u, lr, wd, rule)
+    cpu_rows.workers(facts, ids, formats(u), rule.row_wise)
 
     def run() -> None:
         weight, grad, history, master = _memories(u)

@@ -255,7 +255,7 @@ class _CheckedBatch:
         i, facts, formats = self.sparse[k], self.rows.facts[k], table.decode(self.rows.codes[k])[1]
         names, rates = self.batch.names(i), rate_table(*self.batch.some_rates([i]), rule)[0]
         ids, parts = checked_rows(names, facts), (self.rows.values[k], self.rows.indices[k])
-        cpu_rows.kernel(ids.itemsize == 8, *formats, rule.row_wise)  # compiled now, before anything changes
+        cpu_rows.workers(facts, ids, formats, rule.row_wise)  # compiled now, before anything changes
         return functools.partial(
             _launch_rows, parts, names, facts, ids, formats, rule.row_wise, rates, rule.scalars, threads
         )

@@ -150,6 +150,15 @@ def out_of_memory(names: Names, entries: int) -> MemoryError:
     return MemoryError(f"{names.indices}: {entries} row ids: too many for the memory that is left")
 
 
+def workers(facts: Any, ids: Any, formats: Any, row_wise: bool) -> tuple[int, int]:
+    """The addresses of the workers that group the rows of an update, 0 for none, and update them.
+
+    They are compiled if need be; to do so before anything changes, call this first. Arguments as of :func:`launch`.
+    """
+    needs_int64 = ids.itemsize == 8
+    return 0 if facts[ARE_INCREASING] else grouping(needs_int64, formats[2]), kernel(needs_int64, *formats, row_wise)
+
+
 def launch(names: Names, facts: Any, rows: Any, formats: Any, row_wise: bool, rates: Any, scalars: Any,
            threads: int | None) -> None:  # fmt: skip
     """Carry out the update that ``facts`` describes; ``rows`` is the array at ``facts[CHECKED_IDS]``.
@@ -163,9 +172,7 @@ def launch(names: Names, facts: Any, rows: Any, formats: Any, row_wise: bool, ra
         No memory is left for grouping and summing the rows; nothing has changed.
     """
     work = int(cast(Any, work_of).py_func(facts))
-    needs_int64 = rows.itemsize == 8
-    group = 0 if facts[ARE_INCREASING] else grouping(needs_int64, formats[2])
-    update = kernel(needs_int64, *formats, row_wise)
+    group, update = workers(facts, rows, formats, row_wise)
     facts[RATES], facts[SCALARS] = rates.ctypes.data, scalars.ctypes.data
     notes = new_notes(work)
     given = facts, group, update, notes

@@ -21,10 +21,24 @@ TILE = 16_384
 """Elements of a buffer."""
 
 
+def compile_workers(shape: tuple[int, ...], formats: Any, rule: Rule) -> None:
+    """Compile, if need be, what :func:`update` launches for a weight of this shape: before anything changes."""
+    if _has_long_rows(shape, rule):
+        for writes_weights in (False, True):
+            cpu_dense.row_part_kernel(*formats, writes_weights)
+    else:
+        cpu_dense.kernel(*formats, rule.row_wise)
+
+
+def _has_long_rows(shape: tuple[int, ...], rule: Rule) -> bool:
+    """Whether the history has one value for each row, and a row does not fit a buffer."""
+    return rule.row_wise and row_length(shape) > TILE
+
+
 def update(memories: Memories, formats: Any, rates: np.ndarray, rule: Rule, threads: int | None) -> None:
     """Update one weight."""
     weight, grad, history, master = memories
-    if rule.row_wise and row_length(weight.shape) > TILE:
+    if _has_long_rows(weight.shape, rule):
         for r in range(len(weight)):
             row = slice(r, r + 1)
             copy = None if master is None else master[row]
