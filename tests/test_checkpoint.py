@@ -253,7 +253,7 @@ FORGERIES: list[tuple[str, Any]] = [
     ("not written by this library", lambda t, i, m: m.update(format="pt")),
     ("inner header is not JSON", lambda t, i, m: "{"),
     ("inner header is not JSON", lambda t, i, m: "[" * 100_000),
-    ("inner header is not a JSON dict", lambda t, i, m: "[]"),
+    ("inner header is not a JSON object", lambda t, i, m: "[]"),
     ("list of states is missing", lambda t, i, m: i.update(states=None)),
     ("list of tensors is missing", lambda t, i, m: i.update(tensors={})),
     ("not the ones", lambda t, i, m: i["tensors"].pop()),

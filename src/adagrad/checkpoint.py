@@ -227,7 +227,7 @@ def _object(text: Any, what: str) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError) as error:
         raise _refusal(f"{what} is not JSON") from error
     if not isinstance(value, dict):
-        raise _refusal(f"{what} is not a JSON dict")
+        raise _refusal(f"{what} is not a JSON object")
     return value
 
 
