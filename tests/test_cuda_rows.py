@@ -395,13 +395,13 @@ def test_several_updates_with_dense_ones_in_one_call() -> None:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels, as they are launched."""
     names: list[str] = []
-    bind = Kernel.bind
+    bind = Kernel.bind_known
 
     def record(self: Any, *arguments: Any) -> Any:
         names.append(self._function.fn.__name__)
         return bind(self, *arguments)
 
-    monkeypatch.setattr(Kernel, "bind", record)
+    monkeypatch.setattr(Kernel, "bind_known", record)
     return names
 
 

@@ -392,7 +392,7 @@ def test_plain_lists_take_the_short_way(
 @pytest.mark.parametrize("kind", kinds_of_lists())
 def test_what_a_steady_step_allocates(kind: str, as_if_on_cuda: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing for dense gradients, nor is anything copied; for row ids, whose number may change, keys and sums."""
-    monkeypatch.setattr(Kernel, "bind", lambda *_: lambda: None)  # the interpreter allocates, unlike a launch
+    monkeypatch.setattr(Kernel, "bind_known", lambda *_: lambda: None)  # the interpreter allocates, unlike a launch
     groups = kinds_of_lists()[kind]
     for i, p in enumerate(p for group in groups for p in group["params"]):
         p.grad = sparse_grad(i % 4, 3, 3) if p.ndim == 2 else torch.full((3,), i + 1.0)
@@ -431,19 +431,19 @@ def test_a_kernel_that_cannot_be_compiled_changes_nothing(
     """Kernels are compiled at first use, for seconds, perhaps in the middle of training: all before the first runs."""
     optimizer, params = embedding_and_others()
     params[0].grad = sparse_grad(*[0] * 200, 1)  # takes two kernels: 200 occurrences are a long run
-    before, bind = contents(optimizer, params), Kernel.bind
+    before, bind = contents(optimizer, params), Kernel.bind_known
 
     def failing(self: Any, *arguments: Any) -> Any:
         if self._function.fn.__name__ == name and self._constants.get("LONG", True):
             raise error
         return bind(self, *arguments)
 
-    monkeypatch.setattr(Kernel, "bind", failing)
+    monkeypatch.setattr(Kernel, "bind_known", failing)
     with pytest.raises(type(error)):
         optimizer.step()
     for was, now in zip(before, contents(optimizer, params), strict=True):
         assert_same_bits(was, now)
-    monkeypatch.setattr(Kernel, "bind", bind)
+    monkeypatch.setattr(Kernel, "bind_known", bind)
     optimizer.step()
     assert params[0].detach()[1].tolist() == [0.5, 0.5]
     assert [optimizer.state[p]["step"].item() for p in params] == [1.0] * 3

@@ -10,14 +10,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from adagrad.kernels.cuda.rule import TRITON
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _KEEPS = TRITON >= (3, 3) and torch.version.hip is None
 """Whether compiled kernels are kept. Older versions call a compiled kernel with other arguments; for devices other than
@@ -39,13 +36,18 @@ class Kernel:
         self._values = tuple(constants[name] for name in names if name in constants)
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
-    def bind(self, programs: int, first: Tensor, *others: Any) -> Callable[[], object]:
-        """What launches ``programs`` programs on the current device; ``first`` and ``others`` precede the constants.
+    def bind(self, programs: int, *arguments: Any) -> Callable[[], object]:
+        """What launches ``programs`` programs on the current device.
 
-        The kernel is compiled and loaded now, as far as Triton lets us: that takes seconds, and may fail.
+        ``arguments`` are those that precede the constants, as in :func:`form_and_words`. The kernel is compiled and
+        loaded now, as far as Triton lets us: that takes seconds, and may fail.
         """
-        arguments = first, *others
-        form, words = form_and_words(arguments)
+        return self.bind_known(programs, arguments, *form_and_words(arguments))
+
+    def bind_known(
+        self, programs: int, arguments: tuple[Any, ...], form: tuple[Any, ...], words: list[Any]
+    ) -> Callable[[], object]:
+        """As :meth:`bind`, if their form and words are known: those of another kernel with the same arguments."""
         try:
             compiled = self._compiled[form]
         except KeyError:
@@ -63,9 +65,9 @@ class Kernel:
         found = found.result() if hasattr(found, "result") else found  # where Triton compiles in other threads
         return found if _KEEPS and hasattr(type(found), "__getitem__") else None
 
-    def launch(self, programs: int, first: Tensor, *others: Any) -> None:
+    def launch(self, programs: int, *arguments: Any) -> None:
         """Launch at once."""
-        self.bind(programs, first, *others)()
+        self.bind(programs, *arguments)()
 
 
 def _start(kept: object, compiled: Callable[..., object], *words: Any) -> object:

@@ -23,7 +23,7 @@ import torch
 
 from adagrad.arrays import row_length, tensor_format
 from adagrad.kernels.cuda.dense import RECORD, each
-from adagrad.kernels.cuda.launch import Kernel
+from adagrad.kernels.cuda.launch import Kernel, form_and_words
 from adagrad.kernels.cuda.row_ids import check_ids, check_ids_of_all, sort_keys
 from adagrad.kernels.cuda.row_search import SHORT
 from adagrad.kernels.cuda.rows import update_runs
@@ -181,10 +181,11 @@ def sort_ids(updates: RowUpdates, form: Form, which: Sequence[int], index: int, 
 
 def sort(keys: Tensor) -> tuple[Tensor, Tensor]:
     """The keys in ascending order, and where each was; equal ones keep their order."""
-    if len(keys) > FEW:
+    count = keys.numel()  # len() would be a call in Python
+    if count > FEW:
         return torch.sort(keys, stable=True)
     ids, order = torch.empty_like(keys), torch.empty_like(keys, dtype=torch.int64)
-    _SORT.launch(-(-len(keys) // SORT_BLOCK), keys, ids, order, len(keys))
+    _SORT.launch(-(-count // SORT_BLOCK), keys, ids, order, count)
     return ids, order
 
 
@@ -234,17 +235,14 @@ def chunk_columns(length: int) -> int:
 
 
 class Kernels(NamedTuple):
-    """The kernels that update rows of one form, and how many columns a program takes.
-
-    Where the history has one value a row, a program of an update takes all of them, so many at a time.
-    """
+    """The kernels that update rows of one form, and how many programs share a row."""
 
     short: Kernel
     tile: int
     """Sorted positions that a program of ``short`` takes."""
-    columns: int
+    windows: int
     long: Kernel
-    long_columns: int
+    long_windows: int
 
 
 @functools.lru_cache(maxsize=256)
@@ -257,17 +255,17 @@ def _kernels(form: Form, are_aligned: bool) -> Kernels:
     constants: dict[str, Any] = {
         "WEIGHT": TRITON_DTYPE[weight], "GRAD": TRITON_DTYPE[values], "COMPUTE": TRITON_DTYPE[history],
         "HAS_MASTER": master is not None, "ALIGNED": are_aligned, "ROW_WISE": form.row_wise,
-        "ONE_PASS": form.row_wise and form.length <= columns, "CHUNK_COLUMNS": of_chunk,
-        "FACTOR": math.gcd(form.length, 16),
+        "CHUNK_COLUMNS": of_chunk, "FACTOR": math.gcd(form.length, 16),
     }  # fmt: skip
     tile = min(ELEMENTS // columns, 64)
-    return Kernels(
-        Kernel(update_runs, 1, LONG=False, TILE=tile, COLUMNS=columns, **constants),
-        tile,
-        columns,
-        Kernel(update_runs, 1, LONG=True, TILE=1, COLUMNS=long_columns, **constants),
-        long_columns,
-    )
+
+    def kernel(long: bool, tile: int, columns: int) -> tuple[Kernel, int]:
+        fits = form.length <= columns
+        found = Kernel(update_runs, 1, LONG=long, TILE=tile, COLUMNS=columns, ONE_PASS=fits, **constants)
+        return found, 1 if form.row_wise else -(-form.length // columns)
+
+    (short, windows), (long, long_windows) = kernel(False, tile, columns), kernel(True, 1, long_columns)
+    return Kernels(short, tile, windows, long, long_windows)
 
 
 def bind(launch: Launch, table: Tensor, grad_scale: Tensor | None, skip: Tensor | None, found_inf: Tensor | None
@@ -276,18 +274,18 @@ def bind(launch: Launch, table: Tensor, grad_scale: Tensor | None, skip: Tensor 
     form, first, settings, ids, order, rows, weights, records, are_aligned, sums = launch
     if not form.length or not rows:
         return []
-    count = len(ids)
+    count = ids.numel()
     weight, _, values, history, master = first
     alone = values, sums, weight, history, master, None
     operands = alone if records is None else (None, sums, None, None, None, records)
     kernels = _kernels(form, are_aligned)
-
     chunk_windows, slots, _ = sums.shape
-
-    def update(kernel: Kernel, tiles: int, columns: int, others: int) -> Callable[[], object]:
-        windows = 1 if form.row_wise else -(-form.length // columns)
-        return kernel.bind(tiles * windows + others, ids, order, *operands, weights, table, settings, count, rows,
-                           form.length, windows, slots, grad_scale, skip, found_inf)  # fmt: skip
-
-    short = update(kernels.short, -(-count // kernels.tile), kernels.columns, slots * chunk_windows)
-    return [short, update(kernels.long, slots // 2, kernels.long_columns, 0)] if slots else [short]
+    # The same for both kernels: finding out about so many arguments takes longer than launching one.
+    arguments = (ids, order, *operands, weights, table, settings, count, rows, form.length, slots, grad_scale, skip,
+                 found_inf)  # fmt: skip
+    known = form_and_words(arguments)
+    programs = -(-count // kernels.tile) * kernels.windows + slots * chunk_windows
+    short = kernels.short.bind_known(programs, arguments, *known)
+    if not slots:
+        return [short]
+    return [short, kernels.long.bind_known(slots // 2 * kernels.long_windows, arguments, *known)]

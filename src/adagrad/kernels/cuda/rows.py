@@ -45,8 +45,8 @@ from adagrad.kernels.cuda.rule import (
 @triton.jit(do_not_specialize=["weights", "index", "count", "rows", "slots"])
 def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.tensor, weight: tl.tensor,
                 history: tl.tensor, master: tl.tensor, records: tl.tensor, weights: tl.tensor, table: tl.tensor,
-                index: tl.tensor, count: tl.tensor, rows: tl.tensor, length: tl.tensor, windows: tl.tensor,
-                slots: tl.tensor, grad_scale: tl.tensor, skip: tl.tensor, found_inf: tl.tensor, WEIGHT: tl.constexpr,
+                index: tl.tensor, count: tl.tensor, rows: tl.tensor, length: tl.tensor, slots: tl.tensor,
+                grad_scale: tl.tensor, skip: tl.tensor, found_inf: tl.tensor, WEIGHT: tl.constexpr,
                 GRAD: tl.constexpr, COMPUTE: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr,
                 ROW_WISE: tl.constexpr, ONE_PASS: tl.constexpr, LONG: tl.constexpr, TILE: tl.constexpr,
                 COLUMNS: tl.constexpr, CHUNK_COLUMNS: tl.constexpr, FACTOR: tl.constexpr) -> None:  # fmt: skip
@@ -63,6 +63,7 @@ def update_runs(ids: tl.tensor, order: tl.tensor, values: tl.tensor, sums: tl.te
     """
     # Changes nothing, but tells the compiler of FACTOR, so that it makes accesses as wide as the alignment allows.
     length = length // FACTOR * FACTOR
+    windows = 1 if ROW_WISE or ONE_PASS else (length - 1) // COLUMNS + 1  # length + COLUMNS could overflow 32 bits
     if not LONG:
         of_chunks = tl.program_id(0) - ((count - 1) // TILE + 1) * windows  # count + TILE could overflow 32 bits
         if of_chunks >= 0:
