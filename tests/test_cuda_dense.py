@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -564,3 +565,22 @@ def test_tables_with_and_without_shared_rates_are_told_apart() -> None:
     apart = cuda.dense.concatenate([one, one])
     together = apart._replace(lrs=[0.1], wds=[0.0])
     assert tables.addresses(apart)[0].tolist() != tables.addresses(together)[0].tolist()
+
+
+def test_streams_and_threads_have_tables_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work on tables is in the order of one stream, and of one thread: another might overwrite what is still read."""
+    stream, device = 1, torch.device("cuda", 0)
+    monkeypatch.setattr(cuda.tables, "_local", cuda.tables._Local())
+    monkeypatch.setattr(cuda.tables, "_stream_of", lambda index: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    first = cuda.tables.tables_of(device)
+    stream = 2
+    second = cuda.tables.tables_of(device)
+    elsewhere: list[Any] = []
+    thread = threading.Thread(target=lambda: elsewhere.append(cuda.tables.tables_of(device)))
+    thread.start()
+    thread.join()
+    assert len({id(tables) for tables in (first, second, *elsewhere)}) == 3
+    stream = 1
+    assert cuda.tables.tables_of(device) is first
+    assert cuda.tables.tables_of(torch.device("cuda", 1)) is not first
